@@ -1,0 +1,94 @@
+// The Python module qaa._core: argument conversion and nothing else. Arrays come as addresses; qaa.arrays and qaa.ops
+// have checked their shapes and types.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "gates.h"
+#include "qaa.h"
+
+namespace py = pybind11;
+using namespace qaa;
+
+namespace {
+
+using Gate = std::tuple<std::string, std::vector<std::uint32_t>, std::vector<std::uint32_t>>;
+
+Plan make_plan(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vector<Gate>& gates, ReadoutKind kind,
+               std::uint32_t n_outputs, std::vector<std::string> paulis, bool normalize, bool fuse, bool absorb,
+               bool real, bool tangent) {
+  const py::gil_scoped_release release;
+  std::vector<GateCall> calls;
+  calls.reserve(gates.size());
+  for (const auto& [name, wires, parameters] : gates) calls.push_back({name, wires, parameters});
+  PlanOptions options = default_options();
+  options.fuse = fuse;
+  options.absorb = absorb;
+  options.real = real;
+  options.tangent = tangent;
+  return compile(n_wires, n_parameters, calls, {kind, n_outputs, std::move(paulis)}, normalize, options);
+}
+
+template <class M>
+M matrix(std::uintptr_t data, std::int64_t rows, std::int64_t columns, std::int64_t row_stride, Scalar scalar) {
+  M m;
+  m.data = reinterpret_cast<decltype(m.data)>(data);
+  m.rows = rows;
+  m.columns = columns;
+  m.row_stride = row_stride;
+  m.scalar = scalar;
+  return m;
+}
+
+void run_forward(const Plan& plan, std::uintptr_t theta, const ConstMatrix& x, const Matrix& features, int threads) {
+  const py::gil_scoped_release release;
+  forward({plan, reinterpret_cast<const double*>(theta), x, features, threads});
+}
+
+void run_backward(const Plan& plan, std::uintptr_t theta, const ConstMatrix& x, const ConstMatrix& grad,
+                  std::uintptr_t grad_theta, const Matrix& grad_x, int threads) {
+  const py::gil_scoped_release release;
+  backward({plan, reinterpret_cast<const double*>(theta), x, grad, reinterpret_cast<double*>(grad_theta), grad_x,
+            threads});
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "Compiled core of qaa: circuits to plans, and batches of states through them.";
+
+  py::enum_<Scalar>(m, "Scalar", "Storage type of an array's numbers.")
+      .value("float16", Scalar::float16)
+      .value("bfloat16", Scalar::bfloat16)
+      .value("float32", Scalar::float32)
+      .value("float64", Scalar::float64);
+  py::enum_<ReadoutKind>(m, "ReadoutKind", "What is computed from the final state.")
+      .value("expval", ReadoutKind::expval)
+      .value("probs", ReadoutKind::probs)
+      .value("state", ReadoutKind::state);
+
+  py::class_<Matrix>(m, "Matrix", "A writable array: rows of adjacent numbers, row_stride numbers apart.")
+      .def(py::init(&matrix<Matrix>), py::arg("address"), py::arg("rows"), py::arg("columns"), py::arg("row_stride"),
+           py::arg("scalar"));
+  py::class_<ConstMatrix>(m, "ConstMatrix", "A read-only array: rows of adjacent numbers, row_stride numbers apart.")
+      .def(py::init(&matrix<ConstMatrix>), py::arg("address"), py::arg("rows"), py::arg("columns"),
+           py::arg("row_stride"), py::arg("scalar"));
+
+  py::class_<Plan>(m, "Plan", "A compiled circuit and readout.")
+      .def(py::init(&make_plan), py::arg("n_wires"), py::arg("n_parameters"), py::arg("gates"), py::arg("kind"),
+           py::arg("n_outputs"), py::arg("paulis"), py::arg("normalize") = true, py::kw_only(), py::arg("fuse") = true,
+           py::arg("absorb") = true, py::arg("real") = true, py::arg("tangent") = true)
+      .def_property_readonly("n_columns", &Plan::n_columns, "Numbers per state that a readout yields.")
+      .def("__str__", &Plan::str);
+
+  m.def("forward", &run_forward, py::arg("plan"), py::arg("theta_address"), py::arg("x"), py::arg("features"),
+        py::arg("threads"), "features = readout(U(theta) x); releases the GIL.");
+  m.def("backward", &run_backward, py::arg("plan"), py::arg("theta_address"), py::arg("x"), py::arg("grad"),
+        py::arg("grad_theta_address"), py::arg("grad_x"), py::arg("threads"),
+        "The vector-Jacobian product of forward; releases the GIL.");
+  m.def("instruction_set", &instruction_set, "The instruction set in use; QAA_ISA forces one.");
+  m.def("gate_table", [] {
+    std::vector<std::tuple<std::string, int, int>> table;
+    for (const GateInfo& gate : gate_table) table.emplace_back(gate.name, gate.n_wires, gate.n_parameters);
+    return table;
+  }, "(name, wires, parameters) of every gate.");
+}

@@ -1,0 +1,207 @@
+// Batches on the CPU: checks, the choice of instruction set, threads, and the order in which gradients are summed.
+#include "cpu.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+#include "threads.h"
+
+namespace qaa {
+
+#define QAA_DECLARE_ISA(name)                     \
+  namespace name {                                \
+  extern const InstructionSet instruction_set;    \
+  }
+QAA_DECLARE_ISA(baseline)
+#ifdef QAA_HAS_AVX2
+QAA_DECLARE_ISA(avx2)
+#endif
+#ifdef QAA_HAS_AVX512
+QAA_DECLARE_ISA(avx512)
+#endif
+#ifdef QAA_HAS_NEON
+QAA_DECLARE_ISA(neon)
+#endif
+
+namespace {
+
+struct Candidate {
+  const InstructionSet* set;
+  bool runs_here;
+};
+
+// Best first.
+std::vector<Candidate> candidates() {
+  std::vector<Candidate> out;
+#ifdef QAA_HAS_AVX512
+  out.push_back({&avx512::instruction_set, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                                               __builtin_cpu_supports("avx512bw") &&
+                                               __builtin_cpu_supports("avx512vl")});
+#endif
+#ifdef QAA_HAS_AVX2
+  out.push_back({&avx2::instruction_set, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
+#endif
+#ifdef QAA_HAS_NEON
+  out.push_back({&neon::instruction_set, true});
+#endif
+  out.push_back({&baseline::instruction_set, true});
+  return out;
+}
+
+const InstructionSet& choose() {
+  const char* wanted = std::getenv("QAA_ISA");
+  const std::vector<Candidate> all = candidates();
+  if (wanted == nullptr || *wanted == '\0') {
+    return *std::ranges::find_if(all, &Candidate::runs_here)->set;
+  }
+  std::string names;
+  for (const Candidate& c : all) {
+    if (!c.runs_here) continue;
+    if (std::string(wanted) == c.set->name) return *c.set;
+    names += (names.empty() ? "" : ", ") + std::string(c.set->name);
+  }
+  throw std::runtime_error("expected QAA_ISA to be one of " + names + " on this machine, received '" + wanted + "'");
+}
+
+const InstructionSet& chosen() {
+  static const InstructionSet& set = choose();
+  return set;
+}
+template <class T>
+const CpuKernels<T>& kernels() {
+  if constexpr (sizeof(T) == 8) {
+    return chosen().f64;
+  } else {
+    return chosen().f32;
+  }
+}
+
+// Aligned memory that a thread keeps between calls, so that a call neither allocates nor touches fresh pages.
+class Scratch {
+ public:
+  ~Scratch() { std::free(data_); }
+  void* at_least(std::size_t bytes) {
+    if (bytes > size_) {
+      std::free(data_);
+      data_ = nullptr;
+      size_ = 0;
+      const std::size_t rounded = (bytes + 4095) / 4096 * 4096;
+      data_ = std::aligned_alloc(4096, rounded);
+      if (data_ == nullptr) throw std::bad_alloc();
+      size_ = rounded;
+    }
+    return data_;
+  }
+
+ private:
+  void* data_ = nullptr;
+  std::size_t size_ = 0;
+};
+template <class T>
+void* scratch(const Program<T>& program) {
+  thread_local Scratch memory;
+  return memory.at_least(kernels<T>().workspace_vectors(program) * std::size_t(chosen().vector_bytes));
+}
+
+// The batch is cut into chunks of whole groups. Their number depends on the batch alone, never on the number of
+// threads, and their gradients are added in order: results are equal to the bit for any number of threads.
+struct Chunks {
+  static constexpr std::int64_t at_most = 64;
+  std::int64_t n_groups, n_chunks;
+  Chunks(std::int64_t rows, int width)
+      : n_groups((rows + width - 1) / width), n_chunks(std::min(n_groups, at_most)) {}
+  std::int64_t first(std::int64_t chunk) const { return chunk * n_groups / n_chunks; }
+};
+
+// Small batches are not worth waking other threads for.
+int useful_threads(int threads, const Plan& plan, std::int64_t rows) {
+  constexpr std::int64_t amplitudes_per_thread = 1 << 15;
+  const std::int64_t useful = 1 + rows * std::int64_t{plan.n_amplitudes()} / amplitudes_per_thread;
+  return int(std::min<std::int64_t>(threads, useful));
+}
+
+template <class M>
+void check(const M& m, const char* name, std::int64_t rows, std::int64_t columns, bool is_double) {
+  auto refuse = [&](const std::string& expected, const std::string& received) {
+    throw std::invalid_argument(std::string("expected ") + name + " with " + expected + ", received " + received);
+  };
+  if (m.rows != rows) refuse(std::to_string(rows) + " rows", std::to_string(m.rows));
+  if (m.columns != columns) refuse(std::to_string(columns) + " columns", std::to_string(m.columns));
+  if ((m.scalar == Scalar::float64) != is_double) {
+    refuse(is_double ? "float64 numbers, as x has" : "at most float32 numbers, as x has", "the other precision");
+  }
+  if (m.rows > 0 && m.data == nullptr) refuse("data", "a null pointer");
+}
+
+void check_x(const Plan& plan, const ConstMatrix& x) {
+  if (x.rows < 0) throw std::invalid_argument("expected a batch of at least 0 rows, received " + std::to_string(x.rows));
+  if (x.columns < 1 || x.columns > std::int64_t{plan.n_amplitudes()}) {
+    throw std::invalid_argument("expected x with 1 to " + std::to_string(plan.n_amplitudes()) + " columns for " +
+                                std::to_string(plan.n_wires) + " wires, received " + std::to_string(x.columns));
+  }
+}
+
+template <class T>
+void forward_as(const ForwardCall& call) {
+  const ProgramStorage<T> storage(call.plan, call.theta);
+  const Program<T>& program = storage.program();
+  const CpuKernels<T>& kernel = kernels<T>();
+  const Chunks chunks(call.x.rows, kernel.width);
+  parallel_for(int(chunks.n_chunks), useful_threads(call.threads, call.plan, call.x.rows), [&](int c) {
+    kernel.forward(program, call, chunks.first(c), chunks.first(c + 1), scratch(program));
+  });
+}
+
+template <class T>
+void backward_as(const BackwardCall& call) {
+  const ProgramStorage<T> storage(call.plan, call.theta);
+  const Program<T>& program = storage.program();
+  const CpuKernels<T>& kernel = kernels<T>();
+  const Chunks chunks(call.x.rows, kernel.width);
+  const std::size_t n_slots = program.n_slots;
+  std::vector<double> partial(n_slots * std::size_t(chunks.n_chunks), 0.0);
+  parallel_for(int(chunks.n_chunks), useful_threads(call.threads, call.plan, call.x.rows), [&](int c) {
+    kernel.backward(program, call, chunks.first(c), chunks.first(c + 1), scratch(program),
+                    partial.data() + n_slots * std::size_t(c));
+  });
+  std::vector<double> slots(n_slots, 0.0);
+  for (std::size_t k = 0; k < partial.size(); ++k) slots[k % n_slots] += partial[k];
+  std::fill_n(call.grad_theta, call.plan.n_parameters, 0.0);
+  storage.chain_rule(slots.data(), call.theta, call.grad_theta);
+}
+
+}  // namespace
+
+const char* instruction_set() { return chosen().name; }
+
+PlanOptions default_options() {
+  PlanOptions options;
+  options.rotate_radix = chosen().rotate_radix;
+  options.unwind_radix = chosen().unwind_radix;
+  return options;
+}
+
+void forward(const ForwardCall& call) {
+  check_x(call.plan, call.x);
+  const bool is_double = call.x.scalar == Scalar::float64;
+  check(call.features, "features", call.x.rows, call.plan.n_columns(), is_double);
+  if (call.x.rows == 0) return;
+  is_double ? forward_as<double>(call) : forward_as<float>(call);
+}
+
+void backward(const BackwardCall& call) {
+  check_x(call.plan, call.x);
+  const bool is_double = call.x.scalar == Scalar::float64;
+  check(call.grad, "grad", call.x.rows, call.plan.n_columns(), is_double);
+  if (call.grad_x.data != nullptr) check(call.grad_x, "grad_x", call.x.rows, call.x.columns, is_double);
+  if (call.x.rows == 0) {
+    std::fill_n(call.grad_theta, call.plan.n_parameters, 0.0);
+    return;
+  }
+  is_double ? backward_as<double>(call) : backward_as<float>(call);
+}
+
+}  // namespace qaa

@@ -1,0 +1,27 @@
+// What each instruction set's translation unit exports: the kernels over a range of groups of states.
+#pragma once
+
+#include "program.h"
+#include "qaa.h"
+
+namespace qaa {
+
+// Groups [first, last) of `width` rows each. `memory` holds `workspace_vectors` vectors, aligned to a vector.
+template <class T>
+struct CpuKernels {
+  int width;
+  std::size_t (*workspace_vectors)(const Program<T>&);
+  void (*forward)(const Program<T>&, const ForwardCall&, std::int64_t first, std::int64_t last, void* memory);
+  void (*backward)(const Program<T>&, const BackwardCall&, std::int64_t first, std::int64_t last, void* memory,
+                   double* slots);
+};
+
+struct InstructionSet {
+  const char* name;
+  int vector_bytes;
+  int rotate_radix, unwind_radix;
+  CpuKernels<float> f32;
+  CpuKernels<double> f64;
+};
+
+}  // namespace qaa

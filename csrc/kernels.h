@@ -1,0 +1,755 @@
+// The kernels: one group of W states at a time, from rows in memory to features, and back to gradients.
+//
+// States are arrays of vectors, amplitude by amplitude, the real and the imaginary parts apart. A rotation is real, so
+// it treats the two parts as two independent real states; only diagonals mix them, and as long as the state is real
+// the second array is not touched at all.
+#pragma once
+
+#include "lanes.h"
+#include "program.h"
+#include "qaa.h"
+
+namespace qaa::QAA_ISA {
+
+constexpr int max_sums = 17;  // of a tree over at most 16 wires
+
+// A state, or the adjoint's bra: n_amplitudes vectors each.
+template <class T>
+struct State {
+  Vec<T>*re, *im;
+};
+
+template <class T>
+struct Workspace {
+  State<T> ket, bra;
+  Vec<T>* scratch;  // n_amplitudes / 4 + 16
+  Vec<T>* strings;  // values of the strings, then their weights: 2 * n_strings
+  Vec<T>* columns;  // features, or their gradients: n_columns
+
+  static std::size_t vectors(const Program<T>& p) {
+    return std::size_t{4} * p.n_amplitudes + p.n_amplitudes / 4 + 16 + 2 * std::size_t{p.n_strings} + p.n_columns;
+  }
+  Workspace(const Program<T>& p, void* memory) {
+    auto* next = static_cast<Vec<T>*>(memory);
+    auto take = [&](std::size_t n) { return next += n, next - n; };
+    ket = {take(p.n_amplitudes), take(p.n_amplitudes)};
+    bra = {take(p.n_amplitudes), take(p.n_amplitudes)};
+    scratch = take(p.n_amplitudes / 4 + 16);
+    strings = take(2 * std::size_t{p.n_strings});
+    columns = take(p.n_columns);
+  }
+};
+
+// ------------------------------------------------------------------------------------------------ rows <-> lanes
+
+template <class T, class In>
+void load_rows(const In* data, std::int64_t stride, int n_rows, std::int64_t columns, Vec<T>* out) {
+  constexpr int w = width<T>;
+  std::int64_t c = 0;
+  for (; c + w <= columns; c += w) {
+    Vec<T> block[w];
+    if (n_rows == w) {
+#pragma GCC unroll 16
+      for (int r = 0; r < w; ++r) block[r] = load_row<T>(data + r * stride + c);
+    } else {
+      for (int r = 0; r < w; ++r) block[r] = r < n_rows ? load_row<T>(data + r * stride + c) : Vec<T>{};
+    }
+    transpose<T>(block);
+#pragma GCC unroll 16
+    for (int r = 0; r < w; ++r) out[c + r] = block[r];
+  }
+  for (; c < columns; ++c) {
+    Vec<T> column{};
+    for (int r = 0; r < n_rows; ++r) column[r] = to_float(data[r * stride + c]);
+    out[c] = column;
+  }
+}
+
+template <class T, class Out>
+void store_rows(const Vec<T>* in, std::int64_t columns, Out* data, std::int64_t stride, int n_rows) {
+  constexpr int w = width<T>;
+  std::int64_t c = 0;
+  for (; c + w <= columns; c += w) {
+    Vec<T> block[w];
+#pragma GCC unroll 16
+    for (int r = 0; r < w; ++r) block[r] = in[c + r];
+    transpose<T>(block);
+    for (int r = 0; r < n_rows; ++r) store_row<T>(data + r * stride + c, block[r]);
+  }
+  for (; c < columns; ++c) {
+    for (int r = 0; r < n_rows; ++r) data[r * stride + c] = from_float<Out, T>(in[c][r]);
+  }
+}
+
+// The one place where storage types are told apart.
+template <class T>
+void load_matrix(const ConstMatrix& m, std::int64_t first_row, int n_rows, Vec<T>* out) {
+  auto load = [&](auto* data) { load_rows<T>(data + first_row * m.row_stride, m.row_stride, n_rows, m.columns, out); };
+  if constexpr (sizeof(T) == 8) {
+    load(static_cast<const double*>(m.data));
+  } else {
+    switch (m.scalar) {
+      case Scalar::float16: return load(static_cast<const Half*>(m.data));
+      case Scalar::bfloat16: return load(static_cast<const Bf16*>(m.data));
+      default: return load(static_cast<const float*>(m.data));
+    }
+  }
+}
+template <class T>
+void store_matrix(const Vec<T>* in, const Matrix& m, std::int64_t first_row, int n_rows) {
+  auto store = [&](auto* data) {
+    store_rows<T>(in, m.columns, data + first_row * m.row_stride, m.row_stride, n_rows);
+  };
+  if constexpr (sizeof(T) == 8) {
+    store(static_cast<double*>(m.data));
+  } else {
+    switch (m.scalar) {
+      case Scalar::float16: return store(static_cast<Half*>(m.data));
+      case Scalar::bfloat16: return store(static_cast<Bf16*>(m.data));
+      default: return store(static_cast<float*>(m.data));
+    }
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ embedding
+
+template <class T>
+struct Norms {
+  Vec<T> squared;  // of the vector that was embedded
+  Vec<T> rescale;  // the power of two that the row was multiplied by, against overflow and underflow
+};
+
+template <class T>
+Norms<T> sum_of_squares(const Vec<T>* a, std::int64_t n) {
+  Vec<T> sum[4] = {};
+  std::int64_t i = 0;
+  for (; i + 4 <= n; i += 4) {
+    for (int k = 0; k < 4; ++k) sum[k] += a[i + k] * a[i + k];
+  }
+  for (; i < n; ++i) sum[0] += a[i] * a[i];
+  return {(sum[0] + sum[1]) + (sum[2] + sum[3]), splat<T>(1)};
+}
+
+// Loads rows, pads them with zeros to 2^n_wires amplitudes and computes their norms. The state is left unnormalized:
+// the circuit is linear, so the readout divides.
+template <class T>
+Norms<T> embed(const Program<T>& p, const ConstMatrix& x, std::int64_t first_row, int n_rows, State<T> ket) {
+  load_matrix<T>(x, first_row, n_rows, ket.re);
+  for (Index i = Index(x.columns); i < p.n_amplitudes; ++i) ket.re[i] = Vec<T>{};
+  if (!p.starts_real) {
+    for (Index i = 0; i < p.n_amplitudes; ++i) ket.im[i] = Vec<T>{};
+  }
+  Norms<T> norms = sum_of_squares<T>(ket.re, x.columns);
+  if (!p.normalize) return norms;
+
+  constexpr T tiny = sizeof(T) == 8 ? T(1e-250) : T(1e-24), huge = sizeof(T) == 8 ? T(1e300) : T(1e30);
+  bool extreme = false;
+  for (int l = 0; l < width<T>; ++l) extreme |= norms.squared[l] > huge || norms.squared[l] < tiny;
+  if (!extreme) return norms;
+  Vec<T> largest{};
+  for (Index i = 0; i < Index(x.columns); ++i) {
+    const Vec<T> a = ket.re[i] < 0 ? -ket.re[i] : ket.re[i];
+    largest = a > largest ? a : largest;
+  }
+  Vec<T> rescale = splat<T>(1);
+  for (int l = 0; l < n_rows; ++l) {
+    const T a = largest[l];
+    if (!(a > 0) || a > std::numeric_limits<T>::max()) continue;  // zero rows, NaN, infinity: nothing to rescue
+    int exponent = 0;
+    __builtin_frexp(double(a), &exponent);
+    constexpr int limit = sizeof(T) == 8 ? 1020 : 126;
+    exponent = exponent > limit ? limit : exponent < -limit ? -limit : exponent;
+    rescale[l] = T(__builtin_ldexp(1.0, -exponent));
+  }
+  for (Index i = 0; i < Index(x.columns); ++i) ket.re[i] *= rescale;
+  norms = sum_of_squares<T>(ket.re, x.columns);
+  norms.rescale = rescale;
+  return norms;
+}
+
+// 1 / squared norm, or 1 / norm for the state itself; zero for a zero row; one where nothing is normalized.
+template <class T>
+Vec<T> inverse_norm(const Program<T>& p, const Norms<T>& norms) {
+  if (!p.normalize) return splat<T>(1);
+  Vec<T> out{};
+  for (int l = 0; l < width<T>; ++l) {
+    const T s = norms.squared[l];
+    out[l] = s == 0 ? T(0) : T(1) / (p.readout == ReadoutKind::state ? T(__builtin_sqrt(double(s))) : s);
+  }
+  return out;
+}
+
+// ------------------------------------------------------------------------------------------------ rotations
+
+// [a; b] <- [keep -mix; mix keep] [a; b], or its transpose.
+template <class T, bool tangent, bool inverse>
+QAA_INLINE void rotate_pair(Vec<T>& a, Vec<T>& b, T keep, T mix) {
+  const Vec<T> a0 = a, b0 = b;
+  if constexpr (tangent && !inverse) {
+    a = a0 - mix * b0;
+    b = b0 + mix * a0;
+  } else if constexpr (tangent) {
+    a = a0 + mix * b0;
+    b = b0 - mix * a0;
+  } else if constexpr (!inverse) {
+    a = keep * a0 - mix * b0;
+    b = keep * b0 + mix * a0;
+  } else {
+    a = keep * a0 + mix * b0;
+    b = keep * b0 - mix * a0;
+  }
+}
+
+template <class T, int radix, bool tangent, bool inverse>
+QAA_INLINE void rotate_block(Vec<T>* block, const RotatePass<T>& pass) {
+#pragma GCC unroll 4
+  for (int k = 0; k < radix; ++k) {
+#pragma GCC unroll 16
+    for (int v = 0; v < (1 << radix); ++v) {
+      if (!(v & (1 << k))) {
+        rotate_pair<T, tangent, inverse>(block[v], block[v | (1 << k)], pass.keep[k], pass.mix[k]);
+      }
+    }
+  }
+}
+
+template <class T, int radix, bool tangent>
+void rotate_pass(const RotatePass<T>& shared, Vec<T>* state) {
+  constexpr int size = 1 << radix;
+  const RotatePass<T> pass = shared;  // a copy that stores to the state cannot alias
+  for (std::uint32_t r = 0; r < pass.n_representatives; ++r) {
+    const Index base = pass.representatives[r];
+    Vec<T> block[size];
+#pragma GCC unroll 16
+    for (int v = 0; v < size; ++v) block[v] = state[base ^ pass.offsets[v]];
+    rotate_block<T, radix, tangent, false>(block, pass);
+#pragma GCC unroll 16
+    for (int v = 0; v < size; ++v) state[base ^ pass.offsets[v]] = block[v];
+  }
+}
+
+// Undoes the rotations on ket and bra; overlaps[k] += sum over pairs of bra_b ket_a - bra_a ket_b, which is the same
+// before and after (the rotations commute).
+template <class T, int radix, bool tangent>
+void unwind_pass(const RotatePass<T>& shared, Vec<T>* ket, Vec<T>* bra, Vec<T>* overlaps) {
+  constexpr int size = 1 << radix;
+  const RotatePass<T> pass = shared;
+  Vec<T> sum[radix];
+  for (int k = 0; k < radix; ++k) sum[k] = overlaps[k];
+  for (std::uint32_t r = 0; r < pass.n_representatives; ++r) {
+    const Index base = pass.representatives[r];
+    Vec<T> a[size], b[size];
+#pragma GCC unroll 16
+    for (int v = 0; v < size; ++v) {
+      a[v] = ket[base ^ pass.offsets[v]];
+      b[v] = bra[base ^ pass.offsets[v]];
+    }
+#pragma GCC unroll 4
+    for (int k = 0; k < radix; ++k) {
+#pragma GCC unroll 16
+      for (int v = 0; v < size; ++v) {
+        if (v & (1 << k)) continue;
+        const int u = v | (1 << k);
+        sum[k] += b[u] * a[v];
+        sum[k] -= b[v] * a[u];
+      }
+    }
+    rotate_block<T, radix, tangent, true>(a, pass);
+    rotate_block<T, radix, tangent, true>(b, pass);
+#pragma GCC unroll 16
+    for (int v = 0; v < size; ++v) {
+      ket[base ^ pass.offsets[v]] = a[v];
+      bra[base ^ pass.offsets[v]] = b[v];
+    }
+  }
+  for (int k = 0; k < radix; ++k) overlaps[k] = sum[k];
+}
+
+// Calls f with the pass's radix and form as compile-time constants.
+template <int radix>
+struct Radix {
+  static constexpr int value = radix;
+};
+template <class F>
+QAA_INLINE void with_radix(std::uint32_t radix, F&& f) {
+  switch (radix) {
+    case 1: return f(Radix<1>{});
+    case 2: return f(Radix<2>{});
+    case 3: return f(Radix<3>{});
+    case 4: return f(Radix<4>{});
+  }
+  __builtin_unreachable();
+}
+
+template <class T>
+void rotate(const RotatePass<T>& pass, Vec<T>* state) {
+  with_radix(pass.radix, [&](auto radix) {
+    if (pass.tangent) {
+      rotate_pass<T, radix.value, true>(pass, state);
+    } else {
+      rotate_pass<T, radix.value, false>(pass, state);
+    }
+  });
+}
+template <class T>
+void unwind(const RotatePass<T>& pass, Vec<T>* ket, Vec<T>* bra, Vec<T>* overlaps) {
+  with_radix(pass.radix, [&](auto radix) {
+    if (pass.tangent) {
+      unwind_pass<T, radix.value, true>(pass, ket, bra, overlaps);
+    } else {
+      unwind_pass<T, radix.value, false>(pass, ket, bra, overlaps);
+    }
+  });
+}
+
+// ------------------------------------------------------------------------------------------------ signed sums
+
+// Sums over one block of a tree: sums[k] += sum of (-1)^(bit k of v) value[v]; returns the plain sum.
+template <class T, int bits>
+QAA_INLINE Vec<T> sum_block(Vec<T>* value, Vec<T>* sums) {
+#pragma GCC unroll 3
+  for (int k = 0; k < bits; ++k) {
+    Vec<T> difference{};
+#pragma GCC unroll 4
+    for (int v = 0; v < (1 << (bits - 1 - k)); ++v) {
+      const Vec<T> even = value[2 * v], odd = value[2 * v + 1];
+      difference = v == 0 ? even - odd : difference + (even - odd);
+      value[v] = even + odd;
+    }
+    sums[k] += difference;
+  }
+  return value[0];
+}
+
+template <class T, int bits, class Value>
+QAA_INLINE void sum_level(Index n_blocks, Value&& value, Vec<T>* totals, Vec<T>* sums) {
+  Vec<T> sum[bits] = {};
+  for (Index b = 0; b < n_blocks; ++b) {
+    Vec<T> block[1 << bits];
+#pragma GCC unroll 8
+    for (int v = 0; v < (1 << bits); ++v) block[v] = value((b << bits) | Index(v));
+    totals[b] = sum_block<T, bits>(block, sum);
+  }
+  for (int k = 0; k < bits; ++k) sums[k] = sum[k];
+}
+
+// sums[j] = sum over b of (-1)^(bit j of b) value(b) for all n bits; sums[n] = sum of value(b).
+template <class T, class Value>
+void tree_sums(std::uint32_t n, Value&& value, Vec<T>* scratch, Vec<T>* sums) {
+  auto level = [&](std::uint32_t done, auto&& at) {
+    const std::uint32_t bits = n - done < 3 ? n - done : 3;
+    const Index n_blocks = Index{1} << (n - done - bits);
+    switch (bits) {
+      case 1: sum_level<T, 1>(n_blocks, at, scratch, sums + done); break;
+      case 2: sum_level<T, 2>(n_blocks, at, scratch, sums + done); break;
+      default: sum_level<T, 3>(n_blocks, at, scratch, sums + done); break;
+    }
+    return done + bits;
+  };
+  std::uint32_t done = level(0, value);
+  while (done < n) done = level(done, [&](Index b) { return scratch[b]; });
+  sums[n] = scratch[0];
+}
+
+// use(b, w) with w = weights[n] + sum over j of (-1)^(bit j of b) weights[j], the transpose of tree_sums.
+template <class T, class Use>
+void tree_weights(std::uint32_t n, const Vec<T>* weights, Vec<T>* scratch, Use&& use) {
+  const std::uint32_t low = n < 3 ? n : 3;
+  // The upper n - low bits by doubling, in place; then all combinations of the lower ones.
+  scratch[0] = weights[n];
+  for (std::uint32_t j = low; j < n; ++j) {
+    const Index half = Index{1} << (j - low);
+    for (Index b = 0; b < half; ++b) {
+      scratch[b | half] = scratch[b] - weights[j];
+      scratch[b] += weights[j];
+    }
+  }
+  Vec<T> lower[8];
+  lower[0] = Vec<T>{};
+  for (std::uint32_t j = 0; j < low; ++j) {
+    for (int v = 0; v < (1 << j); ++v) {
+      lower[v | (1 << j)] = lower[v] - weights[j];
+      lower[v] += weights[j];
+    }
+  }
+  const Index n_blocks = Index{1} << (n - low), size = Index{1} << low;
+  for (Index b = 0; b < n_blocks; ++b) {
+    const Vec<T> upper = scratch[b];
+    for (Index v = 0; v < size; ++v) use((b << low) | v, upper + lower[v]);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ diagonals
+
+template <class T>
+void apply_diagonal(const ProgramStage<T>& stage, Index n, bool was_complex, State<T> s) {
+  if (stage.real) {
+    for (Index i = 0; i < n; ++i) s.re[i] *= stage.re[i];
+    if (was_complex) {
+      for (Index i = 0; i < n; ++i) s.im[i] *= stage.re[i];
+    }
+  } else if (!was_complex) {
+    for (Index i = 0; i < n; ++i) {
+      const Vec<T> re = s.re[i];
+      s.re[i] = re * stage.re[i];
+      s.im[i] = re * stage.im[i];
+    }
+  } else {
+    for (Index i = 0; i < n; ++i) {
+      const Vec<T> re = s.re[i], im = s.im[i];
+      s.re[i] = re * stage.re[i] - im * stage.im[i];
+      s.im[i] = re * stage.im[i] + im * stage.re[i];
+    }
+  }
+}
+
+// Undoes a diagonal on ket and bra and adds the derivatives with respect to its phases to `slots`. Where the state
+// was real before the diagonal, only the real parts are kept: nothing upstream depends on the bra's imaginary part.
+template <class T>
+void unwind_diagonal(const Program<T>& p, const ProgramStage<T>& stage, bool is_complex, bool was_complex,
+                     const Workspace<T>& work, double* slots) {
+  const State<T> ket = work.ket, bra = work.bra;
+  if (stage.real) {
+    for (Index i = 0; i < p.n_amplitudes; ++i) {
+      ket.re[i] *= stage.back_re[i];
+      bra.re[i] *= stage.back_re[i];
+    }
+    if (is_complex) {
+      for (Index i = 0; i < p.n_amplitudes; ++i) {
+        ket.im[i] *= stage.back_re[i];
+        bra.im[i] *= stage.back_re[i];
+      }
+    }
+    return;  // a real diagonal has no angles
+  }
+  // 2 Im(conj(bra) ket) after undoing; the pair's common scale has been paid by then.
+  auto undo = [&](Index i) -> Vec<T> {
+    const T re = stage.back_re[i], im = stage.back_im[i];
+    const Vec<T> kr = ket.re[i], ki = ket.im[i], br = bra.re[i], bi = bra.im[i];
+    const Vec<T> new_kr = kr * re - ki * im, new_br = br * re - bi * im, new_bi = br * im + bi * re;
+    ket.re[i] = new_kr;
+    bra.re[i] = new_br;
+    if (!was_complex) return -new_bi * new_kr;
+    const Vec<T> new_ki = kr * im + ki * re;
+    ket.im[i] = new_ki;
+    bra.im[i] = new_bi;
+    return new_br * new_ki - new_bi * new_kr;
+  };
+  if (stage.n_trees == 0) {
+    for (Index i = 0; i < p.n_amplitudes; ++i) undo(i);
+    return;
+  }
+  auto add_sums = [&](const SumTree& tree, const Vec<T>* sums) {
+    for (std::uint32_t j = 0; j <= p.n_wires; ++j) {
+      if (tree.slots[j] != Tree::unused) slots[stage.first_slot + tree.slots[j]] += lane_sum<T>(sums[j]);
+    }
+  };
+  Vec<T> sums[max_sums];
+  if (stage.n_trees == 1) {
+    const Index* order = stage.trees[0].order;
+    tree_sums<T>(p.n_wires, [&](Index b) { return undo(order[b]); }, work.scratch, sums);
+    add_sums(stage.trees[0], sums);
+    return;
+  }
+  // More masks than wires: the overlaps first, where every tree can read them.
+  for (std::uint32_t t = 0; t < stage.n_trees; ++t) {
+    const Index* order = stage.trees[t].order;
+    if (t + 1 < stage.n_trees) {
+      const double scale = stage.overlap_scale;
+      tree_sums<T>(p.n_wires, [&](Index b) {
+        const Index i = order[b];
+        return bra.re[i] * ket.im[i] - bra.im[i] * ket.re[i];
+      }, work.scratch, sums);
+      for (auto& sum : sums) sum *= T(scale);
+    } else {
+      tree_sums<T>(p.n_wires, [&](Index b) { return undo(order[b]); }, work.scratch, sums);
+    }
+    add_sums(stage.trees[t], sums);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ observables
+
+template <class T, int radix>
+void flip_values(const FlipPass& shared, const Vec<T>* state, Vec<T>* values) {
+  const FlipPass pass = shared;
+  Vec<T> sum[radix] = {};
+  for (std::uint32_t r = 0; r < pass.n_representatives; ++r) {
+    const Index base = pass.representatives[r];
+    Vec<T> block[1 << radix];
+#pragma GCC unroll 16
+    for (int v = 0; v < (1 << radix); ++v) block[v] = state[base ^ pass.offsets[v]];
+#pragma GCC unroll 4
+    for (int k = 0; k < radix; ++k) {
+#pragma GCC unroll 16
+      for (int v = 0; v < (1 << radix); ++v) {
+        if (!(v & (1 << k))) sum[k] += block[v] * block[v | (1 << k)];
+      }
+    }
+  }
+  for (int k = 0; k < radix; ++k) values[pass.first + k] += sum[k] + sum[k];
+}
+
+// bra += sum over k of weight_k (ket flipped by mask k)
+template <class T, int radix>
+void flip_apply(const FlipPass& shared, const Vec<T>* weights, const Vec<T>* ket, Vec<T>* bra) {
+  const FlipPass pass = shared;
+  Vec<T> weight[radix];
+  for (int k = 0; k < radix; ++k) weight[k] = weights[pass.first + k];
+  for (std::uint32_t r = 0; r < pass.n_representatives; ++r) {
+    const Index base = pass.representatives[r];
+    Vec<T> block[1 << radix];
+#pragma GCC unroll 16
+    for (int v = 0; v < (1 << radix); ++v) block[v] = ket[base ^ pass.offsets[v]];
+#pragma GCC unroll 16
+    for (int v = 0; v < (1 << radix); ++v) {
+      Vec<T> sum = bra[base ^ pass.offsets[v]];
+#pragma GCC unroll 4
+      for (int k = 0; k < radix; ++k) sum += weight[k] * block[v ^ (1 << k)];
+      bra[base ^ pass.offsets[v]] = sum;
+    }
+  }
+}
+
+// Calls f(i, j, negative) for every pair j = i ^ x, with the sign of index i.
+template <class F>
+QAA_INLINE void for_pairs(Index n, const GeneralString& s, F&& f) {
+  const Index low = s.x & (~s.x + 1);
+  for (Index i = 0; i < n; ++i) {
+    if (!(i & low)) f(i, i ^ s.x, __builtin_parity(i & s.z) != 0);
+  }
+}
+
+template <class T>
+Vec<T> general_value(const GeneralString& s, Index n, bool complex, State<T> a) {
+  Vec<T> sum{};
+  if (s.imaginary && !complex) return sum;
+  for_pairs(n, s, [&](Index i, Index j, bool negative) {
+    Vec<T> term = s.imaginary ? a.re[i] * a.im[j] - a.im[i] * a.re[j] : a.re[i] * a.re[j];
+    if (!s.imaginary && complex) term += a.im[i] * a.im[j];
+    sum = negative ? sum - term : sum + term;
+  });
+  return sum + sum;
+}
+
+template <class T>
+void general_apply(const GeneralString& s, Index n, bool complex, Vec<T> weight, State<T> ket, State<T> bra) {
+  if (s.imaginary && !complex) return;
+  for_pairs(n, s, [&](Index i, Index j, bool negative) {
+    const Vec<T> w = negative ? -weight : weight;
+    if (s.imaginary) {
+      bra.re[i] += w * ket.im[j];
+      bra.im[i] -= w * ket.re[j];
+      bra.re[j] -= w * ket.im[i];
+      bra.im[j] += w * ket.re[i];
+    } else {
+      bra.re[i] += w * ket.re[j];
+      bra.re[j] += w * ket.re[i];
+      if (!complex) return;
+      bra.im[i] += w * ket.im[j];
+      bra.im[j] += w * ket.im[i];
+    }
+  });
+}
+
+// work.strings[s] = <stored ket| string s |stored ket>
+template <class T>
+void string_values(const Program<T>& p, bool complex, const Workspace<T>& work) {
+  Vec<T>* values = work.strings;
+  const State<T> ket = work.ket;
+  for (std::uint32_t s = 0; s < p.n_strings; ++s) values[s] = Vec<T>{};
+  for (std::uint32_t t = 0; t < p.n_trees; ++t) {
+    const SumTree& tree = p.trees[t];
+    Vec<T> sums[max_sums];
+    if (complex) {
+      tree_sums<T>(p.n_wires, [&](Index b) {
+        const Index i = tree.order[b];
+        return ket.re[i] * ket.re[i] + ket.im[i] * ket.im[i];
+      }, work.scratch, sums);
+    } else {
+      tree_sums<T>(p.n_wires, [&](Index b) {
+        const Vec<T> re = ket.re[tree.order[b]];
+        return re * re;
+      }, work.scratch, sums);
+    }
+    for (std::uint32_t j = 0; j <= p.n_wires; ++j) {
+      if (tree.slots[j] != Tree::unused) values[tree.slots[j]] = sums[j];
+    }
+  }
+  for (std::uint32_t f = 0; f < p.n_flips; ++f) {
+    with_radix(p.flips[f].radix, [&](auto radix) {
+      flip_values<T, radix.value>(p.flips[f], ket.re, values);
+      if (complex) flip_values<T, radix.value>(p.flips[f], ket.im, values);
+    });
+  }
+  for (std::uint32_t g = 0; g < p.n_general; ++g) {
+    values[p.general[g].string] = general_value<T>(p.general[g], p.n_amplitudes, complex, ket);
+  }
+}
+
+// bra = (sum over s of weights[s] string s) ket
+template <class T>
+void apply_strings(const Program<T>& p, bool complex, const Vec<T>* weights, const Workspace<T>& work) {
+  const State<T> ket = work.ket, bra = work.bra;
+  for (std::uint32_t t = 0; t < p.n_trees; ++t) {
+    const SumTree& tree = p.trees[t];
+    Vec<T> tree_weight[max_sums];
+    for (std::uint32_t j = 0; j <= p.n_wires; ++j) {
+      tree_weight[j] = tree.slots[j] != Tree::unused ? weights[tree.slots[j]] : Vec<T>{};
+    }
+    tree_weights<T>(p.n_wires, tree_weight, work.scratch, [&](Index b, Vec<T> w) {
+      const Index i = tree.order[b];
+      bra.re[i] = t == 0 ? w * ket.re[i] : bra.re[i] + w * ket.re[i];
+      if (complex) bra.im[i] = t == 0 ? w * ket.im[i] : bra.im[i] + w * ket.im[i];
+    });
+  }
+  if (p.n_trees == 0) {
+    for (Index i = 0; i < p.n_amplitudes; ++i) bra.re[i] = Vec<T>{};
+    for (Index i = 0; complex && i < p.n_amplitudes; ++i) bra.im[i] = Vec<T>{};
+  }
+  for (std::uint32_t f = 0; f < p.n_flips; ++f) {
+    with_radix(p.flips[f].radix, [&](auto radix) {
+      flip_apply<T, radix.value>(p.flips[f], weights, ket.re, bra.re);
+      if (complex) flip_apply<T, radix.value>(p.flips[f], weights, ket.im, bra.im);
+    });
+  }
+  for (std::uint32_t g = 0; g < p.n_general; ++g) {
+    general_apply<T>(p.general[g], p.n_amplitudes, complex, weights[p.general[g].string], ket, bra);
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ groups
+
+// Runs all stages on the ket; returns whether the final state is complex.
+template <class T>
+bool run_stages(const Program<T>& p, State<T> ket) {
+  bool complex = !p.starts_real;
+  for (std::uint32_t s = 0; s < p.n_stages; ++s) {
+    const ProgramStage<T>& stage = p.stages[s];
+    if (stage.diagonal) {
+      apply_diagonal<T>(stage, p.n_amplitudes, complex, ket);
+      complex |= !stage.real;
+      continue;
+    }
+    for (std::uint32_t k = 0; k < stage.n_rotate; ++k) rotate<T>(stage.rotate[k], ket.re);
+    for (std::uint32_t k = 0; complex && k < stage.n_rotate; ++k) rotate<T>(stage.rotate[k], ket.im);
+  }
+  return complex;
+}
+
+template <class T>
+void forward_group(const Program<T>& p, const ForwardCall& call, std::int64_t first_row, int n_rows,
+                   const Workspace<T>& work) {
+  const Norms<T> norms = embed<T>(p, call.x, first_row, n_rows, work.ket);
+  const bool complex = run_stages<T>(p, work.ket);
+  const Vec<T> inverse = inverse_norm<T>(p, norms);
+  const State<T> ket = work.ket;
+  Vec<T>* columns = work.columns;
+  if (p.readout == ReadoutKind::expval) {
+    string_values<T>(p, complex, work);
+    for (std::uint32_t k = 0; k < p.n_outputs; ++k) columns[k] = Vec<T>{};
+    for (std::uint32_t t = 0; t < p.n_terms; ++t) {
+      columns[p.terms[t].output] += p.terms[t].coefficient * work.strings[p.terms[t].string];
+    }
+    const Vec<T> scale = inverse * (p.scale * p.scale);
+    for (std::uint32_t k = 0; k < p.n_outputs; ++k) columns[k] *= scale;
+  } else if (p.readout == ReadoutKind::probs) {
+    const Vec<T> scale = inverse * (p.scale * p.scale);
+    for (std::uint32_t k = 0; k < p.n_outputs; ++k) {
+      const Index i = p.outputs[k];
+      Vec<T> square = ket.re[i] * ket.re[i];
+      if (complex) square += ket.im[i] * ket.im[i];
+      columns[k] = square * scale;
+    }
+  } else {
+    const Vec<T> scale = inverse * p.scale;
+    for (std::uint32_t k = 0; k < p.n_outputs; ++k) {
+      const Vec<T> signed_scale = p.signs[k] < 0 ? -scale : scale;
+      columns[2 * k] = ket.re[p.outputs[k]] * signed_scale;
+      columns[2 * k + 1] = complex ? ket.im[p.outputs[k]] * signed_scale : Vec<T>{};
+    }
+  }
+  store_matrix<T>(columns, call.features, first_row, n_rows);
+}
+
+// The bra M ket, in the ket's scale, where M is the readout weighted by the incoming gradient.
+template <class T>
+void start_bra(const Program<T>& p, bool complex, const Workspace<T>& work, double* slots) {
+  const State<T> ket = work.ket, bra = work.bra;
+  const Vec<T>* grad = work.columns;
+  if (p.readout == ReadoutKind::expval) {
+    string_values<T>(p, complex, work);
+    Vec<T>* weights = work.strings + p.n_strings;
+    for (std::uint32_t s = 0; s < p.n_strings; ++s) weights[s] = Vec<T>{};
+    const T scale = p.scale * p.scale;
+    for (std::uint32_t t = 0; t < p.n_terms; ++t) {
+      const ProgramTerm<T>& term = p.terms[t];
+      weights[term.string] += term.coefficient * grad[term.output];
+      slots[p.first_term_slot + t] += lane_sum<T>(grad[term.output] * work.strings[term.string] * scale);
+    }
+    apply_strings<T>(p, complex, weights, work);
+    return;
+  }
+  for (Index i = 0; i < p.n_amplitudes; ++i) bra.re[i] = Vec<T>{};
+  for (Index i = 0; complex && i < p.n_amplitudes; ++i) bra.im[i] = Vec<T>{};
+  for (std::uint32_t k = 0; k < p.n_outputs; ++k) {
+    const Index i = p.outputs[k];
+    if (p.readout == ReadoutKind::probs) {
+      bra.re[i] = grad[k] * ket.re[i];
+      if (complex) bra.im[i] = grad[k] * ket.im[i];
+    } else {
+      const T scale = p.signs[k] / p.scale;
+      bra.re[i] = grad[2 * k] * scale;
+      if (complex) bra.im[i] = grad[2 * k + 1] * scale;
+    }
+  }
+}
+
+template <class T>
+void backward_group(const Program<T>& p, const BackwardCall& call, std::int64_t first_row, int n_rows,
+                    const Workspace<T>& work, double* slots) {
+  const Norms<T> norms = embed<T>(p, call.x, first_row, n_rows, work.ket);
+  bool complex = run_stages<T>(p, work.ket);
+  const Vec<T> inverse = inverse_norm<T>(p, norms);
+  load_matrix<T>(call.grad, first_row, n_rows, work.columns);
+  for (std::uint32_t k = 0; k < p.n_columns; ++k) work.columns[k] *= inverse;
+  start_bra<T>(p, complex, work, slots);
+
+  std::uint32_t first_complex = p.n_stages;  // the stage after which the state is complex
+  for (std::uint32_t s = p.n_stages; s-- > 0;) {
+    if (!p.stages[s].real) first_complex = s;
+  }
+  for (std::uint32_t s = p.n_stages; s-- > 0;) {
+    const ProgramStage<T>& stage = p.stages[s];
+    if (stage.diagonal) {
+      const bool was_complex = !p.starts_real || s > first_complex;
+      unwind_diagonal<T>(p, stage, complex, was_complex, work, slots);
+      complex = was_complex;
+      continue;
+    }
+    for (std::uint32_t k = 0; k < stage.n_unwind; ++k) {
+      const RotatePass<T>& pass = stage.unwind[k];
+      Vec<T> overlaps[max_radix] = {};
+      unwind<T>(pass, work.ket.re, work.bra.re, overlaps);
+      if (complex) unwind<T>(pass, work.ket.im, work.bra.im, overlaps);
+      for (std::uint32_t r = 0; r < pass.radix; ++r) {
+        slots[pass.first_slot + r] += pass.overlap_scale * lane_sum<T>(overlaps[r]);
+      }
+    }
+  }
+  if (call.grad_x.data == nullptr) return;
+
+  // d/dx of q(x) / |x|^2, or of phi(x) / |x|: what lies along x drops out.
+  const Vec<T>*ket = work.ket.re, *bra = work.bra.re;
+  const Vec<T> outer = norms.rescale * (p.unwound_scale * (p.readout == ReadoutKind::state ? T(1) : T(2)));
+  Vec<T> along{};
+  if (p.normalize) {
+    for (Index i = 0; i < p.n_amplitudes; ++i) along += bra[i] * ket[i];
+    for (int l = 0; l < width<T>; ++l) along[l] = norms.squared[l] == 0 ? T(0) : along[l] / norms.squared[l];
+    along *= p.unwound_scale * p.unwound_scale;
+  }
+  for (Index i = 0; i < Index(call.x.columns); ++i) work.ket.re[i] = outer * (bra[i] - along * ket[i]);
+  store_matrix<T>(work.ket.re, call.grad_x, first_row, n_rows);
+}
+
+}  // namespace qaa::QAA_ISA

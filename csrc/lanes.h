@@ -1,0 +1,145 @@
+// Lanes: W states side by side. Amplitude i of W states is one vector, so every gate is vertical arithmetic and the
+// only shuffles are in the transposes at the ends. Compiled once per instruction set, in a namespace of its own:
+// nothing here may be shared with code that another instruction set compiles.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <utility>
+
+#ifndef QAA_ISA
+#error "compile through the build system, which defines QAA_ISA and QAA_VECTOR_BYTES"
+#endif
+
+#define QAA_INLINE inline __attribute__((always_inline))
+
+namespace qaa::QAA_ISA {
+
+typedef float vec_f32 __attribute__((vector_size(QAA_VECTOR_BYTES)));
+typedef double vec_f64 __attribute__((vector_size(QAA_VECTOR_BYTES)));
+typedef std::uint32_t vec_u32 __attribute__((vector_size(QAA_VECTOR_BYTES)));
+typedef std::uint16_t vec_u16 __attribute__((vector_size(QAA_VECTOR_BYTES / 2)));
+
+template <class T>
+struct LaneTypes;
+template <>
+struct LaneTypes<float> {
+  using Vec = vec_f32;
+};
+template <>
+struct LaneTypes<double> {
+  using Vec = vec_f64;
+};
+template <class T>
+using Vec = typename LaneTypes<T>::Vec;
+template <class T>
+inline constexpr int width = QAA_VECTOR_BYTES / int(sizeof(T));
+
+template <class T>
+QAA_INLINE Vec<T> splat(T value) {
+  return value - Vec<T>{};  // value - 0 in every lane, also for a negative zero
+}
+
+// bfloat16 and IEEE half as storage types.
+struct Bf16 {
+  std::uint16_t bits;
+};
+using Half = _Float16;
+
+QAA_INLINE float to_float(Bf16 value) {
+  const std::uint32_t bits = std::uint32_t(value.bits) << 16;
+  float out;
+  std::memcpy(&out, &bits, sizeof out);
+  return out;
+}
+QAA_INLINE float to_float(Half value) { return float(value); }
+QAA_INLINE float to_float(float value) { return value; }
+QAA_INLINE double to_float(double value) { return value; }
+
+template <class Out, class T>
+QAA_INLINE Out from_float(T value) {
+  return Out(value);
+}
+template <>
+QAA_INLINE Bf16 from_float<Bf16, float>(float value) {  // round to nearest, ties to even; NaN stays NaN
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  if (value != value) return {std::uint16_t((bits >> 16) | 0x40)};
+  return {std::uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
+}
+
+// width<T> consecutive numbers of a row.
+template <class T, class In>
+QAA_INLINE Vec<T> load_row(const In* row) {
+  Vec<T> out;
+  for (int l = 0; l < width<T>; ++l) out[l] = to_float(row[l]);
+  return out;
+}
+template <>
+QAA_INLINE vec_f32 load_row<float, float>(const float* row) {
+  vec_f32 out;
+  std::memcpy(&out, row, sizeof out);
+  return out;
+}
+template <>
+QAA_INLINE vec_f64 load_row<double, double>(const double* row) {
+  vec_f64 out;
+  std::memcpy(&out, row, sizeof out);
+  return out;
+}
+template <>
+QAA_INLINE vec_f32 load_row<float, Bf16>(const Bf16* row) {
+  vec_u16 bits;
+  std::memcpy(&bits, row, sizeof bits);
+  const vec_u32 wide = __builtin_convertvector(bits, vec_u32) << 16;
+  vec_f32 out;
+  std::memcpy(&out, &wide, sizeof out);
+  return out;
+}
+
+template <class T, class Out>
+QAA_INLINE void store_row(Out* row, const Vec<T>& values) {
+  for (int l = 0; l < width<T>; ++l) row[l] = from_float<Out, T>(values[l]);
+}
+template <>
+QAA_INLINE void store_row<float, float>(float* row, const vec_f32& values) {
+  std::memcpy(row, &values, sizeof values);
+}
+template <>
+QAA_INLINE void store_row<double, double>(double* row, const vec_f64& values) {
+  std::memcpy(row, &values, sizeof values);
+}
+
+// One step of a transpose: swaps the off-diagonal blocks of size s between rows a and b = a + s.
+template <int s, class T, int... l>
+QAA_INLINE void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, l...>) {
+  constexpr int w = width<T>;
+  const Vec<T> low = __builtin_shufflevector(a, b, ((l & s) ? w + (l ^ s) : l)...);
+  const Vec<T> high = __builtin_shufflevector(a, b, ((l & s) ? w + l : (l ^ s))...);
+  a = low;
+  b = high;
+}
+template <int s, class T>
+QAA_INLINE void transpose_step(Vec<T>* rows) {
+  constexpr int w = width<T>;
+#pragma GCC unroll 16
+  for (int r = 0; r < w; ++r) {
+    if (!(r & s)) exchange<s, T>(rows[r], rows[r + s], std::make_integer_sequence<int, w>{});
+  }
+  if constexpr (2 * s < w) transpose_step<2 * s, T>(rows);
+}
+// rows[r][c] <-> rows[c][r]
+template <class T>
+QAA_INLINE void transpose(Vec<T>* rows) {
+  transpose_step<1, T>(rows);
+}
+
+// Sum over lanes, in double and always in the same order.
+template <class T>
+QAA_INLINE double lane_sum(const Vec<T>& values) {
+  double sum = 0;
+  for (int l = 0; l < width<T>; ++l) sum += double(values[l]);
+  return sum;
+}
+
+}  // namespace qaa::QAA_ISA

@@ -1,0 +1,647 @@
+#include "plan.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <complex>
+#include <numbers>
+#include <sstream>
+#include <stdexcept>
+#include <utility>
+
+#include "gates.h"
+
+namespace qaa {
+namespace {
+
+bool parity(Index bits) { return std::popcount(bits) & 1; }
+
+// ------------------------------------------------------------------------------------------------ frame
+
+// The logical amplitude at logical index b is (-1)^parity(sign & b) times the stored one at M^-1 (b ^ flip).
+// `row[w]` is the mask of stored bits whose parity is logical bit w (before `flip`); `column[w]` is M^-1 e_w.
+struct Frame {
+  std::uint32_t n;
+  std::vector<Index> row, column;
+  std::vector<bool> flip, sign;
+
+  explicit Frame(std::uint32_t n_wires) : n(n_wires), row(n), column(n), flip(n), sign(n) {
+    for (std::uint32_t w = 0; w < n; ++w) row[w] = column[w] = Index{1} << (n - 1 - w);
+  }
+  // Returns true if the state changes sign.
+  bool x(std::uint32_t w) {
+    flip[w] = !flip[w];
+    return sign[w];
+  }
+  void z(std::uint32_t w) { sign[w] = !sign[w]; }
+  void cnot(std::uint32_t control, std::uint32_t target) {
+    row[target] ^= row[control];
+    column[control] ^= column[target];
+    flip[target] = flip[target] != flip[control];
+    sign[control] = sign[control] != sign[target];
+  }
+  void swap(std::uint32_t a, std::uint32_t b) {
+    std::swap(row[a], row[b]);
+    std::swap(column[a], column[b]);
+    std::vector<bool>::swap(flip[a], flip[b]);
+    std::vector<bool>::swap(sign[a], sign[b]);
+  }
+  Index stored_index(Index logical) const {
+    Index stored = 0;
+    for (std::uint32_t w = 0; w < n; ++w) {
+      if (((logical >> (n - 1 - w)) & 1) != Index{flip[w]}) stored ^= column[w];
+    }
+    return stored;
+  }
+  bool sign_of(Index logical) const {
+    bool negative = false;
+    for (std::uint32_t w = 0; w < n; ++w) negative ^= sign[w] && ((logical >> (n - 1 - w)) & 1);
+    return negative;
+  }
+};
+
+// ------------------------------------------------------------------------------------------------ scheduling
+
+bool is_rotation_stage(const Stage& stage) { return !stage.is_diagonal(); }
+
+bool commutes(const Rotation& a, const Rotation& b) { return parity(a.x & b.z) == parity(b.x & a.z); }
+bool commutes(const Phase& a, const Rotation& b) { return !parity(a.z & b.x); }
+
+bool commutes(const Stage& stage, const Rotation& rotation) {
+  return std::ranges::all_of(stage.rotations, [&](const auto& r) { return commutes(r, rotation); }) &&
+         std::ranges::all_of(stage.phases, [&](const auto& p) { return commutes(p, rotation); });
+}
+bool commutes(const Stage& stage, const Phase& phase) {
+  return std::ranges::all_of(stage.rotations, [&](const auto& r) { return commutes(phase, r); });
+}
+
+// Can `rotation` be one of the independent rotations of this stage, or be added to one of them?
+bool fits(const Stage& stage, const Rotation& rotation) {
+  return is_rotation_stage(stage) && std::ranges::all_of(stage.rotations, [&](const auto& r) {
+           const bool same = r.x == rotation.x && r.z == rotation.z;
+           return same || (!parity(r.x & rotation.z) && !parity(r.z & rotation.x));
+         });
+}
+bool fits(const Stage& stage, const Phase&) { return stage.is_diagonal(); }
+
+void put(Stage& stage, const Rotation& rotation, bool fuse) {
+  for (Rotation& r : stage.rotations) {
+    if (fuse && r.x == rotation.x && r.z == rotation.z) return r.angle.add(rotation.angle, 1);
+  }
+  stage.rotations.push_back(rotation);
+}
+void put(Stage& stage, const Phase& phase, bool fuse) {
+  for (Phase& p : stage.phases) {
+    if (fuse && p.z == phase.z) return p.angle.add(phase.angle, 1);
+  }
+  stage.phases.push_back(phase);
+}
+
+// Puts an operation into the earliest stage that it commutes back to; without `fuse`, into a stage of its own.
+template <class Operation>
+void schedule(std::vector<Stage>& stages, const Operation& operation, bool fuse) {
+  std::size_t at = stages.size();
+  if (fuse) {
+    for (std::size_t s = stages.size(); s-- > 0;) {
+      if (fits(stages[s], operation)) at = s;
+      if (!commutes(stages[s], operation)) break;
+    }
+  }
+  if (at == stages.size()) stages.emplace_back();
+  put(stages[at], operation, fuse);
+}
+
+// ------------------------------------------------------------------------------------------------ observables
+
+// -i P G for anticommuting Hermitian strings P and G, as sign * string.
+struct SignedString {
+  String string;
+  double sign;
+};
+SignedString turned(const String& p, const Rotation& g) {
+  return {{p.x ^ g.x, p.z ^ g.z}, parity(g.z & p.x) ? 1.0 : -1.0};
+}
+SignedString turned(const String& p, const Phase& g) {
+  return {{p.x, p.z ^ g.z}, parity(p.x & p.z) ? 1.0 : -1.0};
+}
+bool commutes(const String& p, const Rotation& g) { return parity(p.x & g.z) == parity(g.x & p.z); }
+bool commutes(const String& p, const Phase& g) { return !parity(p.x & g.z); }
+
+class Observables {
+ public:
+  explicit Observables(Plan& plan) : plan_(plan) {}
+
+  void add(std::uint32_t output, const String& string, double sign) {
+    plan_.terms.push_back({output, id(string), sign, {}});
+  }
+
+  // Takes the trailing operations that cost less as observables than as a pass over the state.
+  void absorb_trailing() {
+    while (!plan_.stages.empty()) {
+      Stage& last = plan_.stages.back();
+      std::erase_if(last.phases, [&](const Phase& p) { return absorb(p); });
+      std::erase_if(last.rotations, [&](const Rotation& r) { return absorb(r); });
+      if (!last.phases.empty() || !last.rotations.empty()) return;
+      plan_.stages.pop_back();
+    }
+  }
+
+  // Drops the strings that no term uses any longer.
+  void compact() {
+    std::vector<std::uint32_t> new_id(plan_.strings.size(), Tree::unused);
+    std::vector<String> kept;
+    for (Term& term : plan_.terms) {
+      if (new_id[term.string] == Tree::unused) {
+        new_id[term.string] = std::uint32_t(kept.size());
+        kept.push_back(plan_.strings[term.string]);
+      }
+      term.string = new_id[term.string];
+    }
+    plan_.strings = std::move(kept);
+  }
+
+ private:
+  static constexpr std::size_t max_new_strings = 2;
+  static constexpr std::size_t max_terms_per_output = 8;
+
+  std::uint32_t id(const String& string) {
+    const auto at = std::ranges::find(plan_.strings, string) - plan_.strings.begin();
+    if (std::size_t(at) == plan_.strings.size()) plan_.strings.push_back(string);
+    return std::uint32_t(at);
+  }
+
+  // U^dagger P U = cos(a) P + sin(a) (-i P G) for U = exp(-i a G / 2) and P that anticommutes with G.
+  template <class Operation>
+  bool absorb(const Operation& operation) {
+    std::vector<std::size_t> hit;
+    for (std::size_t t = 0; t < plan_.terms.size(); ++t) {
+      if (!commutes(plan_.strings[plan_.terms[t].string], operation)) hit.push_back(t);
+    }
+    if (hit.empty()) return true;
+    if (const int quarter = quarter_turns(operation.angle); quarter >= 0) {
+      for (const std::size_t t : hit) quarter_turn(plan_.terms[t], operation, quarter);
+      return true;
+    }
+    if (plan_.terms.size() + hit.size() > max_terms_per_output * plan_.n_outputs) return false;
+    std::vector<String> added;
+    for (const std::size_t t : hit) {
+      const String string = turned(plan_.strings[plan_.terms[t].string], operation).string;
+      if (std::ranges::find(plan_.strings, string) == plan_.strings.end() &&
+          std::ranges::find(added, string) == added.end()) {
+        added.push_back(string);
+      }
+    }
+    if (added.size() > max_new_strings) return false;
+    const auto angle = std::uint32_t(plan_.absorbed.size());
+    plan_.absorbed.push_back(operation.angle);
+    for (const std::size_t t : hit) {
+      Term sine = plan_.terms[t];
+      const SignedString next = turned(plan_.strings[sine.string], operation);
+      sine.string = id(next.string);
+      sine.sign *= next.sign;
+      sine.factors.push_back({angle, true});
+      plan_.terms[t].factors.push_back({angle, false});
+      plan_.terms.push_back(std::move(sine));
+    }
+    return true;
+  }
+
+  // 0 to 3 if the angle is that many quarter turns for every theta, else -1.
+  static int quarter_turns(const Angle& angle) {
+    if (!angle.is_constant()) return -1;
+    const double quarters = angle.constant / (std::numbers::pi / 2);
+    if (std::abs(quarters - std::round(quarters)) > 1e-12) return -1;
+    return int((std::llround(quarters) % 4 + 4) % 4);
+  }
+
+  template <class Operation>
+  void quarter_turn(Term& term, const Operation& operation, int quarters) {
+    if (quarters & 1) {
+      const SignedString next = turned(plan_.strings[term.string], operation);
+      term.string = id(next.string);
+      term.sign *= next.sign;
+    }
+    if (quarters & 2) term.sign = -term.sign;
+  }
+
+  Plan& plan_;
+};
+
+// ------------------------------------------------------------------------------------------------ layout
+
+// Reduces `mask` by an echelon basis; zero means that it depends on the basis.
+Index reduce(const std::vector<Index>& basis, Index mask) {
+  for (const Index b : basis) mask = std::min(mask, mask ^ b);
+  return mask;
+}
+bool extend(std::vector<Index>& basis, Index mask) {
+  mask = reduce(basis, mask);
+  if (mask == 0) return false;
+  for (Index& b : basis) b = std::min(b, b ^ mask);
+  basis.push_back(mask);
+  std::ranges::sort(basis, std::greater{});
+  return true;
+}
+
+std::vector<Pass> rotation_passes(const std::vector<Rotation>& rotations, std::uint32_t n_wires, int radix) {
+  std::vector<Pass> passes;
+  for (std::uint32_t first = 0; first < rotations.size(); first += radix) {
+    Pass pass;
+    pass.first = first;
+    pass.radix = std::min<std::uint32_t>(radix, std::uint32_t(rotations.size()) - first);
+    for (std::uint32_t k = 0; k < pass.radix; ++k) pass.masks.push_back(rotations[first + k].x);
+    for (Index i = 0; i < (Index{1} << n_wires); ++i) {
+      bool representative = true;
+      for (std::uint32_t k = 0; k < pass.radix; ++k) representative &= !parity(i & rotations[first + k].z);
+      if (representative) pass.representatives.push_back(i);
+    }
+    passes.push_back(std::move(pass));
+  }
+  return passes;
+}
+
+// Groups of at most `radix` independent masks, with the smallest index of every coset as representative.
+std::vector<std::vector<Index>> independent_groups(std::vector<Index> masks, int radix) {
+  std::vector<std::vector<Index>> groups;
+  while (!masks.empty()) {
+    std::vector<Index> group, basis, rest;
+    for (const Index mask : masks) {
+      if (int(group.size()) < radix && extend(basis, mask)) {
+        group.push_back(mask);
+      } else {
+        rest.push_back(mask);
+      }
+    }
+    groups.push_back(std::move(group));
+    masks = std::move(rest);
+  }
+  return groups;
+}
+
+Pass flip_pass(const std::vector<Index>& masks, std::uint32_t first, std::uint32_t n_wires) {
+  Pass pass;
+  pass.first = first;
+  pass.radix = std::uint32_t(masks.size());
+  pass.masks = masks;
+  std::vector<Index> basis;
+  for (const Index mask : masks) extend(basis, mask);
+  for (Index i = 0; i < (Index{1} << n_wires); ++i) {
+    if (reduce(basis, i) == i) pass.representatives.push_back(i);
+  }
+  return pass;
+}
+
+// Trees for masks[k], which belongs to items[k]: one tree per independent subset; the mask 0 goes to the first tree.
+std::vector<Tree> sum_trees(const std::vector<Index>& masks, const std::vector<std::uint32_t>& items,
+                            std::uint32_t n_wires) {
+  std::vector<Tree> trees;
+  std::vector<std::size_t> left;
+  std::uint32_t plain_sum = Tree::unused;
+  for (std::size_t k = 0; k < masks.size(); ++k) {
+    if (masks[k] == 0) {
+      plain_sum = items[k];
+    } else {
+      left.push_back(k);
+    }
+  }
+  while (!left.empty() || plain_sum != Tree::unused) {
+    Tree tree;
+    std::vector<Index> basis, chosen;
+    std::vector<std::size_t> rest;
+    for (const std::size_t k : left) {
+      if (extend(basis, masks[k])) {
+        chosen.push_back(masks[k]);
+        tree.slots.push_back(items[k]);
+      } else {
+        rest.push_back(k);
+      }
+    }
+    for (std::uint32_t bit = 0; bit < n_wires; ++bit) {
+      if (extend(basis, Index{1} << bit)) {
+        chosen.push_back(Index{1} << bit);
+        tree.slots.push_back(Tree::unused);
+      }
+    }
+    tree.slots.push_back(std::exchange(plain_sum, Tree::unused));
+    // Dual basis by Gauss-Jordan elimination: parity(chosen[j] & dual[k]) = (j == k).
+    std::vector<Index> rows = chosen, inverse(n_wires);
+    for (std::uint32_t j = 0; j < n_wires; ++j) inverse[j] = Index{1} << j;
+    for (std::uint32_t bit = 0; bit < n_wires; ++bit) {
+      std::uint32_t pivot = bit;
+      while (!((rows[pivot] >> bit) & 1)) ++pivot;
+      std::swap(rows[pivot], rows[bit]);
+      std::swap(inverse[pivot], inverse[bit]);
+      for (std::uint32_t j = 0; j < n_wires; ++j) {
+        if (j != bit && ((rows[j] >> bit) & 1)) {
+          rows[j] ^= rows[bit];
+          inverse[j] ^= inverse[bit];
+        }
+      }
+    }
+    // inverse[bit] holds which chosen masks add up to e_bit: index i has bit `bit` = parity(inverse[bit] & b).
+    tree.order.resize(Index{1} << n_wires);
+    std::vector<Index> dual(n_wires, 0);
+    for (std::uint32_t bit = 0; bit < n_wires; ++bit) {
+      for (std::uint32_t j = 0; j < n_wires; ++j) {
+        if ((inverse[bit] >> j) & 1) dual[j] |= Index{1} << bit;
+      }
+    }
+    for (Index b = 1; b < tree.order.size(); ++b) {
+      const Index low = b & (b - 1);
+      tree.order[b] = tree.order[low] ^ dual[std::countr_zero(b)];
+    }
+    trees.push_back(std::move(tree));
+    left = std::move(rest);
+  }
+  return trees;
+}
+
+// Is the product of these constant phases real at every index? With `any_global_phase`, a constant phase is added
+// that makes its first entry one.
+bool make_real(Stage& stage, std::uint32_t n_wires, bool any_global_phase) {
+  if (!std::ranges::all_of(stage.phases, [](const Phase& p) { return p.angle.is_constant(); })) return false;
+  auto angle_at = [&](Index i) {
+    double angle = 0;
+    for (const Phase& p : stage.phases) angle += (parity(p.z & i) ? 0.5 : -0.5) * p.angle.constant;
+    return angle;
+  };
+  const double global = any_global_phase ? angle_at(0) : 0;
+  for (Index i = 0; i < (Index{1} << n_wires); ++i) {
+    if (std::abs(std::sin(angle_at(i) - global)) > 1e-12) return false;
+  }
+  if (global != 0) put(stage, Phase{0, {2 * global, {}}}, true);
+  return true;
+}
+
+// The product of the constant phases at every index; empty where there is none.
+std::vector<std::complex<double>> constant_table(const Stage& stage, std::uint32_t n_wires) {
+  std::vector<std::complex<double>> table;
+  for (const Phase& p : stage.phases) {
+    if (!p.angle.is_constant()) continue;
+    table.resize(Index{1} << n_wires, 1);
+    const std::complex<double> even = std::polar(1.0, -p.angle.constant / 2);
+    for (Index i = 0; i < table.size(); ++i) table[i] *= parity(p.z & i) ? std::conj(even) : even;
+  }
+  return table;
+}
+
+void lay_out_stages(Plan& plan) {
+  const bool quadratic = plan.is_quadratic();
+  for (Stage& stage : plan.stages) {
+    if (stage.is_diagonal()) {
+      if (quadratic) {
+        std::erase_if(stage.phases, [](const Phase& p) { return p.z == 0 && !p.angle.is_constant(); });
+      }
+      stage.real = plan.options.real && make_real(stage, plan.n_wires, quadratic);
+      std::vector<Index> masks;
+      std::vector<std::uint32_t> items;
+      for (std::uint32_t k = 0; k < stage.phases.size(); ++k) {
+        if (stage.phases[k].angle.is_constant()) continue;
+        masks.push_back(stage.phases[k].z);
+        items.push_back(k);
+      }
+      stage.trees = sum_trees(masks, items, plan.n_wires);
+      stage.constant = constant_table(stage, plan.n_wires);
+    } else {
+      std::ranges::stable_sort(stage.rotations, std::greater{}, [](const Rotation& r) { return r.x; });
+      stage.rotate = rotation_passes(stage.rotations, plan.n_wires, plan.options.rotate_radix);
+      stage.unwind = rotation_passes(stage.rotations, plan.n_wires, plan.options.unwind_radix);
+    }
+  }
+  std::erase_if(plan.stages, [](const Stage& s) { return s.phases.empty() && s.rotations.empty(); });
+  plan.real = plan.options.real && std::ranges::all_of(plan.stages, [](const Stage& s) { return s.real; });
+}
+
+void lay_out_strings(Plan& plan) {
+  // Strings are renumbered so that those of one group are neighbours: flips first.
+  std::vector<Index> flip_masks;
+  for (const String& s : plan.strings) {
+    if (s.x != 0 && s.z == 0) flip_masks.push_back(s.x);
+  }
+  std::ranges::sort(flip_masks, std::greater{});
+  std::vector<String> ordered;
+  for (const std::vector<Index>& group : independent_groups(flip_masks, plan.options.rotate_radix)) {
+    plan.flips.push_back(flip_pass(group, std::uint32_t(ordered.size()), plan.n_wires));
+    for (const Index x : group) ordered.push_back({x, 0});
+  }
+  for (const String& s : plan.strings) {
+    if (s.x == 0 || s.z != 0) ordered.push_back(s);
+  }
+  for (Term& term : plan.terms) {
+    term.string = std::uint32_t(std::ranges::find(ordered, plan.strings[term.string]) - ordered.begin());
+  }
+  plan.strings = std::move(ordered);
+
+  std::vector<Index> masks;
+  std::vector<std::uint32_t> items;
+  for (std::uint32_t s = 0; s < plan.strings.size(); ++s) {
+    const String& string = plan.strings[s];
+    if (string.x == 0) {
+      masks.push_back(string.z);
+      items.push_back(s);
+    } else if (string.z != 0) {
+      plan.general.push_back(s);
+    }
+  }
+  plan.trees = sum_trees(masks, items, plan.n_wires);
+}
+
+// ------------------------------------------------------------------------------------------------ gates
+
+[[noreturn]] void refuse(const std::string& expected, const std::string& received) {
+  throw std::invalid_argument("expected " + expected + ", received " + received);
+}
+
+void check(std::uint32_t n_wires, std::uint32_t n_parameters, const GateCall& gate) {
+  const GateInfo* info = find_gate(gate.name);
+  if (info == nullptr) refuse("a gate of the gate table", "'" + gate.name + "'");
+  if (gate.wires.size() != std::size_t(info->n_wires)) {
+    refuse(std::to_string(info->n_wires) + " wire(s) for " + gate.name, std::to_string(gate.wires.size()));
+  }
+  if (gate.parameters.size() != std::size_t(info->n_parameters)) {
+    refuse(std::to_string(info->n_parameters) + " parameter(s) for " + gate.name,
+           std::to_string(gate.parameters.size()));
+  }
+  for (const std::uint32_t w : gate.wires) {
+    if (w >= n_wires) refuse("wires below " + std::to_string(n_wires), gate.name + " on wire " + std::to_string(w));
+  }
+  if (gate.wires.size() == 2 && gate.wires[0] == gate.wires[1]) {
+    refuse("different wires for " + gate.name, "wire " + std::to_string(gate.wires[0]) + " twice");
+  }
+  for (const std::uint32_t p : gate.parameters) {
+    if (p >= n_parameters) {
+      refuse("parameter indices below " + std::to_string(n_parameters), gate.name + " with " + std::to_string(p));
+    }
+  }
+}
+
+void apply(const GateCall& gate, Frame& frame, Plan& plan) {
+  const bool fuse = plan.options.fuse;
+  auto add_phase = [&](Index z, Angle angle) { schedule(plan.stages, Phase{z, std::move(angle)}, fuse); };
+  for (const Step& step : find_gate(gate.name)->steps) {
+    if (step.primitive == Primitive::none) break;
+    const std::uint32_t a = gate.wires[step.a];
+    const std::uint32_t b = gate.wires[std::min<std::size_t>(step.b, gate.wires.size() - 1)];
+    auto angle = [&](double sign) {
+      Angle value;
+      if (step.parameter < 0) {
+        value.constant = sign * step.factor;
+      } else {
+        value.terms.push_back({gate.parameters[step.parameter], sign * step.factor});
+      }
+      return value;
+    };
+    auto sign = [](bool negative) { return negative ? -1.0 : 1.0; };
+    switch (step.primitive) {
+      case Primitive::none: break;
+      case Primitive::ry:
+        schedule(plan.stages,
+                 Rotation{frame.column[a], frame.row[a], angle(sign(frame.flip[a] != frame.sign[a]))}, fuse);
+        break;
+      case Primitive::rz: add_phase(frame.row[a], angle(sign(frame.flip[a]))); break;
+      case Primitive::rzz:
+        add_phase(frame.row[a] ^ frame.row[b], angle(sign(frame.flip[a] != frame.flip[b])));
+        break;
+      case Primitive::phase: add_phase(0, angle(-2.0)); break;
+      case Primitive::x:
+        if (frame.x(a)) add_phase(0, {2 * std::numbers::pi, {}});
+        break;
+      case Primitive::z: frame.z(a); break;
+      case Primitive::cnot: frame.cnot(a, b); break;
+      case Primitive::swap: frame.swap(a, b); break;
+    }
+  }
+}
+
+// The logical Pauli string `letters` as a string over stored amplitudes.
+SignedString stored_string(const std::string& letters, const Frame& frame) {
+  String string{0, 0};
+  bool negative = false;
+  int n_y = 0;
+  for (std::uint32_t w = 0; w < frame.n; ++w) {
+    const char letter = letters[w];
+    if (letter == 'X' || letter == 'Y') {
+      string.x ^= frame.column[w];
+      negative ^= frame.sign[w];
+    }
+    if (letter == 'Z' || letter == 'Y') {
+      string.z ^= frame.row[w];
+      negative ^= frame.flip[w];
+    }
+    n_y += letter == 'Y';
+  }
+  negative ^= (n_y / 2) & 1;
+  return {string, negative ? -1.0 : 1.0};
+}
+
+void check(const ReadoutSpec& readout, std::uint32_t n_wires) {
+  if (readout.kind == ReadoutKind::expval) {
+    if (readout.paulis.empty() || readout.paulis.size() != readout.n_outputs) {
+      refuse("one Pauli string per output, at least one", std::to_string(readout.paulis.size()));
+    }
+    for (const std::string& letters : readout.paulis) {
+      if (letters.size() != n_wires || letters.find_first_not_of("IXYZ") != std::string::npos) {
+        refuse("Pauli strings of " + std::to_string(n_wires) + " letters from I, X, Y, Z", "'" + letters + "'");
+      }
+    }
+  } else if (readout.n_outputs < 1 || readout.n_outputs > (Index{1} << n_wires)) {
+    refuse("from 1 to " + std::to_string(Index{1} << n_wires) + " outputs", std::to_string(readout.n_outputs));
+  }
+}
+
+}  // namespace
+
+double Angle::value(const double* theta) const {
+  double angle = constant;
+  for (const AngleTerm& term : terms) angle += term.coefficient * theta[term.parameter];
+  return angle;
+}
+
+void Angle::add(const Angle& other, double sign) {
+  constant += sign * other.constant;
+  for (const AngleTerm& term : other.terms) {
+    const auto found = std::ranges::find(terms, term.parameter, &AngleTerm::parameter);
+    if (found == terms.end()) {
+      terms.push_back({term.parameter, sign * term.coefficient});
+    } else {
+      found->coefficient += sign * term.coefficient;
+    }
+  }
+}
+
+Plan compile(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vector<GateCall>& gates,
+             const ReadoutSpec& readout, bool normalize, const PlanOptions& options) {
+  if (n_wires < 1 || n_wires > 16) refuse("from 1 to 16 wires", std::to_string(n_wires));
+  check(readout, n_wires);
+  Plan plan;
+  plan.n_wires = n_wires;
+  plan.n_parameters = n_parameters;
+  plan.normalize = normalize;
+  plan.options = options;
+  plan.readout = readout.kind;
+  plan.n_outputs = readout.n_outputs;
+
+  Frame frame(n_wires);
+  for (const GateCall& gate : gates) {
+    check(n_wires, n_parameters, gate);
+    apply(gate, frame, plan);
+  }
+  if (readout.kind == ReadoutKind::expval) {
+    Observables observables(plan);
+    for (std::uint32_t k = 0; k < readout.n_outputs; ++k) {
+      const SignedString string = stored_string(readout.paulis[k], frame);
+      observables.add(k, string.string, string.sign);
+    }
+    if (options.absorb) observables.absorb_trailing();
+    observables.compact();
+    lay_out_strings(plan);
+  } else {
+    if (options.absorb && readout.kind == ReadoutKind::probs) {
+      while (!plan.stages.empty() && plan.stages.back().is_diagonal()) plan.stages.pop_back();
+    }
+    for (Index b = 0; b < readout.n_outputs; ++b) {
+      plan.outputs.push_back(frame.stored_index(b));
+      plan.signs.push_back(frame.sign_of(b) ? -1 : 1);
+    }
+  }
+  lay_out_stages(plan);
+  return plan;
+}
+
+std::string Plan::str() const {
+  std::ostringstream out;
+  auto print_angle = [&](const Angle& angle) {
+    out << angle.constant;
+    for (const AngleTerm& term : angle.terms) out << (term.coefficient < 0 ? " - " : " + ")
+                                                  << std::abs(term.coefficient) << " t" << term.parameter;
+  };
+  auto print_mask = [&](Index mask) {
+    for (std::uint32_t w = 0; w < n_wires; ++w) out << ((mask >> (n_wires - 1 - w)) & 1);
+  };
+  out << "plan: " << n_wires << " wires, " << n_parameters << " parameters\n";
+  for (const Stage& stage : stages) {
+    out << (stage.is_diagonal() ? "diagonal" : "rotate") << (stage.real ? "" : " (complex)") << "\n";
+    for (const Rotation& r : stage.rotations) {
+      out << "  x ", print_mask(r.x), out << "  z ", print_mask(r.z), out << "  angle ", print_angle(r.angle);
+      out << "\n";
+    }
+    for (const Phase& p : stage.phases) {
+      out << "  z ", print_mask(p.z), out << "  angle ", print_angle(p.angle), out << "\n";
+    }
+  }
+  if (readout != ReadoutKind::expval) {
+    out << (readout == ReadoutKind::probs ? "probs " : "state ") << n_outputs << "\n";
+    return out.str();
+  }
+  out << "expval " << n_outputs << "\n";
+  for (const Term& term : terms) {
+    out << "  output " << term.output << (term.sign < 0 ? " -= " : " += ");
+    for (const Factor& f : term.factors) {
+      out << (f.sine ? "sin(" : "cos("), print_angle(absorbed[f.absorbed]), out << ") ";
+    }
+    out << "<x ", print_mask(strings[term.string].x), out << " z ", print_mask(strings[term.string].z), out << ">\n";
+  }
+  return out.str();
+}
+
+}  // namespace qaa

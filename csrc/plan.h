@@ -1,0 +1,150 @@
+// Circuit and readout -> plan.
+//
+// A plan is a sequence of stages, each either a set of commuting real rotations or one diagonal, followed by a
+// readout. Wires, controlled NOTs, swaps, X and Z do not appear in it: they only rename amplitudes, and the plan
+// keeps the renaming as a linear map over GF(2) (`Frame`).
+#pragma once
+
+#include <complex>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace qaa {
+
+// An amplitude's index, or a set of index bits. Wire w of n is bit n-1-w: wire 0 is the most significant bit.
+using Index = std::uint32_t;
+
+struct GateCall {
+  std::string name;
+  std::vector<std::uint32_t> wires;
+  std::vector<std::uint32_t> parameters;  // entries of theta
+};
+
+enum class ReadoutKind : std::uint8_t { expval, probs, state };
+
+struct ReadoutSpec {
+  ReadoutKind kind = ReadoutKind::expval;
+  std::uint32_t n_outputs = 0;
+  std::vector<std::string> paulis;  // for expval: one string of I, X, Y, Z per output, wire 0 first
+};
+
+// Rewrites that tests switch off one by one, and the widths that the instruction set asks for.
+struct PlanOptions {
+  bool fuse = true;      // move gates back to the earliest stage that they commute into, and add equal ones up
+  bool absorb = true;    // move trailing gates into the observables (Heisenberg picture)
+  bool real = true;      // leave the imaginary part out while the state is real
+  bool tangent = true;   // rotate with one multiply-add per amplitude, the cosines collected in one scalar
+  int rotate_radix = 3;  // wires per pass of a rotation
+  int unwind_radix = 2;  // wires per pass of the adjoint, which holds two states
+};
+
+// angle = constant + sum of coefficient * theta[parameter]
+struct AngleTerm {
+  std::uint32_t parameter;
+  double coefficient;
+  bool operator==(const AngleTerm&) const = default;
+};
+struct Angle {
+  double constant = 0;
+  std::vector<AngleTerm> terms;
+  bool operator==(const Angle&) const = default;
+  bool is_constant() const { return terms.empty(); }
+  double value(const double* theta) const;
+  void add(const Angle& other, double sign);
+};
+
+// [a; b] <- [cos -sin; sin cos](angle / 2) [a; b] for every pair a = psi[i], b = psi[i ^ x] with parity(z & i) = 0.
+struct Rotation {
+  Index x, z;
+  Angle angle;
+  bool operator==(const Rotation&) const = default;
+};
+
+// psi[i] <- exp(-i angle/2 (-1)^parity(z & i)) psi[i]
+struct Phase {
+  Index z;
+  Angle angle;
+  bool operator==(const Phase&) const = default;
+};
+
+// A subset of commuting operations with at most 4 index masks, done in registers: for every representative r, the
+// 2^radix amplitudes r ^ (xor of a subset of masks) are loaded, worked on and stored.
+struct Pass {
+  std::uint32_t first = 0;  // the first of `radix` consecutive operations of the stage, or strings of the readout
+  std::uint32_t radix = 0;
+  std::vector<Index> masks;
+  std::vector<Index> representatives;
+};
+
+// Signed sums S_j = sum_i (-1)^parity(z_j & i) v_i for n independent masks z_j at once, by halving: order[b] is the
+// index i with parity(z_j & i) = bit j of b. Slots that nobody asked for complete the basis; the last slot, one past
+// the basis, is the plain sum, which is the mask z = 0.
+struct Tree {
+  static constexpr std::uint32_t unused = ~0u;
+  std::vector<Index> order;
+  std::vector<std::uint32_t> slots;  // j -> phase of the stage or string of the readout, or `unused`; n_wires + 1
+};
+
+struct Stage {
+  std::vector<Rotation> rotations;    // mutually commuting: parity(z_r & x_s) = (r == s)
+  std::vector<Pass> rotate, unwind;   // how the kernels walk through them
+  std::vector<Phase> phases;          // or a diagonal: the product of all these
+  std::vector<Tree> trees;            // sums for the derivatives; every phase that depends on theta is in one slot
+  std::vector<std::complex<double>> constant;  // product of the phases that do not depend on theta, if any
+  bool real = true;                   // the state is real after this stage if it was before
+  bool is_diagonal() const { return !phases.empty(); }
+};
+
+// The expectation of a Hermitian string: with p = parity(x & z),
+//   p = 0: sum_i (-1)^parity(z & i) Re(conj(psi_i) psi_{i^x}),  p = 1: the same with Im.
+struct String {
+  Index x, z;
+  bool operator==(const String&) const = default;
+};
+
+// output += sign * prod(cos or sin of absorbed angles) * <string>
+struct Factor {
+  std::uint32_t absorbed;
+  bool sine;
+};
+struct Term {
+  std::uint32_t output, string;
+  double sign;
+  std::vector<Factor> factors;
+};
+
+struct Plan {
+  std::uint32_t n_wires = 0;
+  std::uint32_t n_parameters = 0;
+  bool normalize = true;
+  PlanOptions options;
+  ReadoutKind readout = ReadoutKind::expval;
+  std::uint32_t n_outputs = 0;  // outputs per state; for `state` each is a pair (real, imaginary)
+
+  std::vector<Stage> stages;
+  bool real = true;  // the final state is real
+
+  // expval
+  std::vector<String> strings;
+  std::vector<Term> terms;
+  std::vector<Angle> absorbed;         // angles of the rotations that the observables took in
+  std::vector<Tree> trees;             // strings with x = 0
+  std::vector<Pass> flips;             // strings with z = 0, x != 0, as groups of independent masks
+  std::vector<std::uint32_t> general;  // every other string
+
+  // probs and state
+  std::vector<Index> outputs;      // output b -> amplitude index
+  std::vector<std::int8_t> signs;  // output b -> sign of the amplitude (state)
+
+  Index n_amplitudes() const { return Index{1} << n_wires; }
+  std::uint32_t n_columns() const { return readout == ReadoutKind::state ? 2 * n_outputs : n_outputs; }
+  bool is_quadratic() const { return readout != ReadoutKind::state; }
+  std::string str() const;
+};
+
+// Throws std::invalid_argument with one sentence that names what was expected and what was received.
+Plan compile(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vector<GateCall>& gates,
+             const ReadoutSpec& readout, bool normalize, const PlanOptions& options);
+
+}  // namespace qaa

@@ -1,0 +1,234 @@
+#include "program.h"
+
+#include <bit>
+#include <cmath>
+
+namespace qaa {
+namespace {
+
+// Below this cosine a pass keeps its cosines instead of owing them; the scale owed never falls below min_scale^2.
+constexpr double min_cosine = 1.0 / 64;
+constexpr double min_scale = 1.0 / (1 << 24);
+
+void fill_offsets(Index* offsets, const std::vector<Index>& masks) {
+  offsets[0] = 0;
+  for (std::size_t k = 0; k < masks.size(); ++k) {
+    for (std::size_t v = 0; v < (std::size_t{1} << k); ++v) offsets[v | (std::size_t{1} << k)] = offsets[v] ^ masks[k];
+  }
+}
+
+template <class T>
+RotatePass<T> rotate_pass(const Pass& pass, const std::vector<double>& angles, bool allow_tangent, double& scale) {
+  RotatePass<T> out{};
+  out.radix = pass.radix;
+  out.representatives = pass.representatives.data();
+  out.n_representatives = std::uint32_t(pass.representatives.size());
+  fill_offsets(out.offsets, pass.masks);
+  out.overlap_scale = scale * scale;
+  double product = 1;
+  bool tangent = allow_tangent;
+  for (std::uint32_t k = 0; k < pass.radix; ++k) {
+    const double cosine = std::cos(angles[pass.first + k] / 2);
+    product *= cosine;
+    tangent &= std::abs(cosine) >= min_cosine;
+  }
+  tangent &= std::abs(product * scale) >= min_scale;
+  out.tangent = tangent;
+  for (std::uint32_t k = 0; k < pass.radix; ++k) {
+    const double half = angles[pass.first + k] / 2;
+    out.keep[k] = T(std::cos(half));
+    out.mix[k] = T(tangent ? std::tan(half) : std::sin(half));
+  }
+  if (tangent) scale *= product;
+  return out;
+}
+
+// The diagonal of a stage at every index.
+void fill_diagonal(const Stage& stage, const double* theta, std::vector<std::complex<double>>& table,
+                   std::vector<std::complex<double>>& product) {
+  const std::size_t size = table.size();
+  if (stage.constant.empty()) {
+    std::fill(table.begin(), table.end(), 1.0);
+  } else {
+    table = stage.constant;
+  }
+  for (const Tree& tree : stage.trees) {
+    product.assign(size, 0);
+    auto phase_of = [&](std::uint32_t slot) -> std::complex<double> {
+      return slot == Tree::unused ? 1.0 : std::polar(1.0, -stage.phases[slot].angle.value(theta) / 2);
+    };
+    const std::size_t n_wires = tree.slots.size() - 1;
+    product[0] = phase_of(tree.slots[n_wires]);
+    for (std::size_t j = 0; j < n_wires; ++j) {
+      const std::complex<double> even = phase_of(tree.slots[j]);
+      for (std::size_t b = 0; b < (std::size_t{1} << j); ++b) {
+        product[b | (std::size_t{1} << j)] = product[b] * std::conj(even);
+        product[b] *= even;
+      }
+    }
+    for (std::size_t b = 0; b < size; ++b) table[tree.order[b]] *= product[b];
+  }
+}
+
+template <class T>
+void append(std::vector<T>& out, const std::vector<std::complex<double>>& table, double scale, bool conjugate) {
+  for (const auto& entry : table) out.push_back(T(scale * entry.real()));
+  for (const auto& entry : table) out.push_back(T((conjugate ? -scale : scale) * entry.imag()));
+}
+
+double coefficient(const Plan& plan, const Term& term, const double* theta, std::size_t derivative_of = SIZE_MAX) {
+  double value = term.sign;
+  for (std::size_t f = 0; f < term.factors.size(); ++f) {
+    const double angle = plan.absorbed[term.factors[f].absorbed].value(theta);
+    const bool sine = term.factors[f].sine;
+    if (f == derivative_of) {
+      value *= sine ? std::cos(angle) : -std::sin(angle);
+    } else {
+      value *= sine ? std::sin(angle) : std::cos(angle);
+    }
+  }
+  return value;
+}
+
+void add_to(double* grad_theta, const Angle& angle, double derivative) {
+  for (const AngleTerm& term : angle.terms) grad_theta[term.parameter] += term.coefficient * derivative;
+}
+
+}  // namespace
+
+template <class T>
+ProgramStorage<T>::ProgramStorage(const Plan& plan, const double* theta) : plan_(plan) {
+  const std::size_t n_stages = plan.stages.size(), size = plan.n_amplitudes();
+  std::size_t n_passes = 0, n_trees = plan.trees.size(), n_tables = 0;
+  for (const Stage& stage : plan.stages) {
+    n_passes += stage.rotate.size() + stage.unwind.size();
+    n_trees += stage.trees.size();
+    n_tables += stage.is_diagonal();
+  }
+  stages_.resize(n_stages);
+  passes_.reserve(n_passes);
+  trees_.reserve(n_trees);
+  tables_.reserve(4 * size * n_tables);
+  // The diagonals are computed once and stored twice, with the scales owed in either direction.
+  std::vector<std::vector<std::complex<double>>> diagonals(n_stages);
+  std::vector<std::complex<double>> product;
+  std::vector<double> angles;
+
+  auto stage_angles = [&](const Stage& stage) {
+    angles.clear();
+    for (const Rotation& r : stage.rotations) angles.push_back(r.angle.value(theta));
+  };
+  auto add_trees = [&](const std::vector<Tree>& trees) {
+    const SumTree* first = trees_.data() + trees_.size();
+    for (const Tree& tree : trees) trees_.push_back({tree.order.data(), tree.slots.data()});
+    return first;
+  };
+
+  double scale = 1;
+  std::uint32_t slot = 0;
+  for (std::size_t s = 0; s < n_stages; ++s) {
+    const Stage& stage = plan.stages[s];
+    ProgramStage<T>& out = stages_[s];
+    out.diagonal = stage.is_diagonal();
+    out.real = stage.real;
+    out.first_slot = slot;
+    if (stage.is_diagonal()) {
+      diagonals[s].resize(size);
+      fill_diagonal(stage, theta, diagonals[s], product);
+      out.re = tables_.data() + tables_.size();
+      out.im = out.re + size;
+      append(tables_, diagonals[s], scale, false);
+      scale = 1;
+      out.trees = add_trees(stage.trees);
+      out.n_trees = std::uint32_t(stage.trees.size());
+      slot += std::uint32_t(stage.phases.size());
+    } else {
+      stage_angles(stage);
+      out.rotate = passes_.data() + passes_.size();
+      out.n_rotate = std::uint32_t(stage.rotate.size());
+      for (const Pass& pass : stage.rotate) {
+        passes_.push_back(rotate_pass<T>(pass, angles, plan.options.tangent, scale));
+      }
+      slot += std::uint32_t(stage.rotations.size());
+    }
+  }
+  program_.scale = T(scale);
+  for (std::size_t s = n_stages; s-- > 0;) {
+    const Stage& stage = plan.stages[s];
+    ProgramStage<T>& out = stages_[s];
+    if (stage.is_diagonal()) {
+      out.back_re = tables_.data() + tables_.size();
+      out.back_im = out.back_re + size;
+      out.overlap_scale = scale * scale;
+      append(tables_, diagonals[s], scale, true);
+      scale = 1;
+    } else {
+      stage_angles(stage);
+      out.unwind = passes_.data() + passes_.size();
+      out.n_unwind = std::uint32_t(stage.unwind.size());
+      for (const Pass& pass : stage.unwind) {
+        passes_.push_back(rotate_pass<T>(pass, angles, plan.options.tangent, scale));
+        passes_.back().first_slot = out.first_slot + pass.first;
+      }
+    }
+  }
+  program_.unwound_scale = T(scale);
+
+  for (const Pass& pass : plan.flips) {
+    FlipPass flip{pass.first, pass.radix, std::uint32_t(pass.representatives.size()), pass.representatives.data(), {}};
+    fill_offsets(flip.offsets, pass.masks);
+    flips_.push_back(flip);
+  }
+  for (const std::uint32_t s : plan.general) {
+    const String& string = plan.strings[s];
+    general_.push_back({string.x, string.z, s, (std::popcount(string.x & string.z) & 1) != 0});
+  }
+  for (const Term& term : plan.terms) {
+    terms_.push_back({term.output, term.string, T(coefficient(plan, term, theta))});
+  }
+
+  program_.n_wires = plan.n_wires;
+  program_.n_amplitudes = plan.n_amplitudes();
+  program_.normalize = plan.normalize;
+  program_.readout = plan.readout;
+  program_.n_outputs = plan.n_outputs;
+  program_.n_columns = plan.n_columns();
+  program_.starts_real = plan.options.real;
+  program_.stages = stages_.data();
+  program_.n_stages = std::uint32_t(n_stages);
+  program_.n_strings = std::uint32_t(plan.strings.size());
+  program_.terms = terms_.data();
+  program_.n_terms = std::uint32_t(terms_.size());
+  program_.trees = add_trees(plan.trees);
+  program_.n_trees = std::uint32_t(plan.trees.size());
+  program_.flips = flips_.data();
+  program_.n_flips = std::uint32_t(flips_.size());
+  program_.general = general_.data();
+  program_.n_general = std::uint32_t(general_.size());
+  program_.outputs = plan.outputs.data();
+  program_.signs = plan.signs.data();
+  program_.first_term_slot = slot;
+  program_.n_slots = slot + std::uint32_t(plan.terms.size());
+}
+
+template <class T>
+void ProgramStorage<T>::chain_rule(const double* slots, const double* theta, double* grad_theta) const {
+  // d/da of exp(-i a G/2) is -i G/2; a quadratic readout counts it twice, for bra and ket.
+  const double half = plan_.is_quadratic() ? 1.0 : 0.5;
+  const double* slot = slots;
+  for (const Stage& stage : plan_.stages) {
+    for (const Rotation& rotation : stage.rotations) add_to(grad_theta, rotation.angle, half * *slot++);
+    for (const Phase& phase : stage.phases) add_to(grad_theta, phase.angle, half * *slot++);
+  }
+  for (const Term& term : plan_.terms) {
+    for (std::size_t f = 0; f < term.factors.size(); ++f) {
+      add_to(grad_theta, plan_.absorbed[term.factors[f].absorbed], coefficient(plan_, term, theta, f) * *slot);
+    }
+    ++slot;
+  }
+}
+
+template class ProgramStorage<float>;
+template class ProgramStorage<double>;
+
+}  // namespace qaa

@@ -1,0 +1,118 @@
+// Plan and angles -> program: the numbers that the kernels read, computed in double once per call.
+//
+// Everything here is plain pointers and values, so that the kernels, which are compiled once per instruction set,
+// share no inline library code with the rest (and a GPU could read the same arrays).
+//
+// Scale. A rotation [c -s; s c] = c [1 -t; t 1] is applied without its cosine. The program keeps the product of the
+// cosines that are still owed, `scale`: true amplitude = scale * stored amplitude, the same for every state of the
+// batch. The next diagonal pays it off; what remains at the end is `Program::scale`.
+#pragma once
+
+#include <memory>
+
+#include "plan.h"
+
+namespace qaa {
+
+constexpr int max_radix = 4;
+
+template <class T>
+struct RotatePass {
+  std::uint32_t radix;
+  std::uint32_t n_representatives;
+  const Index* representatives;
+  Index offsets[1 << max_radix];  // xor of the masks chosen by each subset
+  bool tangent;                   // a - mix b, b + mix a; else keep a - mix b, keep b + mix a
+  T keep[max_radix], mix[max_radix];
+  std::uint32_t first_slot;  // where the derivatives with respect to the angles go
+  double overlap_scale;      // scale^2 of the two states when the adjoint reaches this pass
+};
+
+struct SumTree {
+  const Index* order;
+  const std::uint32_t* slots;  // n_wires + 1 entries
+};
+
+template <class T>
+struct ProgramStage {
+  bool diagonal, real;
+  const RotatePass<T>*rotate, *unwind;
+  std::uint32_t n_rotate, n_unwind;
+  const T *re, *im;            // the diagonal times the scale owed in the forward direction
+  const T *back_re, *back_im;  // its conjugate times the scale owed in the adjoint direction
+  const SumTree* trees;
+  std::uint32_t n_trees;
+  std::uint32_t first_slot;
+  double overlap_scale;  // scale^2 of the two states when the adjoint reaches this stage
+};
+
+struct FlipPass {
+  std::uint32_t first, radix, n_representatives;
+  const Index* representatives;
+  Index offsets[1 << max_radix];
+};
+
+struct GeneralString {
+  Index x, z;
+  std::uint32_t string;
+  bool imaginary;  // parity(x & z)
+};
+
+template <class T>
+struct ProgramTerm {
+  std::uint32_t output, string;
+  T coefficient;
+};
+
+// What a kernel needs to know of a circuit, its readout and its angles.
+template <class T>
+struct Program {
+  std::uint32_t n_wires;
+  Index n_amplitudes;
+  bool normalize;
+  ReadoutKind readout;
+  std::uint32_t n_outputs, n_columns;
+  bool starts_real;
+  const ProgramStage<T>* stages;
+  std::uint32_t n_stages;
+  T scale;          // owed after the last stage
+  T unwound_scale;  // owed by both states after the adjoint has reached the input
+
+  std::uint32_t n_strings;
+  const ProgramTerm<T>* terms;
+  std::uint32_t n_terms;
+  const SumTree* trees;
+  std::uint32_t n_trees;
+  const FlipPass* flips;
+  std::uint32_t n_flips;
+  const GeneralString* general;
+  std::uint32_t n_general;
+  const Index* outputs;
+  const std::int8_t* signs;
+
+  std::uint32_t n_slots;          // derivatives with respect to angles of stages, then one per term
+  std::uint32_t first_term_slot;  // the derivative with respect to each term's coefficient
+};
+
+// Owns what a Program points to. The plan must outlive it.
+template <class T>
+class ProgramStorage {
+ public:
+  ProgramStorage(const Plan& plan, const double* theta);
+  const Program<T>& program() const { return program_; }
+  // theta's gradient from the derivatives with respect to slots.
+  void chain_rule(const double* slots, const double* theta, double* grad_theta) const;
+
+ private:
+  const Plan& plan_;
+  Program<T> program_{};
+  std::vector<ProgramStage<T>> stages_;
+  std::vector<RotatePass<T>> passes_;
+  std::vector<T> tables_;
+  std::vector<SumTree> trees_;
+  std::vector<FlipPass> flips_;
+  std::vector<GeneralString> general_;
+  std::vector<ProgramTerm<T>> terms_;
+};
+
+}  // namespace qaa

@@ -1,0 +1,63 @@
+// qaa: batched simulation and adjoint differentiation of parameterized quantum circuits on amplitude-embedded vectors.
+//
+// The public C++ interface: compile a circuit once (`plan.h`), then run batches through it. Arrays are described by
+// pointers, shapes and strides; nothing is copied or kept. No function here knows of Python or of any framework.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "plan.h"
+
+namespace qaa {
+
+enum class Scalar : std::uint8_t { float16, bfloat16, float32, float64 };
+
+// `rows` vectors of `columns` adjacent numbers; row r starts at data + r * row_stride numbers.
+struct Matrix {
+  void* data = nullptr;
+  std::int64_t rows = 0, columns = 0, row_stride = 0;
+  Scalar scalar = Scalar::float32;
+};
+struct ConstMatrix {
+  const void* data = nullptr;
+  std::int64_t rows = 0, columns = 0, row_stride = 0;
+  Scalar scalar = Scalar::float32;
+};
+
+// features[r] = readout of U(theta) applied to the state that x[r], padded with zeros, is (or is normalized to).
+//   x         (batch, d), 1 <= d <= 2^n_wires
+//   features  (batch, plan.n_columns()); for `state` pairs (real, imaginary)
+// States are float64 if x is float64, else float32. Zero rows give zero features.
+struct ForwardCall {
+  const Plan& plan;
+  const double* theta;  // plan.n_parameters angles in radians
+  ConstMatrix x;
+  Matrix features;
+  int threads = 1;
+};
+void forward(const ForwardCall& call);
+
+// The vector-Jacobian product: with E = sum(grad * features),
+//   grad_theta[p] = dE/dtheta[p], overwritten (plan.n_parameters doubles)
+//   grad_x[r]     = dE/dx[r], overwritten; left out if grad_x.data is null
+// The same thread-independent order of summation is used for any number of threads.
+struct BackwardCall {
+  const Plan& plan;
+  const double* theta;
+  ConstMatrix x;
+  ConstMatrix grad;
+  double* grad_theta;
+  Matrix grad_x;
+  int threads = 1;
+};
+void backward(const BackwardCall& call);
+
+// The instruction set in use: "avx512", "avx2", "neon" or "baseline". The environment variable QAA_ISA forces one.
+// Throws std::runtime_error if it names one that this build or machine lacks.
+const char* instruction_set();
+
+// The options that suit that instruction set.
+PlanOptions default_options();
+
+}  // namespace qaa

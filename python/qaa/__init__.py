@@ -1,0 +1,13 @@
+"""Quantum-amplitude embedded adaptation: batched circuit kernels with adjoint gradients, and a PEFT method on top.
+
+``import qaa`` needs NumPy alone. The torch side is in :mod:`qaa.ops` (custom ops), :mod:`qaa.nn` (modules) and
+:mod:`qaa.peft` (PEFT methods), each imported where it is needed.
+"""
+
+from __future__ import annotations
+
+from qaa import arrays
+from qaa.circuit import Circuit, Gate, Readout, ansatz
+
+__version__ = "0.1.0"
+__all__ = ["Circuit", "Gate", "Readout", "__version__", "ansatz", "arrays"]

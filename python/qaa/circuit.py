@@ -1,0 +1,320 @@
+"""Circuits as plain data: gates on wires, ansätze, and what is read out at the end.
+
+Nothing in this module computes a state. A :class:`Circuit` names gates, wires and the entries of the
+parameter array ``theta`` that the gates use; a :class:`Readout` names what is measured. Both are immutable,
+hashable and print themselves as text that parses back, so that they can travel through configuration files
+and through compiled graphs.
+
+Conventions (the same as PennyLane's): wire 0 is the most significant bit of an amplitude's index, angles are in
+radians, and a rotation about the Pauli operator P is ``R_P(theta) = exp(-i theta P / 2)``.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+MAX_WIRES = 16
+
+#: name -> (number of wires, number of parameters); the compiled core holds the same table and a test compares them.
+GATES: dict[str, tuple[int, int]] = {
+    "X": (1, 0),
+    "Y": (1, 0),
+    "Z": (1, 0),
+    "H": (1, 0),
+    "S": (1, 0),
+    "T": (1, 0),
+    "RX": (1, 1),
+    "RY": (1, 1),
+    "RZ": (1, 1),
+    "PhaseShift": (1, 1),
+    "Rot": (1, 3),
+    "CNOT": (2, 0),
+    "CZ": (2, 0),
+    "SWAP": (2, 0),
+    "CRX": (2, 1),
+    "CRY": (2, 1),
+    "CRZ": (2, 1),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """One gate: its name, the wires it acts on, and the entries of ``theta.ravel()`` that are its angles.
+
+    For a controlled gate the control wire comes first. Two gates may name the same entry of ``theta`` (a shared
+    parameter); their derivatives then add up.
+
+    Example:
+        >>> Gate("CRX", wires=(0, 2), parameters=(5,))
+        Gate(name='CRX', wires=(0, 2), parameters=(5,))
+    """
+
+    name: str
+    wires: tuple[int, ...]
+    parameters: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.name not in GATES:
+            raise ValueError(f"expected a gate among {', '.join(GATES)}, received {self.name!r}")
+        object.__setattr__(self, "wires", _indices("wires", self.wires))
+        object.__setattr__(self, "parameters", _indices("parameters", self.parameters))
+        n_wires, n_parameters = GATES[self.name]
+        if len(self.wires) != n_wires:
+            raise ValueError(f"gate {self.name} expects {n_wires} wire(s), received {len(self.wires)}: {self.wires}")
+        if len(set(self.wires)) != n_wires:
+            raise ValueError(f"gate {self.name} expects different wires, received {self.wires}")
+        if len(self.parameters) != n_parameters:
+            raise ValueError(
+                f"gate {self.name} expects {n_parameters} parameter(s), received {len(self.parameters)}: "
+                f"{self.parameters}"
+            )
+
+    def __str__(self) -> str:
+        return " ".join([self.name, *map(str, self.wires), *(f"t{p}" for p in self.parameters)])
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """A parameterized quantum circuit U(theta) on ``n_wires`` wires, as a list of gates in order of application.
+
+    Args:
+        n_wires: number of wires n, 1 to 16; states have ``2**n_wires`` amplitudes.
+        gates: the gates, first applied first.
+        parameter_shape: the shape that ``theta`` must have; gates index ``theta.ravel()``.
+
+    Raises:
+        ValueError: a wire is outside ``range(n_wires)``, or a parameter is outside ``theta``.
+
+    Example:
+        >>> bell = Circuit(2, (Gate("RY", (0,), (0,)), Gate("CNOT", (0, 1))), parameter_shape=(1,))
+        >>> print(bell)
+        wires 2; theta 1; RY 0 t0; CNOT 0 1
+        >>> Circuit.parse(str(bell)) == bell
+        True
+    """
+
+    n_wires: int
+    gates: tuple[Gate, ...]
+    parameter_shape: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if isinstance(self.n_wires, bool) or not isinstance(self.n_wires, int) or not 1 <= self.n_wires <= MAX_WIRES:
+            raise ValueError(f"expected n_wires from 1 to {MAX_WIRES}, received {self.n_wires!r}")
+        object.__setattr__(self, "gates", tuple(self.gates))
+        object.__setattr__(self, "parameter_shape", _indices("parameter_shape", self.parameter_shape))
+        n_parameters = self.n_parameters
+        for gate in self.gates:
+            if not isinstance(gate, Gate):
+                raise TypeError(f"expected gates to be qaa.Gate, received {type(gate).__name__}: {gate!r}")
+            if gate.wires and max(gate.wires) >= self.n_wires:
+                raise ValueError(f"expected wires below n_wires={self.n_wires}, received {gate.name} on {gate.wires}")
+            if gate.parameters and max(gate.parameters) >= n_parameters:
+                raise ValueError(
+                    f"expected parameter indices below {n_parameters} (theta of shape {self.parameter_shape}), "
+                    f"received {gate.name} with {gate.parameters}"
+                )
+        object.__setattr__(self, "_hash", hash((self.n_wires, self.gates, self.parameter_shape)))
+
+    def __hash__(self) -> int:  # computed once: circuits are keys of the plan cache, on every call
+        return self._hash  # type: ignore[attr-defined, no-any-return]
+
+    def __reduce__(self) -> tuple[type[Circuit], tuple[int, tuple[Gate, ...], tuple[int, ...]]]:
+        return Circuit, (self.n_wires, self.gates, self.parameter_shape)  # a hash of strings is this process's own
+
+    @property
+    def n_parameters(self) -> int:
+        """Number of entries of ``theta``."""
+        return math.prod(self.parameter_shape)
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.parameter_shape))
+        return "; ".join([f"wires {self.n_wires}", f"theta {shape}", *map(str, self.gates)])
+
+    @staticmethod
+    def parse(text: str) -> Circuit:
+        """The circuit whose ``str`` is ``text``; raises ``ValueError`` naming the first statement that is no gate."""
+        statements = [part.split() for part in text.split(";")]
+        try:
+            (wires_key, n_wires), (theta_key, *shape) = statements[:2]
+            if wires_key != "wires" or theta_key != "theta":
+                raise ValueError
+            gates = []
+            for statement in statements[2:]:
+                name, *operands = statement
+                wires = tuple(int(o) for o in operands if not o.startswith("t"))
+                parameters = tuple(int(o[1:]) for o in operands if o.startswith("t"))
+                gates.append(Gate(name, wires, parameters))
+            parameter_shape = tuple(int(s) for s in shape[0].split("x")) if shape else ()
+            return Circuit(int(n_wires), tuple(gates), parameter_shape)
+        except ValueError as error:
+            detail = f": {error}" if str(error) else ""
+            raise ValueError(f"expected 'wires N; theta SHAPE; GATE ...', received {text[:80]!r}{detail}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Readout:
+    """What is computed from the final state, as a value: a kind, and the operators or the count that it needs.
+
+    ============================  ==================  ==============================================
+    specification                 kind                outputs per state
+    ============================  ==================  ==============================================
+    ``"z"``                       ``"expval"``        ``<Z_k>`` for every wire, shape ``(n_wires,)``
+    ``["ZIII", "XXII"]``          ``"expval"``        ``<P_k>`` for every Pauli string, wire 0 first
+    ``"probs"``, ``"probs[:K]"``  ``"probs"``         ``|phi_b|**2`` for ``b < 2**n_wires`` or ``b < K``
+    ``"state"``, ``"state[:K]"``  ``"state"``         complex amplitudes ``phi_b``
+    ============================  ==================  ==============================================
+
+    Example:
+        >>> Readout.parse("z", n_wires=2)
+        Readout(kind='expval', n_outputs=2, paulis=('ZI', 'IZ'))
+        >>> Readout.parse("probs[:3]", n_wires=2).n_outputs
+        3
+    """
+
+    kind: str
+    n_outputs: int
+    paulis: tuple[str, ...] = ()
+
+    @staticmethod
+    def parse(readout: str | Sequence[str] | Readout, n_wires: int) -> Readout:
+        """The readout named by ``readout`` for ``n_wires`` wires; raises ``ValueError`` if it names none."""
+        if isinstance(readout, Readout):
+            _check_readout(readout, n_wires)
+            return readout
+        if isinstance(readout, str):
+            if readout == "z":
+                return Readout("expval", n_wires, tuple("I" * k + "Z" + "I" * (n_wires - k - 1) for k in range(n_wires)))
+            match = re.fullmatch(r"(probs|state)(?:\[:(\d+)\])?", readout)
+            if match is None:
+                raise ValueError(
+                    "expected a readout 'z', 'probs', 'probs[:K]', 'state', 'state[:K]' or a list of Pauli strings, "
+                    f"received {readout!r}"
+                )
+            n_outputs = 2**n_wires if match[2] is None else int(match[2])
+            parsed = Readout(match[1], n_outputs)
+        elif isinstance(readout, Iterable):
+            paulis = tuple(readout)
+            parsed = Readout("expval", len(paulis), paulis)
+        else:
+            raise TypeError(
+                f"expected a readout as a string or a list of Pauli strings, received {type(readout).__name__}"
+            )
+        _check_readout(parsed, n_wires)
+        return parsed
+
+    def __str__(self) -> str:
+        return ",".join(self.paulis) if self.kind == "expval" else f"{self.kind}[:{self.n_outputs}]"
+
+
+def _check_readout(readout: Readout, n_wires: int) -> None:
+    if readout.kind == "expval":
+        if not readout.paulis:
+            raise ValueError("expected at least one Pauli string in the readout, received none")
+        for pauli in readout.paulis:
+            if not isinstance(pauli, str) or len(pauli) != n_wires or set(pauli) - set("IXYZ"):
+                raise ValueError(f"expected Pauli strings of {n_wires} letters from I, X, Y, Z, received {pauli!r}")
+    elif not 1 <= readout.n_outputs <= 2**n_wires:
+        raise ValueError(
+            f"expected between 1 and {2**n_wires} outputs for readout {readout.kind!r} on {n_wires} wires, "
+            f"received {readout.n_outputs}"
+        )
+
+
+def _indices(what: str, values: int | Iterable[int]) -> tuple[int, ...]:
+    values = (values,) if isinstance(values, int) else tuple(values)
+    for value in values:
+        if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 0:
+            raise ValueError(f"expected {what} to be integers of at least 0, received {value!r}")
+    return tuple(value.__index__() for value in values)
+
+
+# ---------------------------------------------------------------------------------------------------- ansätze
+
+
+def _ring(n: int, layers: int) -> tuple[list[Gate], tuple[int, ...]]:
+    """RY, RZ on every wire; CNOT 0→1, 1→2, …, n-1→0; RY on every wire. ``theta[l, w] = (RY, RZ, RY)``."""
+    gates = []
+    for layer in range(layers):
+        at = [3 * (layer * n + w) for w in range(n)]
+        for w in range(n):
+            gates += [Gate("RY", (w,), (at[w],)), Gate("RZ", (w,), (at[w] + 1,))]
+        if n > 1:
+            gates += [Gate("CNOT", (w, (w + 1) % n)) for w in range(n)]
+        gates += [Gate("RY", (w,), (at[w] + 2,)) for w in range(n)]
+    return gates, (layers, n, 3)
+
+
+def _basic_entangler(n: int, layers: int) -> tuple[list[Gate], tuple[int, ...]]:
+    """RX on every wire, then a ring of CNOTs (one CNOT for two wires), as PennyLane's ``BasicEntanglerLayers``."""
+    gates = []
+    for layer in range(layers):
+        gates += [Gate("RX", (w,), (layer * n + w,)) for w in range(n)]
+        gates += [Gate("CNOT", (w, (w + 1) % n)) for w in range(n if n > 2 else n - 1)]
+    return gates, (layers, n)
+
+
+def _strongly_entangling(n: int, layers: int) -> tuple[list[Gate], tuple[int, ...]]:
+    """Rot on every wire, then CNOTs w → w + r with r = 1, 2, …, as PennyLane's ``StronglyEntanglingLayers``."""
+    gates = []
+    for layer in range(layers):
+        at = [3 * (layer * n + w) for w in range(n)]
+        gates += [Gate("Rot", (w,), (at[w], at[w] + 1, at[w] + 2)) for w in range(n)]
+        if n > 1:
+            distance = layer % (n - 1) + 1
+            gates += [Gate("CNOT", (w, (w + distance) % n)) for w in range(n)]
+    return gates, (layers, n, 3)
+
+
+def _brick(n: int, layers: int) -> tuple[list[Gate], tuple[int, ...]]:
+    """RY on every wire, CZ on pairs (0,1), (2,3), …; RY on every wire, CZ on pairs (1,2), (3,4), …."""
+    gates = []
+    for layer in range(layers):
+        for half in range(2):
+            gates += [Gate("RY", (w,), (2 * (layer * n + w) + half,)) for w in range(n)]
+            gates += [Gate("CZ", (w, w + 1)) for w in range(half, n - 1, 2)]
+    return gates, (layers, n, 2)
+
+
+ANSATZE: dict[str, Callable[[int, int], tuple[list[Gate], tuple[int, ...]]]] = {
+    "ring": _ring,
+    "basic_entangler": _basic_entangler,
+    "strongly_entangling": _strongly_entangling,
+    "brick": _brick,
+}
+
+
+@lru_cache(maxsize=256)
+def ansatz(name: str, n_wires: int, n_layers: int = 1) -> Circuit:
+    """A circuit of ``n_layers`` equal layers.
+
+    ========================  ==========================  =========================================================
+    ``name``                  ``theta``                   one layer
+    ========================  ==========================  =========================================================
+    ``"ring"`` (default PQC)  ``(n_layers, n_wires, 3)``  RY, RZ on every wire; CNOT 0→1→…→n-1→0; RY on every wire
+    ``"basic_entangler"``     ``(n_layers, n_wires)``     RX on every wire; CNOT ring
+    ``"strongly_entangling"`` ``(n_layers, n_wires, 3)``  Rot on every wire; CNOT w→w+r, r = 1 + layer mod (n-1)
+    ``"brick"``               ``(n_layers, n_wires, 2)``  RY; CZ on even pairs; RY; CZ on odd pairs
+    ========================  ==========================  =========================================================
+
+    ``ring`` is the circuit of SQUARE (Roh et al.), ``basic_entangler`` and ``strongly_entangling`` are PennyLane's
+    templates of those names.
+
+    Raises:
+        ValueError: the name is unknown, or a count is out of range.
+
+    Example:
+        >>> circuit = ansatz("ring", n_wires=3, n_layers=2)
+        >>> circuit.parameter_shape, len(circuit.gates)
+        ((2, 3, 3), 24)
+    """
+    if name not in ANSATZE:
+        raise ValueError(f"expected an ansatz among {', '.join(ANSATZE)}, received {name!r}")
+    for what, count, limit in (("n_wires", n_wires, MAX_WIRES), ("n_layers", n_layers, 10_000)):
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= limit:
+            raise ValueError(f"expected {what} from 1 to {limit}, received {count!r}")
+    gates, shape = ANSATZE[name](n_wires, n_layers)
+    return Circuit(n_wires, tuple(gates), shape)

@@ -1,0 +1,358 @@
+"""torch custom ops: ``torch.ops.qaa.forward``, ``backward``, ``rows`` and ``rows_backward``, and what users call.
+
+The ops carry fakes and autograd, so that ``torch.compile``, ``torch.export`` and ``opcheck`` see them. In eager mode
+the same code is called through an ``autograd.Function``, which costs a fraction of a dispatcher round trip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qaa import _core
+from qaa.circuit import Circuit, Readout
+from qaa.program import Program, program
+
+_SCALARS = {
+    torch.float16: _core.Scalar.float16,
+    torch.bfloat16: _core.Scalar.bfloat16,
+    torch.float32: _core.Scalar.float32,
+    torch.float64: _core.Scalar.float64,
+}
+
+
+def quantum_features(
+    circuit: Circuit,
+    theta: Tensor,
+    x: Tensor,
+    readout: str | Sequence[str] | Readout = "z",
+    *,
+    normalize: bool = True,
+) -> Tensor:
+    r"""Features of every vector of ``x`` after amplitude embedding, the circuit and the readout; differentiable.
+
+    .. math::
+        |\psi\rangle = \mathrm{pad}(x) / \lVert x \rVert, \qquad |\phi\rangle = U(\theta) |\psi\rangle, \qquad
+        f_k = \langle\phi| M_k |\phi\rangle \ \text{or}\ |\phi_k|^2 \ \text{or}\ \phi_k
+
+    Args:
+        circuit: U, on ``n`` wires; wire 0 is the most significant bit of an amplitude's index.
+        theta: angles in radians, shape ``circuit.parameter_shape``, any real floating dtype.
+        x: shape ``(..., d)`` with ``1 <= d <= 2**n``, padded with zeros to ``2**n``; float16, bfloat16, float32 or
+            float64, on the CPU. States are float64 for float64, else float32; autocast does not change that.
+        readout: see :class:`qaa.Readout`.
+        normalize: if False, the vector itself goes through the circuit: expectations and probabilities become
+            quadratic forms of it, amplitudes a linear map.
+
+    Returns:
+        Shape ``(..., n_outputs)`` in the dtype of ``x``; for the readout ``"state"`` complex128 for float64 ``x`` and
+        else complex64. A zero vector is no state: its features and gradients are zero.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, dtype or device.
+        RuntimeError: a second derivative is asked for; the adjoint itself is not differentiable.
+
+    Example:
+        >>> import torch, qaa
+        >>> circuit = qaa.ansatz("ring", n_wires=3, n_layers=2)
+        >>> theta = torch.zeros(circuit.parameter_shape, requires_grad=True)
+        >>> features = quantum_features(circuit, theta, torch.ones(4, 7, 6))
+        >>> features.shape
+        torch.Size([4, 7, 3])
+        >>> features.sum().backward()
+        >>> theta.grad.shape
+        torch.Size([2, 3, 3])
+    """
+    what = program(circuit, readout, normalize)
+    _check_theta(what, theta)
+    _check_x(what, x)
+    rows = x.reshape(-1, x.shape[-1])
+    if _is_plain(theta, x):
+        features = _Features.apply(theta, rows, what)
+    else:
+        features = torch.ops.qaa.forward(theta, rows, str(what))
+    return features.reshape(*x.shape[:-1], what.n_outputs)
+
+
+def amplitude_rows(circuit: Circuit, theta: Tensor, k: int) -> Tensor:
+    r"""The first ``k`` rows of the circuit's unitary, differentiable in the angles.
+
+    .. math:: A_{bi} = \langle b| U(\theta) |i\rangle, \qquad b < k
+
+    so that the first ``k`` amplitudes of ``U(theta) x`` are ``pad(x) @ A.T``: the readout ``"state[:k]"`` without
+    normalization as a matrix, at the cost of ``2 k`` simulated states.
+
+    Args:
+        circuit: U, on ``n`` wires.
+        theta: angles in radians, shape ``circuit.parameter_shape``.
+        k: number of rows, 1 to ``2**n``.
+
+    Returns:
+        Shape ``(k, 2**n)``; complex128 for float64 ``theta``, else complex64.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, dtype or device, or ``k`` is out of range.
+
+    Example:
+        >>> import torch, qaa
+        >>> hadamard = qaa.Circuit(1, (qaa.Gate("H", 0),), (0,))
+        >>> amplitude_rows(hadamard, torch.zeros(0), 2).real
+        tensor([[ 0.7071,  0.7071],
+                [ 0.7071, -0.7071]])
+    """
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"expected k to be an integer, received {type(k).__name__}")
+    what = program(circuit, f"state[:{k}]" if k >= 0 else "state[:0]", False)
+    _check_theta(what, theta)
+    if _is_plain(theta):
+        return _Rows.apply(theta, what)
+    return torch.ops.qaa.rows(theta, str(what))
+
+
+# ------------------------------------------------------------------------------------------------ checks
+
+
+def _check_theta(what: Program, theta: Tensor) -> None:
+    if not isinstance(theta, Tensor):
+        raise TypeError(f"expected theta to be a torch.Tensor, received {type(theta).__name__}")
+    if theta.dtype not in _SCALARS:
+        raise TypeError(f"expected theta of a real floating dtype, received {theta.dtype}")
+    what.check_theta(theta.shape)
+    _check_device("theta", theta)
+
+
+def _check_x(what: Program, x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"expected x to be a torch.Tensor, received {type(x).__name__}")
+    if x.dtype not in _SCALARS:
+        raise TypeError(f"expected x of dtype float16, bfloat16, float32 or float64, received {x.dtype}")
+    if x.ndim < 1:
+        raise ValueError(f"expected x of shape (..., d), received {tuple(x.shape)}")
+    what.check_width(x.shape[-1])
+    _check_device("x", x)
+
+
+def _check_device(name: str, tensor: Tensor) -> None:
+    if tensor.device.type not in ("cpu", "meta"):
+        raise ValueError(f"expected {name} on the CPU, the only device this build has, received {tensor.device}")
+
+
+def _is_plain(*tensors: Tensor) -> bool:
+    """Whether nobody watches: no tracing, no subclass, no dispatch mode, no transform."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    return all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in tensors)
+
+
+# ------------------------------------------------------------------------------------------------ calls of the core
+
+
+def _feature_dtype(what: Program, dtype: torch.dtype) -> torch.dtype:
+    if not what.is_complex:
+        return dtype
+    return torch.complex128 if dtype == torch.float64 else torch.complex64
+
+
+def _readable(t: Tensor) -> Tensor:
+    """A real matrix with adjacent numbers in each row; copies only where that is needed."""
+    if t.is_complex():
+        t = torch.view_as_real(t.resolve_conj()).flatten(-2)
+    t = t.resolve_neg()
+    return t if t.shape[1] <= 1 or t.stride(1) == 1 else t.contiguous()
+
+
+def _layout(t: Tensor) -> tuple[int, int, int, int, _core.Scalar]:
+    return t.data_ptr(), t.shape[0], t.shape[1], t.stride(0), _SCALARS[t.dtype]
+
+
+def _angles(theta: Tensor) -> Tensor:
+    return theta.detach().to(torch.float64).resolve_neg().contiguous()
+
+
+def _forward(what: Program, theta: Tensor, x: Tensor) -> Tensor:
+    angles, x = _angles(theta), _readable(x)
+    features = torch.empty(x.shape[0], what.n_outputs, dtype=_feature_dtype(what, x.dtype))
+    out = torch.view_as_real(features).flatten(-2) if what.is_complex else features
+    _core.forward(
+        what.plan,
+        angles.data_ptr(),
+        _core.ConstMatrix(*_layout(x)),
+        _core.Matrix(*_layout(out)),
+        torch.get_num_threads(),
+    )
+    return features
+
+
+def _backward(what: Program, theta: Tensor, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    angles, x, grad = _angles(theta), _readable(x), _readable(grad)
+    grad_angles = torch.empty_like(angles)
+    grad_x = torch.empty(x.shape, dtype=x.dtype)
+    _core.backward(
+        what.plan,
+        angles.data_ptr(),
+        _core.ConstMatrix(*_layout(x)),
+        _core.ConstMatrix(*_layout(grad)),
+        grad_angles.data_ptr(),
+        _core.Matrix(*_layout(grad_x)),
+        torch.get_num_threads(),
+    )
+    return grad_angles.to(theta.dtype), grad_x
+
+
+def _unit_gradients(what: Program, theta: Tensor) -> tuple[Tensor, torch.dtype]:
+    """Gradients that pick Re and Im of amplitude b, for b < k: ``[I; iI]``, shape (2 k, k)."""
+    real = torch.float64 if theta.dtype == torch.float64 else torch.float32
+    eye = torch.eye(what.n_outputs, dtype=_feature_dtype(what, real))
+    return torch.cat([eye, 1j * eye]), real
+
+
+def _rows(what: Program, theta: Tensor) -> Tensor:
+    # The readout is linear in x, so the gradient of Re phi_b with respect to x is row b of Re U, whatever x is.
+    units, dtype = _unit_gradients(what, theta)
+    x = torch.zeros(1, 2**what.circuit.n_wires, dtype=dtype).expand(2 * what.n_outputs, -1)
+    _, grad_x = _backward(what, theta, x, units)
+    return torch.complex(*grad_x.chunk(2))
+
+
+def _rows_backward(what: Program, theta: Tensor, grad: Tensor) -> Tensor:
+    units, _ = _unit_gradients(what, theta)
+    grad_theta, _ = _backward(what, theta, torch.cat([grad.real, grad.imag]), units)
+    return grad_theta
+
+
+# ------------------------------------------------------------------------------------------------ eager autograd
+
+
+class _Features(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, x: Tensor, what: Program) -> Tensor:
+        ctx.save_for_backward(theta, x)
+        ctx.what = what
+        return _forward(what, theta, x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        theta, x = ctx.saved_tensors
+        grad_theta, grad_x = _backward(ctx.what, theta, x, grad)
+        return grad_theta, grad_x, None
+
+
+class _Rows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, what: Program) -> Tensor:
+        ctx.save_for_backward(theta)
+        ctx.what = what
+        return _rows(what, theta)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _rows_backward(ctx.what, ctx.saved_tensors[0], grad), None
+
+
+# ------------------------------------------------------------------------------------------------ dispatcher
+
+_library = torch.library.Library("qaa", "DEF")
+_library.define("forward(Tensor theta, Tensor x, str program) -> Tensor")
+_library.define("backward(Tensor theta, Tensor x, Tensor grad, str program) -> (Tensor, Tensor)")
+_library.define("rows(Tensor theta, str program) -> Tensor")
+_library.define("rows_backward(Tensor theta, Tensor grad, str program) -> Tensor")
+
+
+def _checked(text: str, theta: Tensor, x: Tensor | None = None, grad: Tensor | None = None) -> Program:
+    what = Program.parse(text)
+    _check_theta(what, theta)
+    if x is not None:
+        _check_x(what, x)
+        if x.ndim != 2:
+            raise ValueError(f"expected x of shape (batch, d), received {tuple(x.shape)}")
+        if grad is not None:
+            shape, dtype = (x.shape[0], what.n_outputs), _feature_dtype(what, x.dtype)
+            if tuple(grad.shape) != shape or grad.dtype != dtype:
+                raise ValueError(
+                    f"expected grad of shape {shape} and dtype {dtype}, received {tuple(grad.shape)} and {grad.dtype}"
+                )
+    elif what.readout.kind != "state" or what.normalize:
+        raise ValueError(f"expected a program that reads amplitudes 'as is', received {text[-40:]!r}")
+    return what
+
+
+def _op_forward(theta: Tensor, x: Tensor, program: str) -> Tensor:
+    return _forward(_checked(program, theta, x), theta, x)
+
+
+def _op_backward(theta: Tensor, x: Tensor, grad: Tensor, program: str) -> tuple[Tensor, Tensor]:
+    return _backward(_checked(program, theta, x, grad), theta, x, grad)
+
+
+def _op_rows(theta: Tensor, program: str) -> Tensor:
+    return _rows(_checked(program, theta), theta)
+
+
+def _op_rows_backward(theta: Tensor, grad: Tensor, program: str) -> Tensor:
+    return _rows_backward(_checked(program, theta), theta, grad)
+
+
+_library.impl("forward", _op_forward, "CPU")
+_library.impl("backward", _op_backward, "CPU")
+_library.impl("rows", _op_rows, "CPU")
+_library.impl("rows_backward", _op_rows_backward, "CPU")
+
+
+@torch.library.register_fake("qaa::forward", lib=_library)
+def _fake_forward(theta: Tensor, x: Tensor, program: str) -> Tensor:
+    what = _checked(program, theta, x)
+    return x.new_empty((x.shape[0], what.n_outputs), dtype=_feature_dtype(what, x.dtype))
+
+
+@torch.library.register_fake("qaa::backward", lib=_library)
+def _fake_backward(theta: Tensor, x: Tensor, grad: Tensor, program: str) -> tuple[Tensor, Tensor]:
+    return theta.new_empty(theta.shape), x.new_empty(x.shape)
+
+
+@torch.library.register_fake("qaa::rows", lib=_library)
+def _fake_rows(theta: Tensor, program: str) -> Tensor:
+    what = _checked(program, theta)
+    real = torch.float64 if theta.dtype == torch.float64 else torch.float32
+    return theta.new_empty((what.n_outputs, 2**what.circuit.n_wires), dtype=_feature_dtype(what, real))
+
+
+@torch.library.register_fake("qaa::rows_backward", lib=_library)
+def _fake_rows_backward(theta: Tensor, grad: Tensor, program: str) -> Tensor:
+    return theta.new_empty(theta.shape)
+
+
+def _setup_features(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    theta, x, ctx.program = inputs
+    ctx.save_for_backward(theta, x)
+
+
+def _autograd_features(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    theta, x = ctx.saved_tensors
+    grad_theta, grad_x = torch.ops.qaa.backward(theta, x, grad, ctx.program)
+    return grad_theta, grad_x, None
+
+
+def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    theta, ctx.program = inputs
+    ctx.save_for_backward(theta)
+
+
+def _autograd_rows(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return torch.ops.qaa.rows_backward(ctx.saved_tensors[0], grad, ctx.program), None
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError("expected a first derivative, received a request for a second one: the adjoint has none")
+
+
+torch.library.register_autograd("qaa::forward", _autograd_features, setup_context=_setup_features, lib=_library)
+torch.library.register_autograd("qaa::rows", _autograd_rows, setup_context=_setup_rows, lib=_library)
+torch.library.register_autograd("qaa::backward", _no_second_derivative, lib=_library)
+torch.library.register_autograd("qaa::rows_backward", _no_second_derivative, lib=_library)

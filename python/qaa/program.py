@@ -1,0 +1,105 @@
+"""Circuit, readout and normalization as one value, its text, and the compiled plan that belongs to it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from qaa import _core
+from qaa.circuit import Circuit, Readout
+
+#: Rewrites of the plan compiler; naming some in QAA_PLAN_WITHOUT (comma-separated) switches them off, for tests.
+REWRITES = ("fuse", "absorb", "real", "tangent")
+
+
+@dataclass(frozen=True)
+class Program:
+    """What is computed for each row: ``readout(U(theta) x)``, with ``x`` normalized first or not.
+
+    ``str`` and :meth:`parse` are inverse to each other; the text is how a program passes through ``torch.ops``.
+    """
+
+    circuit: Circuit
+    readout: Readout
+    normalize: bool
+
+    def __str__(self) -> str:
+        return f"{self.circuit} | {self.readout} | {'normalize' if self.normalize else 'as is'}"
+
+    @staticmethod
+    @lru_cache(maxsize=1024)
+    def parse(text: str) -> Program:
+        """The program whose ``str`` is ``text``."""
+        parts = text.split(" | ")
+        if len(parts) != 3 or parts[2] not in ("normalize", "as is"):
+            raise ValueError(f"expected 'CIRCUIT | READOUT | normalize' or '... | as is', received {text[:80]!r}")
+        circuit = Circuit.parse(parts[0])
+        readout: str | list[str] = parts[1]
+        if "[" not in parts[1]:
+            readout = parts[1].split(",")
+        return Program(circuit, Readout.parse(readout, circuit.n_wires), parts[2] == "normalize")
+
+    @property
+    def n_outputs(self) -> int:
+        """Features per row."""
+        return self.readout.n_outputs
+
+    @property
+    def is_complex(self) -> bool:
+        """Whether the features are complex amplitudes."""
+        return self.readout.kind == "state"
+
+    @property
+    def plan(self) -> _core.Plan:
+        """The compiled plan, made once."""
+        return _plan(self)
+
+    def check_width(self, width: int) -> None:
+        """Raises ``ValueError`` unless rows of ``width`` numbers fit into the circuit's amplitudes."""
+        n_wires = self.circuit.n_wires
+        if not 1 <= width <= 2**n_wires:
+            raise ValueError(
+                f"expected x with a last dimension from 1 to {2**n_wires} for {n_wires} wires, received {width}"
+            )
+
+    def check_theta(self, shape: Sequence[int]) -> None:
+        """Raises ``ValueError`` unless ``shape`` is the circuit's parameter shape."""
+        if tuple(shape) != self.circuit.parameter_shape:
+            raise ValueError(f"expected theta of shape {self.circuit.parameter_shape}, received {tuple(shape)}")
+
+
+def program(circuit: Circuit, readout: str | Sequence[str] | Readout, normalize: bool) -> Program:
+    """The program of a circuit, a readout in any accepted form, and a normalization."""
+    if not isinstance(circuit, Circuit):
+        raise TypeError(f"expected circuit to be a qaa.Circuit, received {type(circuit).__name__}")
+    if not isinstance(normalize, bool):
+        raise TypeError(f"expected normalize to be a bool, received {type(normalize).__name__}")
+    if isinstance(readout, (str, Readout)):
+        return _program(circuit, readout, normalize)
+    return Program(circuit, Readout.parse(readout, circuit.n_wires), normalize)
+
+
+@lru_cache(maxsize=1024)
+def _program(circuit: Circuit, readout: str | Readout, normalize: bool) -> Program:
+    return Program(circuit, Readout.parse(readout, circuit.n_wires), normalize)
+
+
+@lru_cache(maxsize=1024)
+def _plan(program: Program) -> _core.Plan:
+    circuit, readout = program.circuit, program.readout
+    without = [name for name in os.environ.get("QAA_PLAN_WITHOUT", "").split(",") if name]
+    for name in without:
+        if name not in REWRITES:
+            raise ValueError(f"expected QAA_PLAN_WITHOUT to name rewrites among {', '.join(REWRITES)}, received {name}")
+    return _core.Plan(
+        circuit.n_wires,
+        circuit.n_parameters,
+        [(gate.name, gate.wires, gate.parameters) for gate in circuit.gates],
+        getattr(_core.ReadoutKind, readout.kind),
+        readout.n_outputs,
+        list(readout.paulis),
+        program.normalize,
+        **{name: name not in without for name in REWRITES},
+    )
