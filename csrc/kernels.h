@@ -42,8 +42,17 @@ struct Workspace {
 
 // ------------------------------------------------------------------------------------------------ rows <-> lanes
 
-template <class T, class In>
-void load_rows(const In* data, std::int64_t stride, int n_rows, std::int64_t columns, Vec<T>* out) {
+// Where column c of a matrix is kept: in order, or where the program stores that amplitude.
+struct InOrder {
+  QAA_INLINE std::int64_t operator()(std::int64_t column) const { return column; }
+};
+struct AsStored {
+  const Index* inputs;
+  QAA_INLINE std::int64_t operator()(std::int64_t column) const { return inputs[column]; }
+};
+
+template <class T, class In, class Where>
+void load_rows(const In* data, std::int64_t stride, int n_rows, std::int64_t columns, Where where, Vec<T>* out) {
   constexpr int w = width<T>;
   std::int64_t c = 0;
   for (; c + w <= columns; c += w) {
@@ -56,35 +65,37 @@ void load_rows(const In* data, std::int64_t stride, int n_rows, std::int64_t col
     }
     transpose<T>(block);
 #pragma GCC unroll 16
-    for (int r = 0; r < w; ++r) out[c + r] = block[r];
+    for (int r = 0; r < w; ++r) out[where(c + r)] = block[r];
   }
   for (; c < columns; ++c) {
     Vec<T> column{};
     for (int r = 0; r < n_rows; ++r) column[r] = to_float(data[r * stride + c]);
-    out[c] = column;
+    out[where(c)] = column;
   }
 }
 
-template <class T, class Out>
-void store_rows(const Vec<T>* in, std::int64_t columns, Out* data, std::int64_t stride, int n_rows) {
+template <class T, class Out, class Where>
+void store_rows(const Vec<T>* in, Where where, std::int64_t columns, Out* data, std::int64_t stride, int n_rows) {
   constexpr int w = width<T>;
   std::int64_t c = 0;
   for (; c + w <= columns; c += w) {
     Vec<T> block[w];
 #pragma GCC unroll 16
-    for (int r = 0; r < w; ++r) block[r] = in[c + r];
+    for (int r = 0; r < w; ++r) block[r] = in[where(c + r)];
     transpose<T>(block);
     for (int r = 0; r < n_rows; ++r) store_row<T>(data + r * stride + c, block[r]);
   }
   for (; c < columns; ++c) {
-    for (int r = 0; r < n_rows; ++r) data[r * stride + c] = from_float<Out, T>(in[c][r]);
+    for (int r = 0; r < n_rows; ++r) data[r * stride + c] = from_float<Out, T>(in[where(c)][r]);
   }
 }
 
 // The one place where storage types are told apart.
-template <class T>
-void load_matrix(const ConstMatrix& m, std::int64_t first_row, int n_rows, Vec<T>* out) {
-  auto load = [&](auto* data) { load_rows<T>(data + first_row * m.row_stride, m.row_stride, n_rows, m.columns, out); };
+template <class T, class Where>
+void load_matrix(const ConstMatrix& m, std::int64_t first_row, int n_rows, Where where, Vec<T>* out) {
+  auto load = [&](auto* data) {
+    load_rows<T>(data + first_row * m.row_stride, m.row_stride, n_rows, m.columns, where, out);
+  };
   if constexpr (sizeof(T) == 8) {
     load(static_cast<const double*>(m.data));
   } else {
@@ -95,10 +106,10 @@ void load_matrix(const ConstMatrix& m, std::int64_t first_row, int n_rows, Vec<T
     }
   }
 }
-template <class T>
-void store_matrix(const Vec<T>* in, const Matrix& m, std::int64_t first_row, int n_rows) {
+template <class T, class Where>
+void store_matrix(const Vec<T>* in, Where where, const Matrix& m, std::int64_t first_row, int n_rows) {
   auto store = [&](auto* data) {
-    store_rows<T>(in, m.columns, data + first_row * m.row_stride, m.row_stride, n_rows);
+    store_rows<T>(in, where, m.columns, data + first_row * m.row_stride, m.row_stride, n_rows);
   };
   if constexpr (sizeof(T) == 8) {
     store(static_cast<double*>(m.data));
@@ -134,12 +145,12 @@ Norms<T> sum_of_squares(const Vec<T>* a, std::int64_t n) {
 // the circuit is linear, so the readout divides.
 template <class T>
 Norms<T> embed(const Program<T>& p, const ConstMatrix& x, std::int64_t first_row, int n_rows, State<T> ket) {
-  load_matrix<T>(x, first_row, n_rows, ket.re);
-  for (Index i = Index(x.columns); i < p.n_amplitudes; ++i) ket.re[i] = Vec<T>{};
+  load_matrix<T>(x, first_row, n_rows, AsStored{p.inputs}, ket.re);
+  for (Index i = Index(x.columns); i < p.n_amplitudes; ++i) ket.re[p.inputs[i]] = Vec<T>{};
   if (!p.starts_real) {
     for (Index i = 0; i < p.n_amplitudes; ++i) ket.im[i] = Vec<T>{};
   }
-  Norms<T> norms = sum_of_squares<T>(ket.re, x.columns);
+  Norms<T> norms = sum_of_squares<T>(ket.re, p.n_amplitudes);
   if (!p.normalize) return norms;
 
   constexpr T tiny = sizeof(T) == 8 ? T(1e-250) : T(1e-24), huge = sizeof(T) == 8 ? T(1e300) : T(1e30);
@@ -147,7 +158,7 @@ Norms<T> embed(const Program<T>& p, const ConstMatrix& x, std::int64_t first_row
   for (int l = 0; l < width<T>; ++l) extreme |= norms.squared[l] > huge || norms.squared[l] < tiny;
   if (!extreme) return norms;
   Vec<T> largest{};
-  for (Index i = 0; i < Index(x.columns); ++i) {
+  for (Index i = 0; i < p.n_amplitudes; ++i) {
     const Vec<T> a = ket.re[i] < 0 ? -ket.re[i] : ket.re[i];
     largest = a > largest ? a : largest;
   }
@@ -161,8 +172,8 @@ Norms<T> embed(const Program<T>& p, const ConstMatrix& x, std::int64_t first_row
     exponent = exponent > limit ? limit : exponent < -limit ? -limit : exponent;
     rescale[l] = T(__builtin_ldexp(1.0, -exponent));
   }
-  for (Index i = 0; i < Index(x.columns); ++i) ket.re[i] *= rescale;
-  norms = sum_of_squares<T>(ket.re, x.columns);
+  for (Index i = 0; i < p.n_amplitudes; ++i) ket.re[i] *= rescale;
+  norms = sum_of_squares<T>(ket.re, p.n_amplitudes);
   norms.rescale = rescale;
   return norms;
 }
@@ -511,12 +522,13 @@ void flip_apply(const FlipPass& shared, const Vec<T>* weights, const Vec<T>* ket
   }
 }
 
-// Calls f(i, j, negative) for every pair j = i ^ x, with the sign of index i.
-template <class F>
+// Calls f(i, j, sign) for every pair j = i ^ x, with the sign of index i.
+template <class T, class F>
 QAA_INLINE void for_pairs(Index n, const GeneralString& s, F&& f) {
-  const Index low = s.x & (~s.x + 1);
-  for (Index i = 0; i < n; ++i) {
-    if (!(i & low)) f(i, i ^ s.x, __builtin_parity(i & s.z) != 0);
+  const Index low = s.x & (~s.x + 1), below = low - 1;
+  for (Index k = 0; k < n / 2; ++k) {
+    const Index i = ((k & ~below) << 1) | (k & below);  // the k-th index without the bit `low`
+    f(i, i ^ s.x, T(1 - 2 * __builtin_parity(i & s.z)));
   }
 }
 
@@ -524,10 +536,10 @@ template <class T>
 Vec<T> general_value(const GeneralString& s, Index n, bool complex, State<T> a) {
   Vec<T> sum{};
   if (s.imaginary && !complex) return sum;
-  for_pairs(n, s, [&](Index i, Index j, bool negative) {
+  for_pairs<T>(n, s, [&](Index i, Index j, T sign) {
     Vec<T> term = s.imaginary ? a.re[i] * a.im[j] - a.im[i] * a.re[j] : a.re[i] * a.re[j];
     if (!s.imaginary && complex) term += a.im[i] * a.im[j];
-    sum = negative ? sum - term : sum + term;
+    sum += sign * term;
   });
   return sum + sum;
 }
@@ -535,8 +547,8 @@ Vec<T> general_value(const GeneralString& s, Index n, bool complex, State<T> a) 
 template <class T>
 void general_apply(const GeneralString& s, Index n, bool complex, Vec<T> weight, State<T> ket, State<T> bra) {
   if (s.imaginary && !complex) return;
-  for_pairs(n, s, [&](Index i, Index j, bool negative) {
-    const Vec<T> w = negative ? -weight : weight;
+  for_pairs<T>(n, s, [&](Index i, Index j, T sign) {
+    const Vec<T> w = sign * weight;
     if (s.imaginary) {
       bra.re[i] += w * ket.im[j];
       bra.im[i] -= w * ket.re[j];
@@ -669,7 +681,7 @@ void forward_group(const Program<T>& p, const ForwardCall& call, std::int64_t fi
       columns[2 * k + 1] = complex ? ket.im[p.outputs[k]] * signed_scale : Vec<T>{};
     }
   }
-  store_matrix<T>(columns, call.features, first_row, n_rows);
+  store_matrix<T>(columns, InOrder{}, call.features, first_row, n_rows);
 }
 
 // The bra M ket, in the ket's scale, where M is the readout weighted by the incoming gradient.
@@ -711,7 +723,7 @@ void backward_group(const Program<T>& p, const BackwardCall& call, std::int64_t 
   const Norms<T> norms = embed<T>(p, call.x, first_row, n_rows, work.ket);
   bool complex = run_stages<T>(p, work.ket);
   const Vec<T> inverse = inverse_norm<T>(p, norms);
-  load_matrix<T>(call.grad, first_row, n_rows, work.columns);
+  load_matrix<T>(call.grad, first_row, n_rows, InOrder{}, work.columns);
   for (std::uint32_t k = 0; k < p.n_columns; ++k) work.columns[k] *= inverse;
   start_bra<T>(p, complex, work, slots);
 
@@ -748,8 +760,8 @@ void backward_group(const Program<T>& p, const BackwardCall& call, std::int64_t 
     for (int l = 0; l < width<T>; ++l) along[l] = norms.squared[l] == 0 ? T(0) : along[l] / norms.squared[l];
     along *= p.unwound_scale * p.unwound_scale;
   }
-  for (Index i = 0; i < Index(call.x.columns); ++i) work.ket.re[i] = outer * (bra[i] - along * ket[i]);
-  store_matrix<T>(work.ket.re, call.grad_x, first_row, n_rows);
+  for (Index i = 0; i < p.n_amplitudes; ++i) work.ket.re[i] = outer * (bra[i] - along * ket[i]);
+  store_matrix<T>(work.ket.re, AsStored{p.inputs}, call.grad_x, first_row, n_rows);
 }
 
 }  // namespace qaa::QAA_ISA

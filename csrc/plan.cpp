@@ -25,9 +25,17 @@ struct Frame {
   std::vector<Index> row, column;
   std::vector<bool> flip, sign;
 
+  // The state is stored in swizzled order from the start: index bit b >= 6 also toggles bit b - 6. Amplitudes that a
+  // high wire pairs lie a power of two apart, which would put a whole pass into one set of the first-level cache.
   explicit Frame(std::uint32_t n_wires) : n(n_wires), row(n), column(n), flip(n), sign(n) {
-    for (std::uint32_t w = 0; w < n; ++w) row[w] = column[w] = Index{1} << (n - 1 - w);
+    for (std::uint32_t bit = 0; bit < n; ++bit) {
+      const std::uint32_t w = n - 1 - bit;
+      column[w] = Index{1} << bit;
+      if (bit >= swizzle) column[w] |= Index{1} << (bit - swizzle);
+      for (std::uint32_t higher = bit; higher < n; higher += swizzle) row[w] |= Index{1} << higher;
+    }
   }
+  static constexpr std::uint32_t swizzle = 6;
   // Returns true if the state changes sign.
   bool x(std::uint32_t w) {
     flip[w] = !flip[w];
@@ -139,7 +147,7 @@ class Observables {
   void absorb_trailing() {
     while (!plan_.stages.empty()) {
       Stage& last = plan_.stages.back();
-      std::erase_if(last.phases, [&](const Phase& p) { return absorb(p); });
+      absorb_phases(last.phases);
       std::erase_if(last.rotations, [&](const Rotation& r) { return absorb(r); });
       if (!last.phases.empty() || !last.rotations.empty()) return;
       plan_.stages.pop_back();
@@ -170,16 +178,31 @@ class Observables {
     return std::uint32_t(at);
   }
 
-  // U^dagger P U = cos(a) P + sin(a) (-i P G) for U = exp(-i a G / 2) and P that anticommutes with G.
   template <class Operation>
-  bool absorb(const Operation& operation) {
+  std::vector<std::size_t> terms_hit_by(const Operation& operation) const {
     std::vector<std::size_t> hit;
     for (std::size_t t = 0; t < plan_.terms.size(); ++t) {
       if (!commutes(plan_.strings[plan_.terms[t].string], operation)) hit.push_back(t);
     }
+    return hit;
+  }
+
+  // Phases that commute with every string vanish. The others make one pass over the state however many they are, and
+  // strings with signs are dearer than strings without: quarter turns go only if all that is left of the stage goes.
+  void absorb_phases(std::vector<Phase>& phases) {
+    std::erase_if(phases, [&](const Phase& p) { return terms_hit_by(p).empty(); });
+    if (!std::ranges::all_of(phases, [](const Phase& p) { return quarter_turns(p.angle) >= 0; })) return;
+    for (const Phase& phase : phases) absorb(phase);
+    phases.clear();
+  }
+
+  // U^dagger P U = cos(a) P + sin(a) (-i P G) for U = exp(-i a G / 2) and P that anticommutes with G.
+  template <class Operation>
+  bool absorb(const Operation& operation) {
+    const std::vector<std::size_t> hit = terms_hit_by(operation);
     if (hit.empty()) return true;
-    if (const int quarter = quarter_turns(operation.angle); quarter >= 0) {
-      for (const std::size_t t : hit) quarter_turn(plan_.terms[t], operation, quarter);
+    if (const int quarters = quarter_turns(operation.angle); quarters >= 0) {
+      for (const std::size_t t : hit) quarter_turn(plan_.terms[t], operation, quarters);
       return true;
     }
     if (plan_.terms.size() + hit.size() > max_terms_per_output * plan_.n_outputs) return false;
@@ -393,6 +416,7 @@ void lay_out_stages(Plan& plan) {
         std::erase_if(stage.phases, [](const Phase& p) { return p.z == 0 && !p.angle.is_constant(); });
       }
       stage.real = plan.options.real && make_real(stage, plan.n_wires, quadratic);
+      std::ranges::stable_sort(stage.phases, std::less{}, &Phase::z);
       std::vector<Index> masks;
       std::vector<std::uint32_t> items;
       for (std::uint32_t k = 0; k < stage.phases.size(); ++k) {
@@ -424,9 +448,12 @@ void lay_out_strings(Plan& plan) {
     plan.flips.push_back(flip_pass(group, std::uint32_t(ordered.size()), plan.n_wires));
     for (const Index x : group) ordered.push_back({x, 0});
   }
+  const std::size_t n_flips = ordered.size();
   for (const String& s : plan.strings) {
     if (s.x == 0 || s.z != 0) ordered.push_back(s);
   }
+  std::sort(ordered.begin() + std::ptrdiff_t(n_flips), ordered.end(),
+            [](const String& a, const String& b) { return std::pair(a.x, a.z) < std::pair(b.x, b.z); });
   for (Term& term : plan.terms) {
     term.string = std::uint32_t(std::ranges::find(ordered, plan.strings[term.string]) - ordered.begin());
   }
@@ -551,9 +578,18 @@ void check(const ReadoutSpec& readout, std::uint32_t n_wires) {
 
 }  // namespace
 
+// Large angles are reduced before they are added up, so that a sum is as exact as the sine of each of its terms.
 double Angle::value(const double* theta) const {
+  constexpr double period = 4 * std::numbers::pi, period_rest = 4 * 1.2246467991473532e-16;  // pi in two doubles
   double angle = constant;
-  for (const AngleTerm& term : terms) angle += term.coefficient * theta[term.parameter];
+  for (const AngleTerm& term : terms) {
+    double part = term.coefficient * theta[term.parameter];
+    if (std::abs(part) > period) {
+      const double turns = std::nearbyint(part / period);
+      part = std::fma(-turns, period_rest, std::fma(-turns, period, part));
+    }
+    angle += part;
+  }
   return angle;
 }
 
@@ -582,6 +618,7 @@ Plan compile(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vecto
   plan.n_outputs = readout.n_outputs;
 
   Frame frame(n_wires);
+  for (Index i = 0; i < plan.n_amplitudes(); ++i) plan.inputs.push_back(frame.stored_index(i));
   for (const GateCall& gate : gates) {
     check(n_wires, n_parameters, gate);
     apply(gate, frame, plan);

@@ -122,6 +122,7 @@ struct Plan {
   ReadoutKind readout = ReadoutKind::expval;
   std::uint32_t n_outputs = 0;  // outputs per state; for `state` each is a pair (real, imaginary)
 
+  std::vector<Index> inputs;  // column of x -> where its amplitude is stored
   std::vector<Stage> stages;
   bool real = true;  // the final state is real
 

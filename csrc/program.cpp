@@ -194,6 +194,7 @@ ProgramStorage<T>::ProgramStorage(const Plan& plan, const double* theta) : plan_
   program_.n_outputs = plan.n_outputs;
   program_.n_columns = plan.n_columns();
   program_.starts_real = plan.options.real;
+  program_.inputs = plan.inputs.data();
   program_.stages = stages_.data();
   program_.n_stages = std::uint32_t(n_stages);
   program_.n_strings = std::uint32_t(plan.strings.size());

@@ -73,6 +73,7 @@ struct Program {
   ReadoutKind readout;
   std::uint32_t n_outputs, n_columns;
   bool starts_real;
+  const Index* inputs;  // column of x -> where its amplitude is stored
   const ProgramStage<T>* stages;
   std::uint32_t n_stages;
   T scale;          // owed after the last stage

@@ -129,7 +129,7 @@ def _angles(what: Program, theta: ArrayLike) -> NDArray[np.float64]:
     if theta.dtype.name not in _SCALARS:
         raise TypeError(f"expected theta of a real floating dtype, received {theta.dtype}")
     what.check_theta(theta.shape)
-    return np.ascontiguousarray(theta, np.float64)
+    return np.asarray(theta, np.float64, order="C")
 
 
 def _rows(what: Program, x: ArrayLike) -> NDArray[Any]:

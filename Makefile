@@ -1,0 +1,50 @@
+# The project's commands. `make compare` and `make test` are all that a newcomer needs.
+PYTHON ?= python3
+VENV ?= .venv
+BUDGET ?= quick
+OUTPUT ?= reports/compare
+
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc python -type f -not -name '*.pyc' -not -name '*.so') CMakeLists.txt pyproject.toml constraints.txt
+
+.PHONY: help compare test bench lint stubs clean
+help:
+	@echo "make compare   train QAA, LoRA, SoRA, Prefix and full fine-tuning on a real LLM; report in $(OUTPUT)"
+	@echo "make test      the test-suite"
+	@echo "make bench     kernels against simulators; results in reports/bench"
+	@echo "make lint      ruff and mypy"
+
+# torch comes first and alone: it is no build requirement, and the constraint keeps every later step from replacing it.
+$(VENV)/.torch: constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	touch $@
+
+$(VENV)/.compare: $(VENV)/.torch $(SOURCES)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[compare]'
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch $(SOURCES)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[dev]'
+	touch $@ $(VENV)/.compare
+
+compare: $(VENV)/.compare
+	$(BIN)/qaa compare --budget $(BUDGET) --out $(OUTPUT)
+
+test: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+
+bench: $(VENV)/.dev
+	$(BIN)/python -m benchmarks
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+# Type stubs of the compiled module, from the module itself.
+stubs: $(VENV)/.dev
+	$(BIN)/pybind11-stubgen qaa._core --output-dir build/stubs
+	cp build/stubs/qaa/_core.pyi python/qaa/_core.pyi
+
+clean:
+	rm -rf build dist reports $(VENV)
