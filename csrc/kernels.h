@@ -130,15 +130,16 @@ struct Norms {
   Vec<T> rescale;  // the power of two that the row was multiplied by, against overflow and underflow
 };
 
+// sum over i of a[i] b[i], in four chains.
 template <class T>
-Norms<T> sum_of_squares(const Vec<T>* a, std::int64_t n) {
+Vec<T> dot(const Vec<T>* a, const Vec<T>* b, Index n) {
   Vec<T> sum[4] = {};
-  std::int64_t i = 0;
+  Index i = 0;
   for (; i + 4 <= n; i += 4) {
-    for (int k = 0; k < 4; ++k) sum[k] += a[i + k] * a[i + k];
+    for (int k = 0; k < 4; ++k) sum[k] += a[i + k] * b[i + k];
   }
-  for (; i < n; ++i) sum[0] += a[i] * a[i];
-  return {(sum[0] + sum[1]) + (sum[2] + sum[3]), splat<T>(1)};
+  for (; i < n; ++i) sum[0] += a[i] * b[i];
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 // Loads rows, pads them with zeros to 2^n_wires amplitudes and computes their norms. The state is left unnormalized:
@@ -150,7 +151,7 @@ Norms<T> embed(const Program<T>& p, const ConstMatrix& x, std::int64_t first_row
   if (!p.starts_real) {
     for (Index i = 0; i < p.n_amplitudes; ++i) ket.im[i] = Vec<T>{};
   }
-  Norms<T> norms = sum_of_squares<T>(ket.re, p.n_amplitudes);
+  Norms<T> norms{dot<T>(ket.re, ket.re, p.n_amplitudes), splat<T>(1)};
   if (!p.normalize) return norms;
 
   constexpr T tiny = sizeof(T) == 8 ? T(1e-250) : T(1e-24), huge = sizeof(T) == 8 ? T(1e300) : T(1e30);
@@ -173,9 +174,7 @@ Norms<T> embed(const Program<T>& p, const ConstMatrix& x, std::int64_t first_row
     rescale[l] = T(__builtin_ldexp(1.0, -exponent));
   }
   for (Index i = 0; i < p.n_amplitudes; ++i) ket.re[i] *= rescale;
-  norms = sum_of_squares<T>(ket.re, p.n_amplitudes);
-  norms.rescale = rescale;
-  return norms;
+  return {dot<T>(ket.re, ket.re, p.n_amplitudes), rescale};
 }
 
 // 1 / squared norm, or 1 / norm for the state itself; zero for a zero row; one where nothing is normalized.
@@ -189,6 +188,27 @@ Vec<T> inverse_norm(const Program<T>& p, const Norms<T>& norms) {
   }
   return out;
 }
+
+// ------------------------------------------------------------------------------------------------ passes
+
+// The amplitudes that a pass works on together: those at base ^ offsets[v]. Kept as byte offsets, so that an address
+// is one xor.
+template <class T, int radix>
+struct Block {
+  static constexpr int size = 1 << radix;
+  std::size_t offsets[size];
+
+  explicit Block(const Index* index_offsets) {
+    for (int v = 0; v < size; ++v) offsets[v] = std::size_t{index_offsets[v]} * sizeof(Vec<T>);
+  }
+  static std::size_t base(Index representative) { return std::size_t{representative} * sizeof(Vec<T>); }
+  QAA_INLINE Vec<T>& at(Vec<T>* state, std::size_t base, int v) const {
+    return *reinterpret_cast<Vec<T>*>(reinterpret_cast<char*>(state) + (base ^ offsets[v]));
+  }
+  QAA_INLINE const Vec<T>& at(const Vec<T>* state, std::size_t base, int v) const {
+    return *reinterpret_cast<const Vec<T>*>(reinterpret_cast<const char*>(state) + (base ^ offsets[v]));
+  }
+};
 
 // ------------------------------------------------------------------------------------------------ rotations
 
@@ -228,14 +248,15 @@ template <class T, int radix, bool tangent>
 void rotate_pass(const RotatePass<T>& shared, Vec<T>* state) {
   constexpr int size = 1 << radix;
   const RotatePass<T> pass = shared;  // a copy that stores to the state cannot alias
+  const Block<T, radix> in(pass.offsets);
   for (std::uint32_t r = 0; r < pass.n_representatives; ++r) {
-    const Index base = pass.representatives[r];
+    const std::size_t base = in.base(pass.representatives[r]);
     Vec<T> block[size];
 #pragma GCC unroll 16
-    for (int v = 0; v < size; ++v) block[v] = state[base ^ pass.offsets[v]];
+    for (int v = 0; v < size; ++v) block[v] = in.at(state, base, v);
     rotate_block<T, radix, tangent, false>(block, pass);
 #pragma GCC unroll 16
-    for (int v = 0; v < size; ++v) state[base ^ pass.offsets[v]] = block[v];
+    for (int v = 0; v < size; ++v) in.at(state, base, v) = block[v];
   }
 }
 
@@ -245,15 +266,16 @@ template <class T, int radix, bool tangent>
 void unwind_pass(const RotatePass<T>& shared, Vec<T>* ket, Vec<T>* bra, Vec<T>* overlaps) {
   constexpr int size = 1 << radix;
   const RotatePass<T> pass = shared;
+  const Block<T, radix> in(pass.offsets);
   Vec<T> sum[radix];
   for (int k = 0; k < radix; ++k) sum[k] = overlaps[k];
   for (std::uint32_t r = 0; r < pass.n_representatives; ++r) {
-    const Index base = pass.representatives[r];
+    const std::size_t base = in.base(pass.representatives[r]);
     Vec<T> a[size], b[size];
 #pragma GCC unroll 16
     for (int v = 0; v < size; ++v) {
-      a[v] = ket[base ^ pass.offsets[v]];
-      b[v] = bra[base ^ pass.offsets[v]];
+      a[v] = in.at(ket, base, v);
+      b[v] = in.at(bra, base, v);
     }
 #pragma GCC unroll 4
     for (int k = 0; k < radix; ++k) {
@@ -269,8 +291,8 @@ void unwind_pass(const RotatePass<T>& shared, Vec<T>* ket, Vec<T>* bra, Vec<T>* 
     rotate_block<T, radix, tangent, true>(b, pass);
 #pragma GCC unroll 16
     for (int v = 0; v < size; ++v) {
-      ket[base ^ pass.offsets[v]] = a[v];
-      bra[base ^ pass.offsets[v]] = b[v];
+      in.at(ket, base, v) = a[v];
+      in.at(bra, base, v) = b[v];
     }
   }
   for (int k = 0; k < radix; ++k) overlaps[k] = sum[k];
@@ -484,12 +506,13 @@ void unwind_diagonal(const Program<T>& p, const ProgramStage<T>& stage, bool is_
 template <class T, int radix>
 void flip_values(const FlipPass& shared, const Vec<T>* state, Vec<T>* values) {
   const FlipPass pass = shared;
+  const Block<T, radix> in(pass.offsets);
   Vec<T> sum[radix] = {};
   for (std::uint32_t r = 0; r < pass.n_representatives; ++r) {
-    const Index base = pass.representatives[r];
+    const std::size_t base = in.base(pass.representatives[r]);
     Vec<T> block[1 << radix];
 #pragma GCC unroll 16
-    for (int v = 0; v < (1 << radix); ++v) block[v] = state[base ^ pass.offsets[v]];
+    for (int v = 0; v < (1 << radix); ++v) block[v] = in.at(state, base, v);
 #pragma GCC unroll 4
     for (int k = 0; k < radix; ++k) {
 #pragma GCC unroll 16
@@ -505,19 +528,20 @@ void flip_values(const FlipPass& shared, const Vec<T>* state, Vec<T>* values) {
 template <class T, int radix>
 void flip_apply(const FlipPass& shared, const Vec<T>* weights, const Vec<T>* ket, Vec<T>* bra) {
   const FlipPass pass = shared;
+  const Block<T, radix> in(pass.offsets);
   Vec<T> weight[radix];
   for (int k = 0; k < radix; ++k) weight[k] = weights[pass.first + k];
   for (std::uint32_t r = 0; r < pass.n_representatives; ++r) {
-    const Index base = pass.representatives[r];
+    const std::size_t base = in.base(pass.representatives[r]);
     Vec<T> block[1 << radix];
 #pragma GCC unroll 16
-    for (int v = 0; v < (1 << radix); ++v) block[v] = ket[base ^ pass.offsets[v]];
+    for (int v = 0; v < (1 << radix); ++v) block[v] = in.at(ket, base, v);
 #pragma GCC unroll 16
     for (int v = 0; v < (1 << radix); ++v) {
-      Vec<T> sum = bra[base ^ pass.offsets[v]];
+      Vec<T> sum = in.at(bra, base, v);
 #pragma GCC unroll 4
       for (int k = 0; k < radix; ++k) sum += weight[k] * block[v ^ (1 << k)];
-      bra[base ^ pass.offsets[v]] = sum;
+      in.at(bra, base, v) = sum;
     }
   }
 }
@@ -756,7 +780,7 @@ void backward_group(const Program<T>& p, const BackwardCall& call, std::int64_t 
   const Vec<T> outer = norms.rescale * (p.unwound_scale * (p.readout == ReadoutKind::state ? T(1) : T(2)));
   Vec<T> along{};
   if (p.normalize) {
-    for (Index i = 0; i < p.n_amplitudes; ++i) along += bra[i] * ket[i];
+    along = dot<T>(bra, ket, p.n_amplitudes);
     for (int l = 0; l < width<T>; ++l) along[l] = norms.squared[l] == 0 ? T(0) : along[l] / norms.squared[l];
     along *= p.unwound_scale * p.unwound_scale;
   }

@@ -137,9 +137,12 @@ QAA_INLINE void transpose(Vec<T>* rows) {
 // Sum over lanes, in double and always in the same order.
 template <class T>
 QAA_INLINE double lane_sum(const Vec<T>& values) {
-  double sum = 0;
-  for (int l = 0; l < width<T>; ++l) sum += double(values[l]);
-  return sum;
+  double sum[2] = {};
+  for (int l = 0; l < width<T>; l += 2) {
+    sum[0] += double(values[l]);
+    sum[1] += double(values[l + 1]);
+  }
+  return sum[0] + sum[1];
 }
 
 }  // namespace qaa::QAA_ISA

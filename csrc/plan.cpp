@@ -266,16 +266,23 @@ bool extend(std::vector<Index>& basis, Index mask) {
   return true;
 }
 
+// The size of the next group when `left` items go into as few groups of at most `radix` as possible, evenly.
+std::uint32_t next_group(std::uint32_t left, int radix) {
+  const std::uint32_t groups = (left + radix - 1) / radix;
+  return (left + groups - 1) / groups;
+}
+
 std::vector<Pass> rotation_passes(const std::vector<Rotation>& rotations, std::uint32_t n_wires, int radix) {
   std::vector<Pass> passes;
-  for (std::uint32_t first = 0; first < rotations.size(); first += radix) {
+  for (std::uint32_t first = 0; first < rotations.size();) {
     Pass pass;
     pass.first = first;
-    pass.radix = std::min<std::uint32_t>(radix, std::uint32_t(rotations.size()) - first);
-    for (std::uint32_t k = 0; k < pass.radix; ++k) pass.masks.push_back(rotations[first + k].x);
+    pass.radix = next_group(std::uint32_t(rotations.size()) - first, radix);
+    first += pass.radix;
+    for (std::uint32_t k = 0; k < pass.radix; ++k) pass.masks.push_back(rotations[pass.first + k].x);
     for (Index i = 0; i < (Index{1} << n_wires); ++i) {
       bool representative = true;
-      for (std::uint32_t k = 0; k < pass.radix; ++k) representative &= !parity(i & rotations[first + k].z);
+      for (std::uint32_t k = 0; k < pass.radix; ++k) representative &= !parity(i & rotations[pass.first + k].z);
       if (representative) pass.representatives.push_back(i);
     }
     passes.push_back(std::move(pass));
@@ -288,8 +295,9 @@ std::vector<std::vector<Index>> independent_groups(std::vector<Index> masks, int
   std::vector<std::vector<Index>> groups;
   while (!masks.empty()) {
     std::vector<Index> group, basis, rest;
+    const std::uint32_t size = next_group(std::uint32_t(masks.size()), radix);
     for (const Index mask : masks) {
-      if (int(group.size()) < radix && extend(basis, mask)) {
+      if (group.size() < size && extend(basis, mask)) {
         group.push_back(mask);
       } else {
         rest.push_back(mask);
