@@ -51,6 +51,18 @@ void run_backward(const Plan& plan, std::uintptr_t theta, const ConstMatrix& x, 
             threads});
 }
 
+void run_project(const ConstMatrix& features, const ConstMatrix& up, const ConstMatrix& bias, const ConstMatrix& base,
+                 double scale, const Matrix& out, int threads) {
+  const py::gil_scoped_release release;
+  project({features, up, bias, base, scale, out, threads});
+}
+
+void run_project_backward(const ConstMatrix& grad, const ConstMatrix& features, const ConstMatrix& up, double scale,
+                          const Matrix& grad_features, const Matrix& grad_up, const Matrix& grad_bias, int threads) {
+  const py::gil_scoped_release release;
+  project_backward({grad, features, up, scale, grad_features, grad_up, grad_bias, threads});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -85,6 +97,12 @@ PYBIND11_MODULE(_core, m) {
   m.def("backward", &run_backward, py::arg("plan"), py::arg("theta_address"), py::arg("x"), py::arg("grad"),
         py::arg("grad_theta_address"), py::arg("grad_x"), py::arg("threads"),
         "The vector-Jacobian product of forward; releases the GIL.");
+  m.def("project", &run_project, py::arg("features"), py::arg("up"), py::arg("bias"), py::arg("base"),
+        py::arg("scale"), py::arg("out"), py::arg("threads"),
+        "out = base + scale (features up^T + bias); releases the GIL.");
+  m.def("project_backward", &run_project_backward, py::arg("grad"), py::arg("features"), py::arg("up"),
+        py::arg("scale"), py::arg("grad_features"), py::arg("grad_up"), py::arg("grad_bias"), py::arg("threads"),
+        "The adjoint of project in one pass over grad; releases the GIL.");
   m.def("instruction_set", &instruction_set, "The instruction set in use; QAA_ISA forces one.");
   m.def("gate_table", [] {
     std::vector<std::tuple<std::string, int, int>> table;

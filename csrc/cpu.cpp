@@ -173,6 +173,68 @@ void backward_as(const BackwardCall& call) {
   storage.chain_rule(slots.data(), call.theta, call.grad_theta);
 }
 
+// A weight (columns, k) as (k, padded columns), times a factor.
+template <class T>
+std::vector<T> transposed(const ConstMatrix& m, double factor, int width) {
+  const std::int64_t padded = (m.rows + width - 1) / width * width;
+  std::vector<T> out(std::size_t(m.columns * padded), T(0));
+  const T* in = static_cast<const T*>(m.data);
+  for (std::int64_t c = 0; c < m.rows; ++c) {
+    for (std::int64_t k = 0; k < m.columns; ++k) out[std::size_t(k * padded + c)] = T(factor * in[c * m.row_stride + k]);
+  }
+  return out;
+}
+
+// Chunks for work in which every chunk has sums of the size of the weight.
+std::int64_t n_projection_chunks(std::int64_t rows) { return std::clamp<std::int64_t>(rows / 64, 1, 16); }
+
+int useful_projection_threads(int threads, std::int64_t rows, std::int64_t columns) {
+  return int(std::min<std::int64_t>(threads, 1 + rows * columns / (1 << 16)));
+}
+
+template <class T>
+void project_as(const ProjectCall& call) {
+  const CpuKernels<T>& kernel = kernels<T>();
+  const std::vector<T> up = transposed<T>(call.up, call.scale, kernel.width);
+  std::vector<T> bias(up.size() / std::size_t(call.up.columns), T(0));
+  if (call.bias.data != nullptr) {
+    const T* in = static_cast<const T*>(call.bias.data);
+    for (std::int64_t c = 0; c < call.up.rows; ++c) bias[std::size_t(c)] = T(call.scale * in[c]);
+  }
+  const std::int64_t rows = call.features.rows, n_chunks = n_projection_chunks(rows);
+  parallel_for(int(n_chunks), useful_projection_threads(call.threads, rows, call.up.rows), [&](int c) {
+    kernel.project(call, up.data(), bias.data(), c * rows / n_chunks, (c + 1) * rows / n_chunks);
+  });
+}
+
+template <class T>
+void project_backward_as(const ProjectBackwardCall& call) {
+  const CpuKernels<T>& kernel = kernels<T>();
+  const std::vector<T> up = transposed<T>(call.up, call.scale, kernel.width);
+  const std::int64_t rows = call.features.rows, columns = call.up.rows, k = call.up.columns;
+  const std::size_t n_chunks = std::size_t(n_projection_chunks(rows)), padded = up.size() / std::size_t(k);
+  const std::size_t size = up.size() + padded;  // the weight's gradient, then the bias's
+  std::vector<T> sums(n_chunks * size, T(0));
+  const bool with_bias = call.grad_bias.data != nullptr;
+  parallel_for(int(n_chunks), useful_projection_threads(call.threads, rows, columns), [&](int c) {
+    T* grad_up = sums.data() + std::size_t(c) * size;
+    const std::int64_t first = c * rows / std::int64_t(n_chunks), last = (c + 1) * rows / std::int64_t(n_chunks);
+    kernel.project_backward(call, up.data(), first, last, grad_up, with_bias ? grad_up + up.size() : nullptr);
+  });
+  auto total = [&](std::size_t at) {
+    double sum = 0;
+    for (std::size_t c = 0; c < n_chunks; ++c) sum += double(sums[c * size + at]);
+    return T(call.scale * sum);
+  };
+  T* grad_up = static_cast<T*>(call.grad_up.data);
+  for (std::int64_t c = 0; c < columns; ++c) {
+    for (std::int64_t j = 0; j < k; ++j) {
+      grad_up[c * call.grad_up.row_stride + j] = total(std::size_t(j) * padded + std::size_t(c));
+    }
+    if (with_bias) static_cast<T*>(call.grad_bias.data)[c] = total(up.size() + std::size_t(c));
+  }
+}
+
 }  // namespace
 
 const char* instruction_set() { return chosen().name; }
@@ -202,6 +264,45 @@ void backward(const BackwardCall& call) {
     return;
   }
   is_double ? backward_as<double>(call) : backward_as<float>(call);
+}
+
+namespace {
+
+// Projections work on numbers as they are: float32 or float64, no narrower ones.
+void check_projection(const ConstMatrix& features, const ConstMatrix& up) {
+  if (features.scalar != Scalar::float32 && features.scalar != Scalar::float64) {
+    throw std::invalid_argument("expected features of float32 or float64, received a narrower type");
+  }
+  if (up.rows < 1 || up.columns < 1) {
+    throw std::invalid_argument("expected up with at least one row and one column, received " +
+                                std::to_string(up.rows) + " and " + std::to_string(up.columns));
+  }
+}
+
+}  // namespace
+
+void project(const ProjectCall& call) {
+  const bool is_double = call.features.scalar == Scalar::float64;
+  check_projection(call.features, call.up);
+  check(call.features, "features", call.features.rows, call.up.columns, is_double);
+  check(call.up, "up", call.up.rows, call.up.columns, is_double);
+  check(call.base, "base", call.features.rows, call.up.rows, is_double);
+  check(call.out, "out", call.features.rows, call.up.rows, is_double);
+  if (call.bias.data != nullptr) check(call.bias, "bias", 1, call.up.rows, is_double);
+  if (call.features.rows == 0) return;
+  is_double ? project_as<double>(call) : project_as<float>(call);
+}
+
+void project_backward(const ProjectBackwardCall& call) {
+  const bool is_double = call.features.scalar == Scalar::float64;
+  check_projection(call.features, call.up);
+  check(call.features, "features", call.features.rows, call.up.columns, is_double);
+  check(call.up, "up", call.up.rows, call.up.columns, is_double);
+  check(call.grad, "grad", call.features.rows, call.up.rows, is_double);
+  check(call.grad_features, "grad_features", call.features.rows, call.up.columns, is_double);
+  check(call.grad_up, "grad_up", call.up.rows, call.up.columns, is_double);
+  if (call.grad_bias.data != nullptr) check(call.grad_bias, "grad_bias", 1, call.up.rows, is_double);
+  is_double ? project_backward_as<double>(call) : project_backward_as<float>(call);
 }
 
 }  // namespace qaa

@@ -14,6 +14,10 @@ struct CpuKernels {
   void (*forward)(const Program<T>&, const ForwardCall&, std::int64_t first, std::int64_t last, void* memory);
   void (*backward)(const Program<T>&, const BackwardCall&, std::int64_t first, std::int64_t last, void* memory,
                    double* slots);
+  // Rows [first, last). up, bias and their gradients are transposed and padded to `width`: (k, padded columns).
+  void (*project)(const ProjectCall&, const T* up, const T* bias, std::int64_t first, std::int64_t last);
+  void (*project_backward)(const ProjectBackwardCall&, const T* up, std::int64_t first, std::int64_t last, T* grad_up,
+                           T* grad_bias);
 };
 
 struct InstructionSet {

@@ -3,6 +3,7 @@
 
 #include "cpu.h"
 #include "kernels.h"
+#include "project.h"
 
 namespace qaa::QAA_ISA {
 namespace {
@@ -38,7 +39,25 @@ void backward_groups(const Program<T>& program, const BackwardCall& call, std::i
 }
 
 template <class T>
-constexpr CpuKernels<T> kernels{width<T>, workspace_vectors<T>, forward_groups<T>, backward_groups<T>};
+Projection<T> projection(std::int64_t columns, std::int64_t n_features, const T* up, const T* bias) {
+  return {columns, (columns + width<T> - 1) / width<T> * width<T>, n_features, up, bias};
+}
+
+template <class T>
+void project_range(const ProjectCall& call, const T* up, const T* bias, std::int64_t first, std::int64_t last) {
+  project_rows_forward<T>(projection<T>(call.up.rows, call.up.columns, up, bias), call, first, last);
+}
+
+template <class T>
+void project_backward_range(const ProjectBackwardCall& call, const T* up, std::int64_t first, std::int64_t last,
+                            T* grad_up, T* grad_bias) {
+  const Projection<T> p = projection<T>(call.up.rows, call.up.columns, up, nullptr);
+  project_rows_backward<T>(p, call, first, last, grad_up, grad_bias);
+}
+
+template <class T>
+constexpr CpuKernels<T> kernels{width<T>,           workspace_vectors<T>, forward_groups<T>,
+                                backward_groups<T>, project_range<T>,     project_backward_range<T>};
 
 }  // namespace
 

@@ -53,6 +53,28 @@ struct BackwardCall {
 };
 void backward(const BackwardCall& call);
 
+// out = base + scale (features up^T + bias): features back to the width of the layer, onto its frozen output.
+//   features (rows, k), up (columns, k), base and out (rows, columns; out may be base), bias (1, columns) or null
+// All float32 or all float64.
+struct ProjectCall {
+  ConstMatrix features, up, bias, base;
+  double scale;
+  Matrix out;
+  int threads = 1;
+};
+void project(const ProjectCall& call);
+
+// The adjoint of project for an incoming gradient (rows, columns), in one pass over it. grad_features (rows, k),
+// grad_up (columns, k) and grad_bias (1, columns; left out if its data is null) are overwritten; the gradient with
+// respect to base is the incoming one. Results do not depend on the number of threads.
+struct ProjectBackwardCall {
+  ConstMatrix grad, features, up;
+  double scale;
+  Matrix grad_features, grad_up, grad_bias;
+  int threads = 1;
+};
+void project_backward(const ProjectBackwardCall& call);
+
 // The instruction set in use: "avx512", "avx2", "neon" or "baseline". The environment variable QAA_ISA forces one.
 // Throws std::runtime_error if it names one that this build or machine lacks.
 const char* instruction_set();

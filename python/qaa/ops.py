@@ -112,6 +112,63 @@ def amplitude_rows(circuit: Circuit, theta: Tensor, k: int) -> Tensor:
     return torch.ops.qaa.rows(theta, str(what))
 
 
+def project(base: Tensor, features: Tensor, up: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    r"""Features back to the width of a layer, added to the layer's own output; differentiable in every tensor.
+
+    .. math:: y = \mathrm{base} + s\, (V f + c)
+
+    The adjoint reads the incoming gradient once for all of the gradients of f, V and c, and allocates nothing of its
+    size. Tensors that are not all float32 or all float64 on the CPU take the same path in plain torch, computed in the
+    features' dtype and returned in that of ``base``.
+
+    Args:
+        base: shape ``(..., d_out)``, for example the output of a frozen linear layer; left as it is.
+        features: f, shape ``(..., K)`` with the same leading dimensions.
+        up: V, shape ``(d_out, K)``.
+        bias: c, shape ``(d_out,)``, or None.
+        scale: s.
+
+    Returns:
+        The shape and dtype of ``base``.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type or shape.
+        RuntimeError: a second derivative is asked for.
+
+    Example:
+        >>> import torch
+        >>> project(torch.ones(2, 3), torch.ones(2, 1), torch.tensor([[0.0], [1.0], [2.0]]), scale=0.5)
+        tensor([[1.0000, 1.5000, 2.0000],
+                [1.0000, 1.5000, 2.0000]])
+    """
+    tensors = [("base", base), ("features", features), ("up", up)] + ([] if bias is None else [("bias", bias)])
+    for name, tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"expected {name} to be a torch.Tensor, received {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"expected {name} of a real floating dtype, received {tensor.dtype}")
+    if up.ndim != 2 or 0 in up.shape:
+        raise ValueError(f"expected up of shape (d_out, K), received {tuple(up.shape)}")
+    expected = {"base": (*features.shape[:-1], up.shape[0]), "features": (*base.shape[:-1], up.shape[1])}
+    for name, tensor in tensors[:2]:
+        if tuple(tensor.shape) != expected[name]:
+            raise ValueError(f"expected {name} of shape {expected[name]}, received {tuple(tensor.shape)}")
+    if bias is not None and tuple(bias.shape) != (up.shape[0],):
+        raise ValueError(f"expected bias of shape {(up.shape[0],)}, received {tuple(bias.shape)}")
+    all_tensors = [tensor for _, tensor in tensors]
+    same = len({t.dtype for t in all_tensors}) == 1 and base.dtype in (torch.float32, torch.float64)
+    if not same or any(t.device.type not in ("cpu", "meta") for t in all_tensors):
+        weight = up.to(features.dtype)
+        delta = torch.nn.functional.linear(features, weight, None if bias is None else bias.to(features.dtype))
+        return (base + scale * delta).to(base.dtype)
+    rows, flat = base.reshape(-1, base.shape[-1]), features.reshape(-1, features.shape[-1])
+    if _is_plain(*all_tensors):
+        out = _Project.apply(rows, flat, up, bias, float(scale))
+    else:
+        out = torch.ops.qaa.project(rows, flat, up, bias, float(scale))
+    return out.reshape(base.shape)
+
+
 # ------------------------------------------------------------------------------------------------ checks
 
 
@@ -225,6 +282,44 @@ def _rows_backward(what: Program, theta: Tensor, grad: Tensor) -> Tensor:
     return grad_theta
 
 
+_NO_MATRIX = (0, 0, 0, 0, _core.Scalar.float32)
+
+
+def _project(base: Tensor, features: Tensor, up: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    base, features, up = _readable(base), _readable(features), _readable(up)
+    bias = None if bias is None else _readable(bias[None])
+    out = torch.empty(base.shape, dtype=base.dtype)
+    _core.project(
+        _core.ConstMatrix(*_layout(features)),
+        _core.ConstMatrix(*_layout(up)),
+        _core.ConstMatrix(*(_NO_MATRIX if bias is None else _layout(bias))),
+        _core.ConstMatrix(*_layout(base)),
+        scale,
+        _core.Matrix(*_layout(out)),
+        torch.get_num_threads(),
+    )
+    return out
+
+
+def _project_backward(
+    grad: Tensor, features: Tensor, up: Tensor, with_bias: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    grad, features, up = _readable(grad), _readable(features), _readable(up)
+    grad_features, grad_up = torch.empty(features.shape, dtype=up.dtype), torch.empty(up.shape, dtype=up.dtype)
+    grad_bias = torch.empty(1, up.shape[0] if with_bias else 0, dtype=up.dtype)
+    _core.project_backward(
+        _core.ConstMatrix(*_layout(grad)),
+        _core.ConstMatrix(*_layout(features)),
+        _core.ConstMatrix(*_layout(up)),
+        scale,
+        _core.Matrix(*_layout(grad_features)),
+        _core.Matrix(*_layout(grad_up)),
+        _core.Matrix(*(_layout(grad_bias) if with_bias else _NO_MATRIX)),
+        torch.get_num_threads(),
+    )
+    return grad_features, grad_up, grad_bias[0]
+
+
 # ------------------------------------------------------------------------------------------------ eager autograd
 
 
@@ -256,6 +351,21 @@ class _Rows(torch.autograd.Function):
         return _rows_backward(ctx.what, ctx.saved_tensors[0], grad), None
 
 
+class _Project(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, base: Tensor, features: Tensor, up: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+        ctx.save_for_backward(features, up)
+        ctx.with_bias, ctx.scale = bias is not None, scale
+        return _project(base, features, up, bias, scale)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        features, up = ctx.saved_tensors
+        grad_features, grad_up, grad_bias = _project_backward(grad, features, up, ctx.with_bias, ctx.scale)
+        return grad, grad_features, grad_up, grad_bias if ctx.with_bias else None, None
+
+
 # ------------------------------------------------------------------------------------------------ dispatcher
 
 _library = torch.library.Library("qaa", "DEF")
@@ -263,6 +373,10 @@ _library.define("forward(Tensor theta, Tensor x, str program) -> Tensor")
 _library.define("backward(Tensor theta, Tensor x, Tensor grad, str program) -> (Tensor, Tensor)")
 _library.define("rows(Tensor theta, str program) -> Tensor")
 _library.define("rows_backward(Tensor theta, Tensor grad, str program) -> Tensor")
+_library.define("project(Tensor base, Tensor features, Tensor up, Tensor? bias, float scale) -> Tensor")
+_library.define(
+    "project_backward(Tensor grad, Tensor features, Tensor up, bool with_bias, float scale) -> (Tensor, Tensor, Tensor)"
+)
 
 
 def _checked(text: str, theta: Tensor, x: Tensor | None = None, grad: Tensor | None = None) -> Program:
@@ -303,6 +417,8 @@ _library.impl("forward", _op_forward, "CPU")
 _library.impl("backward", _op_backward, "CPU")
 _library.impl("rows", _op_rows, "CPU")
 _library.impl("rows_backward", _op_rows_backward, "CPU")
+_library.impl("project", _project, "CPU")
+_library.impl("project_backward", _project_backward, "CPU")
 
 
 @torch.library.register_fake("qaa::forward", lib=_library)
@@ -328,6 +444,18 @@ def _fake_rows_backward(theta: Tensor, grad: Tensor, program: str) -> Tensor:
     return theta.new_empty(theta.shape)
 
 
+@torch.library.register_fake("qaa::project", lib=_library)
+def _fake_project(base: Tensor, features: Tensor, up: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    return base.new_empty(base.shape)
+
+
+@torch.library.register_fake("qaa::project_backward", lib=_library)
+def _fake_project_backward(
+    grad: Tensor, features: Tensor, up: Tensor, with_bias: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    return features.new_empty(features.shape), up.new_empty(up.shape), up.new_empty(up.shape[0] if with_bias else 0)
+
+
 def _setup_features(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     theta, x, ctx.program = inputs
     ctx.save_for_backward(theta, x)
@@ -348,11 +476,25 @@ def _autograd_rows(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.qaa.rows_backward(ctx.saved_tensors[0], grad, ctx.program), None
 
 
+def _setup_project(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, features, up, bias, ctx.scale = inputs
+    ctx.with_bias = bias is not None
+    ctx.save_for_backward(features, up)
+
+
+def _autograd_project(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    features, up = ctx.saved_tensors
+    grad_features, grad_up, grad_bias = torch.ops.qaa.project_backward(grad, features, up, ctx.with_bias, ctx.scale)
+    return grad, grad_features, grad_up, grad_bias if ctx.with_bias else None, None
+
+
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
     raise RuntimeError("expected a first derivative, received a request for a second one: the adjoint has none")
 
 
 torch.library.register_autograd("qaa::forward", _autograd_features, setup_context=_setup_features, lib=_library)
 torch.library.register_autograd("qaa::rows", _autograd_rows, setup_context=_setup_rows, lib=_library)
+torch.library.register_autograd("qaa::project", _autograd_project, setup_context=_setup_project, lib=_library)
+torch.library.register_autograd("qaa::project_backward", _no_second_derivative, lib=_library)
 torch.library.register_autograd("qaa::backward", _no_second_derivative, lib=_library)
 torch.library.register_autograd("qaa::rows_backward", _no_second_derivative, lib=_library)
