@@ -287,7 +287,7 @@ ANSATZE: dict[str, Callable[[int, int], tuple[list[Gate], tuple[int, ...]]]] = {
 }
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=256, typed=True)
 def ansatz(name: str, n_wires: int, n_layers: int = 1) -> Circuit:
     """A circuit of ``n_layers`` equal layers.
 

@@ -66,6 +66,9 @@ def quantum_features(
         >>> theta.grad.shape
         torch.Size([2, 3, 3])
     """
+    if torch.compiler.is_compiling():
+        features = torch.ops.qaa.forward(theta, x.reshape(-1, x.shape[-1]), _text(circuit, readout, normalize))
+        return features.reshape(*x.shape[:-1], features.shape[-1])
     what = program(circuit, readout, normalize)
     _check_theta(what, theta)
     _check_x(what, x)
@@ -77,21 +80,25 @@ def quantum_features(
     return features.reshape(*x.shape[:-1], what.n_outputs)
 
 
-def amplitude_rows(circuit: Circuit, theta: Tensor, k: int) -> Tensor:
+def amplitude_rows(
+    circuit: Circuit, theta: Tensor, k: int, *, width: int | None = None, real: bool = False
+) -> Tensor:
     r"""The first ``k`` rows of the circuit's unitary, differentiable in the angles.
 
     .. math:: A_{bi} = \langle b| U(\theta) |i\rangle, \qquad b < k
 
     so that the first ``k`` amplitudes of ``U(theta) x`` are ``pad(x) @ A.T``: the readout ``"state[:k]"`` without
-    normalization as a matrix, at the cost of ``2 k`` simulated states.
+    normalization as a matrix, at the cost of ``2 k`` simulated states (``k`` for the real parts).
 
     Args:
         circuit: U, on ``n`` wires.
         theta: angles in radians, shape ``circuit.parameter_shape``.
         k: number of rows, 1 to ``2**n``.
+        width: number of columns, for vectors of that width; by default ``2**n``.
+        real: whether to return the real parts alone.
 
     Returns:
-        Shape ``(k, 2**n)``; complex128 for float64 ``theta``, else complex64.
+        Shape ``(k, width)``; complex128 for float64 ``theta``, else complex64, or the real dtype of that precision.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype or device, or ``k`` is out of range.
@@ -103,13 +110,19 @@ def amplitude_rows(circuit: Circuit, theta: Tensor, k: int) -> Tensor:
         tensor([[ 0.7071,  0.7071],
                 [ 0.7071, -0.7071]])
     """
-    if isinstance(k, bool) or not isinstance(k, int):
-        raise TypeError(f"expected k to be an integer, received {type(k).__name__}")
-    what = program(circuit, f"state[:{k}]" if k >= 0 else "state[:0]", False)
+    for name, number in (("k", k), ("width", 1 if width is None else width)):
+        if isinstance(number, bool) or not isinstance(number, int):
+            raise TypeError(f"expected {name} to be an integer, received {type(number).__name__}")
+    readout = f"state[:{max(k, 0)}]"
+    if torch.compiler.is_compiling():
+        return torch.ops.qaa.rows(theta, _text(circuit, readout, False), width, real)
+    what = program(circuit, readout, False)
     _check_theta(what, theta)
+    width = 2**circuit.n_wires if width is None else width
+    what.check_width(width)
     if _is_plain(theta):
-        return _Rows.apply(theta, what)
-    return torch.ops.qaa.rows(theta, str(what))
+        return _Rows.apply(theta, what, width, real)
+    return torch.ops.qaa.rows(theta, str(what), width, real)
 
 
 def project(base: Tensor, features: Tensor, up: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Tensor:
@@ -167,6 +180,11 @@ def project(base: Tensor, features: Tensor, up: Tensor, bias: Tensor | None = No
     else:
         out = torch.ops.qaa.project(rows, flat, up, bias, float(scale))
     return out.reshape(base.shape)
+
+
+@torch.compiler.assume_constant_result
+def _text(circuit: Circuit, readout: str | Sequence[str] | Readout, normalize: bool) -> str:
+    return str(program(circuit, readout, normalize))
 
 
 # ------------------------------------------------------------------------------------------------ checks
@@ -261,24 +279,25 @@ def _backward(what: Program, theta: Tensor, x: Tensor, grad: Tensor) -> tuple[Te
     return grad_angles.to(theta.dtype), grad_x
 
 
-def _unit_gradients(what: Program, theta: Tensor) -> tuple[Tensor, torch.dtype]:
-    """Gradients that pick Re and Im of amplitude b, for b < k: ``[I; iI]``, shape (2 k, k)."""
-    real = torch.float64 if theta.dtype == torch.float64 else torch.float32
-    eye = torch.eye(what.n_outputs, dtype=_feature_dtype(what, real))
-    return torch.cat([eye, 1j * eye]), real
+def _unit_gradients(what: Program, theta: Tensor, real: bool) -> tuple[Tensor, torch.dtype]:
+    """Gradients that pick Re of amplitude b for b < k, shape (k, k), and below them those that pick Im."""
+    dtype = torch.float64 if theta.dtype == torch.float64 else torch.float32
+    eye = torch.eye(what.n_outputs, dtype=_feature_dtype(what, dtype))
+    return (eye if real else torch.cat([eye, 1j * eye])), dtype
 
 
-def _rows(what: Program, theta: Tensor) -> Tensor:
+def _rows(what: Program, theta: Tensor, width: int, real: bool) -> Tensor:
     # The readout is linear in x, so the gradient of Re phi_b with respect to x is row b of Re U, whatever x is.
-    units, dtype = _unit_gradients(what, theta)
-    x = torch.zeros(1, 2**what.circuit.n_wires, dtype=dtype).expand(2 * what.n_outputs, -1)
+    units, dtype = _unit_gradients(what, theta, real)
+    x = torch.zeros(1, width, dtype=dtype).expand(len(units), -1)
     _, grad_x = _backward(what, theta, x, units)
-    return torch.complex(*grad_x.chunk(2))
+    return grad_x if real else torch.complex(*grad_x.chunk(2))
 
 
-def _rows_backward(what: Program, theta: Tensor, grad: Tensor) -> Tensor:
-    units, _ = _unit_gradients(what, theta)
-    grad_theta, _ = _backward(what, theta, torch.cat([grad.real, grad.imag]), units)
+def _rows_backward(what: Program, theta: Tensor, grad: Tensor, real: bool) -> Tensor:
+    units, dtype = _unit_gradients(what, theta, real)
+    x = grad if real else torch.cat([grad.real, grad.imag])
+    grad_theta, _ = _backward(what, theta, x.to(dtype), units)
     return grad_theta
 
 
@@ -340,15 +359,15 @@ class _Features(torch.autograd.Function):
 
 class _Rows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, theta: Tensor, what: Program) -> Tensor:
+    def forward(ctx: Any, theta: Tensor, what: Program, width: int, real: bool) -> Tensor:
         ctx.save_for_backward(theta)
-        ctx.what = what
-        return _rows(what, theta)
+        ctx.what, ctx.real = what, real
+        return _rows(what, theta, width, real)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _rows_backward(ctx.what, ctx.saved_tensors[0], grad), None
+        return _rows_backward(ctx.what, ctx.saved_tensors[0], grad, ctx.real), None, None, None
 
 
 class _Project(torch.autograd.Function):
@@ -371,8 +390,8 @@ class _Project(torch.autograd.Function):
 _library = torch.library.Library("qaa", "DEF")
 _library.define("forward(Tensor theta, Tensor x, str program) -> Tensor")
 _library.define("backward(Tensor theta, Tensor x, Tensor grad, str program) -> (Tensor, Tensor)")
-_library.define("rows(Tensor theta, str program) -> Tensor")
-_library.define("rows_backward(Tensor theta, Tensor grad, str program) -> Tensor")
+_library.define("rows(Tensor theta, str program, int? width, bool real) -> Tensor")
+_library.define("rows_backward(Tensor theta, Tensor grad, str program, bool real) -> Tensor")
 _library.define("project(Tensor base, Tensor features, Tensor up, Tensor? bias, float scale) -> Tensor")
 _library.define(
     "project_backward(Tensor grad, Tensor features, Tensor up, bool with_bias, float scale) -> (Tensor, Tensor, Tensor)"
@@ -405,12 +424,19 @@ def _op_backward(theta: Tensor, x: Tensor, grad: Tensor, program: str) -> tuple[
     return _backward(_checked(program, theta, x, grad), theta, x, grad)
 
 
-def _op_rows(theta: Tensor, program: str) -> Tensor:
-    return _rows(_checked(program, theta), theta)
+def _checked_width(what: Program, width: int | None) -> int:
+    width = 2**what.circuit.n_wires if width is None else width
+    what.check_width(width)
+    return width
 
 
-def _op_rows_backward(theta: Tensor, grad: Tensor, program: str) -> Tensor:
-    return _rows_backward(_checked(program, theta), theta, grad)
+def _op_rows(theta: Tensor, program: str, width: int | None, real: bool) -> Tensor:
+    what = _checked(program, theta)
+    return _rows(what, theta, _checked_width(what, width), real)
+
+
+def _op_rows_backward(theta: Tensor, grad: Tensor, program: str, real: bool) -> Tensor:
+    return _rows_backward(_checked(program, theta), theta, grad, real)
 
 
 _library.impl("forward", _op_forward, "CPU")
@@ -433,14 +459,15 @@ def _fake_backward(theta: Tensor, x: Tensor, grad: Tensor, program: str) -> tupl
 
 
 @torch.library.register_fake("qaa::rows", lib=_library)
-def _fake_rows(theta: Tensor, program: str) -> Tensor:
+def _fake_rows(theta: Tensor, program: str, width: int | None, real: bool) -> Tensor:
     what = _checked(program, theta)
-    real = torch.float64 if theta.dtype == torch.float64 else torch.float32
-    return theta.new_empty((what.n_outputs, 2**what.circuit.n_wires), dtype=_feature_dtype(what, real))
+    dtype = torch.float64 if theta.dtype == torch.float64 else torch.float32
+    shape = (what.n_outputs, _checked_width(what, width))
+    return theta.new_empty(shape, dtype=dtype if real else _feature_dtype(what, dtype))
 
 
 @torch.library.register_fake("qaa::rows_backward", lib=_library)
-def _fake_rows_backward(theta: Tensor, grad: Tensor, program: str) -> Tensor:
+def _fake_rows_backward(theta: Tensor, grad: Tensor, program: str, real: bool) -> Tensor:
     return theta.new_empty(theta.shape)
 
 
@@ -468,12 +495,13 @@ def _autograd_features(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    theta, ctx.program = inputs
+    theta, ctx.program, _, ctx.real = inputs
     ctx.save_for_backward(theta)
 
 
 def _autograd_rows(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return torch.ops.qaa.rows_backward(ctx.saved_tensors[0], grad, ctx.program), None
+    grad_theta = torch.ops.qaa.rows_backward(ctx.saved_tensors[0], grad, ctx.program, ctx.real)
+    return grad_theta, None, None, None
 
 
 def _setup_project(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from qaa import _core
 from qaa.circuit import Circuit, Readout
@@ -26,6 +26,10 @@ class Program:
     normalize: bool
 
     def __str__(self) -> str:
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
         return f"{self.circuit} | {self.readout} | {'normalize' if self.normalize else 'as is'}"
 
     @staticmethod
@@ -51,7 +55,7 @@ class Program:
         """Whether the features are complex amplitudes."""
         return self.readout.kind == "state"
 
-    @property
+    @cached_property
     def plan(self) -> _core.Plan:
         """The compiled plan, made once."""
         return _plan(self)

@@ -1,0 +1,185 @@
+"""The configuration of QAA as a PEFT method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig, PeftType
+
+from qaa.circuit import MAX_WIRES, Readout, ansatz
+from qaa.nn import INIT_ANGLES, check_scaling
+
+from .tuner import check_flag, check_layer_selection, module_set
+
+#: name -> fields; see :meth:`QaaConfig.preset`
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {"n_layers": 4, "ansatz": "ring", "readout": "z", "adapter_bias": True},
+    "best": {"n_layers": 4, "ansatz": "ring", "readout": "state[:16]", "adapter_bias": False},
+}
+
+
+@dataclass
+class QaaConfig(PeftConfig):
+    """Configuration of quantum-amplitude embedded adaptation, ``y = W x + b + s (V f(x) + c)``.
+
+    f(x) are the features of a parameterized quantum circuit U(theta) on ``ceil(log2(d_in))`` wires whose amplitudes
+    hold x; V (``d_out`` x K), c and the angles theta are trained, W and b are frozen. See :class:`qaa.nn.Adapter`
+    for the features, :func:`qaa.ansatz` for the circuits.
+
+    Args:
+        target_modules: names of the linear layers to adapt (a list of names or endings, a regular expression, or
+            ``"all-linear"``); None chooses what PEFT's LoRA adapts in this architecture, mostly q and v.
+        exclude_modules: names that are not adapted although they match.
+        layers_to_transform: indices of the layers to adapt; the upper layers alone train faster.
+        layers_pattern: name of the module list that ``layers_to_transform`` counts in, if it is an unusual one.
+        modules_to_save: other modules that are trained in full and saved, such as a new classification head.
+        n_layers: depth L of the circuit; deeper circuits mix more amplitudes, at L * n * 3 angles for ``"ring"``.
+        ansatz: circuit, ``"ring"``, ``"basic_entangler"``, ``"strongly_entangling"`` or ``"brick"``.
+        readout: ``"z"``, Pauli strings, ``"probs"``, ``"probs[:K]"``, ``"state"`` or ``"state[:K]"``.
+        adapter_bias: whether there is a c; None means yes for Pauli readouts, no otherwise.
+        scaling: s; None means ``sqrt(2**n_wires + 1)`` for quadratic readouts and 1 for ``"state"``.
+        init_weights: True for V = 0 and c = 0, an exact no-op; False for random ones (tests).
+        init_angles: ``"uniform"`` in ``[-pi, pi)``, ``"small"`` in ``[-0.1, 0.1)`` radians, or ``"zero"``.
+        train_circuit: whether theta is trained; otherwise it keeps its initial values and is saved with the adapter.
+
+    Raises:
+        ValueError: a field is out of range; the sentence names what was expected and what was received.
+
+    Example:
+        >>> config = QaaConfig(target_modules=["q_proj", "v_proj"], readout="state[:8]")
+        >>> config.peft_type.value, config.n_layers
+        ('QAA', 4)
+    """
+
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the linear layers to adapt: a list of names or endings, a regular expression, or "
+            "'all-linear'. None adapts what PEFT's LoRA adapts in this architecture, mostly q and v; name more "
+            "layers when the task is far from what the model knows."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Names that are not adapted although they match; pays together with 'all-linear'."},
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None,
+        metadata={
+            "help": "Indices of the layers to adapt, one or a list. The upper layers alone save backward passes "
+            "through the lower ones and pay when training time is short."
+        },
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Name of the module list that layers_to_transform counts in; needed only where the first number "
+            "in a module's name is not the layer."
+        },
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Other modules that are trained in full and saved with the adapter; needed for a randomly "
+            "initialised head, as in sequence classification."
+        },
+    )
+    n_layers: int = field(
+        default=4,
+        metadata={
+            "help": "Depth L of the circuit, at most 10000. Angles are few (3 n L for 'ring') beside V, so that depth "
+            "costs time rather than parameters; it pays until the amplitudes are well mixed."
+        },
+    )
+    ansatz: str = field(
+        default="ring",
+        metadata={
+            "help": "Circuit: 'ring' (RY RZ, CNOT ring, RY), 'basic_entangler', 'strongly_entangling' or 'brick'. "
+            "'brick' stays real and is the cheapest with the 'state' readout."
+        },
+    )
+    readout: str | list[str] = field(
+        default="z",
+        metadata={
+            "help": "Features: 'z' (<Z> of every wire, the paper's form, fewest parameters), a list of Pauli strings, "
+            "'probs[:K]', or 'state[:K]' (the real parts of K amplitudes of the input that is not normalised). "
+            "'state' is linear in x: it pays when the adapter is to be merged or exported as a LoRA, or when training "
+            "time counts, since no state is simulated per token. The others are quadratic in x and cannot be merged."
+        },
+    )
+    adapter_bias: bool | None = field(
+        default=None,
+        metadata={
+            "help": "Whether the adapter adds a constant c. None means yes for Pauli readouts, whose features are "
+            "small numbers around a mean, and no otherwise; without it a 'state' adapter is a plain LoRA."
+        },
+    )
+    scaling: float | None = field(
+        default=None,
+        metadata={
+            "help": "Factor s of the adapter. None means sqrt(2**n_wires + 1) for quadratic readouts, because <Z> of "
+            "a spread-out state deviates by only 1/sqrt(2**n_wires + 1), and 1 for 'state'. Change it to change the "
+            "step size of V without changing that of other parameters."
+        },
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={
+            "help": "True: V = 0 and c = 0, so that a fresh adapter is an exact no-op. False: random, for tests."
+        },
+    )
+    init_angles: str = field(
+        default="uniform",
+        metadata={
+            "help": "Initial angles: 'uniform' in [-pi, pi), 'small' in [-0.1, 0.1) radians, or 'zero'. Uniform ones "
+            "spread a state over many amplitudes and give features of full rank; small ones keep it where it was."
+        },
+    )
+    train_circuit: bool = field(
+        default=True,
+        metadata={
+            "help": "Whether the angles are trained. False keeps their random initial values (they are saved all the "
+            "same), which makes training faster and is the control that tells what the circuit contributes."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()  # type: ignore[no-untyped-call]
+        self.peft_type = PeftType.QAA  # type: ignore[attr-defined]
+        self.target_modules = module_set(self.target_modules)
+        self.exclude_modules = module_set(self.exclude_modules)
+        check_layer_selection(self)
+        check_flag(self, "init_weights", "train_circuit")
+        if self.adapter_bias is not None:
+            check_flag(self, "adapter_bias")
+        if self.scaling is not None:
+            self.scaling = check_scaling(self.scaling)
+        if self.init_angles not in INIT_ANGLES:
+            raise ValueError(f"expected init_angles among {', '.join(INIT_ANGLES)}, received {self.init_angles!r}")
+        ansatz(self.ansatz, 1, self.n_layers)
+        if not isinstance(self.readout, str):
+            self.readout = list(self.readout)
+        # how many wires there are depends on the layer: here only the form is checked
+        is_pauli = not isinstance(self.readout, str)
+        Readout.parse(self.readout, len(self.readout[0]) if is_pauli and self.readout else MAX_WIRES)
+
+    @classmethod
+    def preset(cls, name: str, **overrides: Any) -> QaaConfig:
+        """A configuration by name; ``overrides`` are fields that replace or complete it.
+
+        ``"paper"``: <Z> of every wire, V and c, four layers of ``ring``. On q and v of a 24-layer model of width 2048
+        (n = 11) that is ``48 * (11 * 2048 + 2048 + 4 * 11 * 3) = 1,185,984`` parameters, 0.09 % of GPT-Neo-1.3B, the
+        share that the paper reports; that this is the paper's layer list is our inference.
+        ``"best"``: the real parts of 16 amplitudes; linear in x, so that it merges and exports as a LoRA of rank 16.
+
+        Raises:
+            ValueError: there is no preset of that name.
+
+        Example:
+            >>> QaaConfig.preset("best", target_modules=["v_proj"]).readout
+            'state[:16]'
+        """
+        if name not in PRESETS:
+            raise ValueError(f"expected a preset among {', '.join(PRESETS)}, received {name!r}")
+        return cls(**{**PRESETS[name], **overrides})

@@ -1,0 +1,303 @@
+"""What QAA and SoRA share as PEFT methods: registration, and linear layers whose adapters add to the output.
+
+PEFT has no entry point for methods of other packages. :func:`register` makes the name a real member of ``PeftType``
+and then calls PEFT's own ``register_peft_method``; it runs when :mod:`qaa.peft` is imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import peft
+import torch
+from peft import PeftConfig, PeftType
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
+    get_quantization_kwargs,
+    quantization_extra_repr,
+    register_peft_method,
+    resolve_quantization_backend,
+)
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
+    """Makes ``name`` (lower case) a PEFT method; does nothing new when called again.
+
+    Raises:
+        ImportError: this version of PEFT has a method of that name itself.
+    """
+    member = PeftType.__members__.get(name.upper()) or _add_peft_type(name.upper())
+    owner = PEFT_TYPE_TO_CONFIG_MAPPING.get(member)
+    if owner is None:
+        register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
+    elif owner.__module__.partition(".")[0] == __name__.partition(".")[0]:
+        PEFT_TYPE_TO_CONFIG_MAPPING[member] = config_cls
+        PEFT_TYPE_TO_TUNER_MAPPING[member] = model_cls
+    else:
+        raise ImportError(
+            f"expected the PEFT method name {member.value} to be free, but peft {peft.__version__} has it as "
+            f"{owner.__module__}.{owner.__qualname__}; upgrade qaa or install an earlier peft"
+        )
+
+
+def _add_peft_type(value: str) -> PeftType:
+    """A real member of the enum, because PEFT and transformers compare, pickle and call ``.value`` on it."""
+    member = str.__new__(PeftType, value)
+    member._name_ = member._value_ = value
+    PeftType._member_names_.append(value)
+    PeftType._member_map_[value] = member
+    PeftType._value2member_map_[value] = member
+    type.__setattr__(PeftType, value, member)
+    return member
+
+
+class AdditiveLayer(nn.Module, BaseTunerLayer):
+    """A frozen linear layer plus the outputs of its active adapters: ``y = W x + b + sum_a delta_a(x)``.
+
+    A method derives from this class and says how an adapter is built (:meth:`update_layer`), what it adds
+    (:meth:`delta`) and, where that is linear in x, by which weight and bias (:meth:`lora_factors`).
+    """
+
+    method: str  # the name in messages and in repr
+
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: PeftConfig, **kwargs: Any) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(self.get_base_layer(), **kwargs)
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        # flag to enable/disable casting of input to weight dtype during forward call
+        self.cast_input_dtype_enabled = True
+        in_features, out_features = _get_in_out_features(self.get_base_layer())
+        assert in_features is not None and out_features is not None  # AdditiveModel accepts linear layers only
+        self.in_features, self.out_features = in_features, out_features
+        self._create_containers()
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, config)
+
+    # ------------------------------------------------------------------------------ what a method has to define
+
+    def _create_containers(self) -> None:
+        """Creates the dictionaries named in ``adapter_layer_names`` and ``other_param_names``."""
+        raise NotImplementedError
+
+    def _create_adapter(self, adapter_name: str, config: Any) -> None:
+        """Creates and initialises the parameters of one adapter."""
+        raise NotImplementedError
+
+    def delta(self, adapter_name: str, x: Tensor) -> Tensor:
+        """What the adapter adds to the output for the input x."""
+        raise NotImplementedError
+
+    def add_to(self, base: Tensor, adapter_name: str, x: Tensor) -> Tensor:
+        """``base`` plus what the adapter adds to the output for the input x."""
+        return base + self.delta(adapter_name, x)
+
+    def lora_factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``(A, B, c)`` with ``delta(x) = B A x + c``, shapes ``(r, in)``, ``(out, r)`` and ``(out,)``.
+
+        Raises:
+            ValueError: the adapter is not linear in x.
+        """
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------------------- the layer
+
+    def update_layer(self, adapter_name: str, config: PeftConfig) -> None:
+        """Adds an adapter to the layer."""
+        self._create_adapter(adapter_name, config)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _has_adapter(self, adapter_name: str) -> bool:
+        return adapter_name in getattr(self, self.adapter_layer_names[0])
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: Sequence[str] | None = None, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        result: Tensor = self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters or (self.merged and adapter_names is None):
+            return result
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        dtype = result.dtype
+        if adapter_names is None:
+            for name in filter(self._has_adapter, self.active_adapters):
+                result = self.add_to(result, name, x)
+        else:
+            self._check_mixed_batch(x, adapter_names)
+            for name in filter(self._has_adapter, dict.fromkeys(adapter_names)):
+                rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
+                result = result.index_add(0, rows, self.delta(name, x[rows]).to(dtype))
+        return result.to(dtype)
+
+    def _check_mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
+        """The weight that the adapter adds, in the layout of the base layer's weight."""
+        down, up, _ = self.lora_factors(adapter_name)
+        delta = up @ down
+        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return False
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Adds the adapters (the active ones for None) to the base weight; ``safe_merge`` refuses NaN and infinity.
+
+        Raises:
+            ValueError: an adapter is not linear in x, has a bias where the base layer has none, or is not finite.
+        """
+        for name in filter(self._has_adapter, check_adapters_to_merge(self, adapter_names)):
+            self._add_to_base(name, 1, safe_merge)
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Takes the merged adapters off the base weight again."""
+        while self.merged_adapters:
+            name = self.merged_adapters.pop()
+            if self._has_adapter(name):
+                self._add_to_base(name, -1)
+
+    @torch.no_grad()
+    def _add_to_base(self, adapter_name: str, sign: int, check_finite: bool = False) -> None:
+        base_layer = self.get_base_layer()
+        base_bias: Any = getattr(base_layer, "bias", None)
+        delta, delta_bias = self.get_delta_weight(adapter_name), self.lora_factors(adapter_name)[2]
+        if delta_bias is not None and base_bias is None:
+            raise ValueError(
+                f"cannot merge the {self.method} adapter {adapter_name!r}: it has a bias, and the "
+                f"{type(base_layer).__name__} that it adapts has none"
+            )
+        # the sum is taken in the wider of both types and rounded once
+        weight: Tensor = self.get_base_weight()
+        weight = (weight + sign * delta).to(weight.dtype)
+        bias = None if delta_bias is None else (base_bias + sign * delta_bias).to(base_bias.dtype)
+        if check_finite and not all(t.isfinite().all() for t in (weight, bias) if t is not None):
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {adapter_name} seems to be broken")
+        self.set_base_weight(weight)
+        if bias is not None:
+            base_bias.data = bias
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Refuses adapters of another width in one sentence, before torch lists every tensor."""
+        for name, tensor in self.named_parameters():
+            loaded = state_dict.get(prefix + name)
+            is_ours = name.partition(".")[0] in self.adapter_layer_names
+            if is_ours and loaded is not None and loaded.shape != tensor.shape:
+                raise RuntimeError(
+                    f"expected {self.method} weights for a layer of {self.in_features} inputs and {self.out_features} "
+                    f"outputs, received a size mismatch for {prefix}{name}: {tuple(loaded.shape)} instead of "
+                    f"{tuple(tensor.shape)}"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __repr__(self) -> str:
+        return f"{self.method.lower()}.{super().__repr__()}"
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)
+
+
+class AdditiveModel(BaseTuner):
+    """A tuner that replaces linear layers by ``tuner_layer_cls``, a subclass of :class:`AdditiveLayer`."""
+
+    tuner_layer_cls: type[AdditiveLayer]
+    target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        kwargs = get_quantization_kwargs(self)
+        if not isinstance(base_layer, (nn.Linear, Conv1D)):
+            backend = resolve_quantization_backend(base_layer, **kwargs)
+            if backend is None or backend.layer_type != "linear":
+                raise TypeError(
+                    f"Target module {current_key} is not supported: expected a torch.nn.Linear (optionally quantized) "
+                    f"or a transformers Conv1D, received {type(base_layer).__name__}"
+                )
+        try:
+            if isinstance(target, self.tuner_layer_cls):
+                target.update_layer(adapter_name, peft_config)
+                return
+            new_module = self.tuner_layer_cls(target, adapter_name, peft_config, **kwargs)
+        except ValueError as error:
+            raise ValueError(f"cannot adapt the module {current_key}: {error}") from error
+        if adapter_name not in self.active_adapters:
+            # adding an additional adapter: it is not automatically trainable
+            new_module.requires_grad_(False)
+        self._replace_module(parent, target_name, new_module, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Passes ``adapter_names``, one adapter for each row of the batch, to the layers of this method."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        if (kwargs.get("num_beams") or 1) > 1:
+            raise ValueError(f"Cannot pass `adapter_names` with beam search: {self.prefix[:-1]} does not support it.")
+        layers = [module for module in self.modules() if isinstance(module, AdditiveLayer)]
+        known = {name for layer in layers for name in layer._get_available_adapters()}
+        unknown = set(adapter_names) - known - {"__base__"}
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        hooked = [module for module in self.modules() if isinstance(module, (AdditiveLayer, AuxiliaryTrainingWrapper))]
+        hook = partial(_insert_adapter_names, adapter_names=adapter_names)
+        handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in hooked]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _insert_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: Sequence[str]) -> Any:
+    return args, {**kwargs, "adapter_names": adapter_names}
+
+
+def module_set(modules: Any) -> Any:
+    """Lists of module names as sets, the form in which PEFT keeps them; strings (patterns) and None as they are."""
+    return set(modules) if isinstance(modules, (list, tuple)) else modules
+
+
+def check_layer_selection(config: Any) -> None:
+    """Refuses layer indices beside a pattern: PEFT would ignore them."""
+    for name in ("layers_to_transform", "layers_pattern"):
+        if isinstance(config.target_modules, str) and getattr(config, name) is not None:
+            raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
+
+
+def check_flag(config: Any, *names: str) -> None:
+    """Refuses anything but True and False in the named fields."""
+    for name in names:
+        value = getattr(config, name)
+        if value is not True and value is not False:
+            raise ValueError(f"expected {name} to be True or False, received {value!r}")

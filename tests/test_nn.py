@@ -1,0 +1,228 @@
+"""The torch modules against the oracle and against their own documentation."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+
+import numpy as np
+import oracle
+import pytest
+import qaa
+import torch
+from qaa.nn import Adapter, QAALinear, QuantumLayer
+from torch import nn
+
+FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def layer_and_input(readout="z", d=12, out=5, dtype=torch.float32, **kwargs):
+    """A QAALinear with parameters that are all different from zero."""
+    torch.manual_seed(0)
+    layer = QAALinear(nn.Linear(d, out, dtype=dtype), n_layers=2, readout=readout, **kwargs)
+    for parameter in (layer.up, layer.bias):
+        if parameter is not None:
+            nn.init.normal_(parameter)
+    return layer, torch.randn(3, 4, d, dtype=dtype)
+
+
+def oracle_features(layer, x):
+    adapter = layer.adapter
+    theta = layer.theta.detach().double().numpy()
+    rows = x.detach().double().reshape(-1, x.shape[-1]).numpy()
+    features = oracle.features(adapter.circuit, theta, rows, adapter.readout, normalize=not adapter.is_linear)
+    return torch.from_numpy(np.ascontiguousarray(features.real)).reshape(*x.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("readout", ["z", "probs", "probs[:3]", "state", "state[:3]", ["ZIII", "XYZI", "IIIX"]])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_quantum_layer_computes_the_features_of_the_oracle(readout, normalize):
+    torch.manual_seed(0)
+    layer = QuantumLayer(qaa.ansatz("strongly_entangling", 4, 2), readout, normalize=normalize).double()
+    x = torch.randn(2, 3, 13, dtype=torch.float64)
+    expected = oracle.features(
+        layer.circuit, layer.theta.detach().numpy(), x.reshape(6, 13).numpy(), layer.readout, normalize=normalize
+    )
+    np.testing.assert_allclose(layer(x).detach().reshape(6, -1).numpy(), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_quantum_layer_starts_with_uniform_angles_and_passes_gradients():
+    torch.manual_seed(0)
+    layer = QuantumLayer(qaa.ansatz("ring", 6, 60))
+    angles = layer.theta.detach()
+    assert angles.min() < -3 and angles.max() > 3 and angles.abs().max() <= math.pi
+    assert abs(angles.std().item() - math.pi / math.sqrt(3)) < 0.1
+    x = torch.randn(2, 60, requires_grad=True)
+    layer(x).square().sum().backward()
+    assert layer.theta.grad.abs().max() > 0 and x.grad.abs().max() > 0
+
+
+def test_quantum_layer_defines_the_features_of_a_zero_row_as_zero():
+    layer = QuantumLayer(qaa.ansatz("ring", 3))
+    x = torch.tensor([[0.0] * 8, [1.0] * 8], requires_grad=True)
+    features = layer(x)
+    features.sum().backward()
+    assert torch.equal(features[0], torch.zeros(3)) and torch.equal(x.grad[0], torch.zeros(8))
+    assert features[1].abs().max() > 0
+
+
+def test_quantum_layer_travels_through_state_dicts_and_pickle():
+    layer = QuantumLayer(qaa.ansatz("brick", 3, 2), "probs[:5]")
+    x = torch.randn(4, 7)
+    other = QuantumLayer(qaa.ansatz("brick", 3, 2), "probs[:5]")
+    other.load_state_dict(layer.state_dict())
+    buffer = io.BytesIO()
+    torch.save(layer, buffer)
+    buffer.seek(0)
+    for twin in (other, copy.deepcopy(layer), torch.load(buffer, weights_only=False)):
+        assert torch.equal(twin(x), layer(x))
+    assert "n_wires=3" in repr(layer) and "probs[:5]" in repr(layer)
+
+
+def test_quantum_layer_refuses_bad_arguments():
+    with pytest.raises(TypeError, match=r"expected a qaa\.Circuit, received str"):
+        QuantumLayer("ring")
+    with pytest.raises(ValueError, match="expected Pauli strings of 3 letters"):
+        QuantumLayer(qaa.ansatz("ring", 3), ["ZZ"])
+    with pytest.raises(ValueError, match="9"):
+        QuantumLayer(qaa.ansatz("ring", 3))(torch.ones(2, 9))
+
+
+@pytest.mark.parametrize("readout", ["z", "probs[:6]", ["ZIII", "XYZI"], "state", "state[:3]"])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_qaa_linear_computes_its_equation(readout, has_bias):
+    layer, x = layer_and_input(readout, adapter_bias=has_bias, scaling=0.7)
+    expected = oracle_features(layer, x).float() @ layer.up.T
+    expected = expected + layer.bias if has_bias else expected
+    torch.testing.assert_close(layer(x), layer.base(x) + 0.7 * expected, **FLOAT32)
+
+
+@pytest.mark.parametrize("readout", ["z", "state[:4]"])
+def test_fresh_qaa_linear_returns_what_the_base_returns_and_freezes_it(readout):
+    base = nn.Linear(12, 5)
+    layer, x = QAALinear(base, readout=readout), torch.randn(3, 12)
+    assert torch.equal(layer(x), base(x))
+    trained = {name for name, parameter in layer.named_parameters() if parameter.requires_grad}
+    assert trained == {"theta", "up", "bias"} - ({"bias"} if readout != "z" else set())
+
+
+def test_defaults_follow_the_readout():
+    assert Adapter.create(48).scaling == math.sqrt(2**6 + 1)
+    assert Adapter.create(48, readout="probs[:4]").scaling == math.sqrt(2**6 + 1)
+    assert Adapter.create(48, readout="state[:4]").scaling == 1
+    assert QAALinear(nn.Linear(8, 2)).bias is not None
+    assert QAALinear(nn.Linear(8, 2), readout="state").bias is None
+    assert QAALinear(nn.Linear(8, 2), readout="probs").bias is None
+
+
+@pytest.mark.parametrize(
+    ("width", "wires"), [(1, 1), (2, 1), (3, 2), (4, 2), (5, 3), (2048, 11), (2049, 12), (65536, 16)]
+)
+def test_number_of_wires(width, wires):
+    assert Adapter.create(width).circuit.n_wires == wires
+
+
+@pytest.mark.parametrize("readout", ["z", "probs[:3]", "state[:3]"])
+def test_qaa_linear_gradients_are_those_of_its_equation(readout):
+    layer, x = layer_and_input(readout, d=6, out=3, dtype=torch.float64, adapter_bias=True)
+    parameters = (layer.theta, layer.up, layer.bias)
+    inputs = (x[0].requires_grad_(), *(p.detach().requires_grad_() for p in parameters))
+
+    def output(x, theta, up, bias):
+        return torch.func.functional_call(layer, {"theta": theta, "up": up, "bias": bias}, (x,))
+
+    assert torch.autograd.gradcheck(output, inputs, fast_mode=False)
+
+
+@pytest.mark.parametrize("readout", ["z", "state[:4]"])
+def test_qaa_linear_learns_its_angles_and_its_up_projection(readout):
+    teacher, x = layer_and_input(readout, d=8, out=4)
+    torch.manual_seed(1)
+    student = QAALinear(copy.deepcopy(teacher.base), n_layers=2, readout=readout)
+    start = student.theta.detach().clone()
+    optimizer = torch.optim.Adam([p for p in student.parameters() if p.requires_grad], lr=0.03)
+    x = torch.randn(64, 8)
+    target = teacher(x).detach()
+    losses = []
+    for _ in range(150):
+        loss = (student(x) - target).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+    assert (student.theta - start).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("readout", ["z", "state[:4]"])
+def test_half_precision_base_keeps_its_dtype_and_the_adapter_computes_in_float32(readout):
+    layer, x = layer_and_input(readout)
+    expected = layer(x)
+    half = copy.deepcopy(layer)
+    half.base = half.base.to(torch.bfloat16)
+    result = half(x.to(torch.bfloat16))
+    assert result.dtype == torch.bfloat16 and half.up.dtype == torch.float32
+    assert (result.float() - expected).abs().max() < 0.02 * expected.abs().max()
+    torch.manual_seed(0)
+    fresh = QAALinear(nn.Linear(12, 5, dtype=torch.bfloat16), readout=readout)
+    assert fresh.theta.dtype == fresh.up.dtype == torch.float32
+
+
+@pytest.mark.parametrize("readout", ["z", "state[:4]"])
+def test_qaa_linear_compiles_without_graph_breaks(readout):
+    layer, x = layer_and_input(readout)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
+    for batch in (x, x[:2, :3]):
+        torch.testing.assert_close(compiled(batch), layer(batch), **FLOAT32)
+    compiled(x).sum().backward()
+    assert layer.theta.grad.abs().max() > 0
+
+
+def test_known_rows_follow_the_angles():
+    """Rows are remembered where no gradient is needed; they must never be those of other angles."""
+    layer, x = layer_and_input("state[:3]")
+
+    def expected():
+        return layer.base(x) + oracle_features(layer, x).float() @ layer.up.T
+
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected(), **FLOAT32)
+        first = layer.adapter.down(layer.theta)
+        assert layer.adapter.down(layer.theta) is first
+        layer.theta.data[0, 0, 0] += 1.0  # what autograd's version counter does not see
+        assert layer.adapter.down(layer.theta) is not first
+        torch.testing.assert_close(layer(x), expected(), **FLOAT32)
+    with torch.inference_mode():
+        layer.theta.add_(0.5)
+        torch.testing.assert_close(layer(x), expected(), **FLOAT32)
+    layer.theta.requires_grad_(False)
+    (layer(x).square()).sum().backward()  # rows from inference mode are usable in training
+    assert layer.up.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"base": nn.Conv1d(3, 4, 1)}, r"expected base to be a torch\.nn\.Linear, received Conv1d"),
+        ({"n_layers": 0}, "expected n_layers from 1 to 10000, received 0"),
+        ({"ansatz": "rings"}, "expected an ansatz among ring, .*, received 'rings'"),
+        ({"readout": "y"}, "expected a readout 'z', .*, received 'y'"),
+        ({"readout": "state[:17]"}, "expected between 1 and 16 outputs for readout 'state' on 4 wires, received 17"),
+        ({"scaling": math.nan}, "expected scaling to be a finite number or None, received nan"),
+        ({"init_angles": "big"}, "expected init_angles among uniform, small, zero, received 'big'"),
+    ],
+)
+def test_qaa_linear_refuses_bad_arguments(kwargs, message):
+    with pytest.raises((TypeError, ValueError), match=message):
+        QAALinear(**{"base": nn.Linear(12, 5), **kwargs})
+
+
+def test_a_layer_that_is_too_wide_is_refused():
+    with pytest.raises(ValueError, match="expected a layer with 1 to 65536 input features, received 65537"):
+        QAALinear(nn.Linear(65537, 1, device="meta"))
+
+
+def test_quadratic_adapters_have_no_rows():
+    with pytest.raises(ValueError, match="expected the readout 'state', which is linear in x, received"):
+        Adapter.create(8).down(torch.zeros(1, 3, 3))
