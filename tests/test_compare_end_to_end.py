@@ -1,0 +1,209 @@
+"""The whole comparison on a tiny model, its resumption, and its report in a real browser."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("evaluate")
+
+from compare_browser import Browser, find_chromium
+from compare_tiny import write_data, write_encoder, write_model
+from qaa.cli import main
+from qaa.compare.config import DEFAULT_METHODS
+from qaa.compare.report import write_report
+
+#: what every entry of ``methods`` in results.json has
+KEYS = [
+    "name",
+    "trainable_parameters",
+    "trainable_percent",
+    "validation_loss",
+    "bleu",
+    "rouge1",
+    "rouge2",
+    "rougeL",
+    "bertscore",
+    "train_seconds",
+    "peak_memory_bytes",
+    "adapter_bytes",
+    "seeds",
+    "test_loss",
+    "best_validation_loss",
+    "final_validation_loss",
+    "learning_rate",
+]
+FIGURES = ["difference", "trade_off", "validation_loss", "training_loss", "gradient_norm"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
+    """A finished comparison of all methods with two seeds: its output folder and its command."""
+    folder = tmp_path_factory.mktemp("comparison")
+    model, encoder = write_model(folder / "model"), write_encoder(folder / "encoder")
+    config = folder / "compare.yaml"
+    config.write_text(
+        f"model: {model}\ndata: {write_data(folder / 'data.json')}\nencoder: {encoder}\nsource: local\nbudget: smoke\n"
+        "train_examples: 24\nvalidation_examples: 12\ntest_examples: 12\nmax_tokens: 80\nmax_new_tokens: 6\nlayers: 2\n"
+        "steps: 6\ntuning_steps: 2\nevaluations: 2\nbatch_size: 4\nlearning_rates: {full: [1.0e-3, 1.0e-2]}\n"
+    )
+    command = ["compare", "--config", str(config), "--out", str(folder / "out"), "--cache", str(folder / "cache")]
+    command += ["--seeds", "0", "1"]
+    assert main(command) == 0
+    return folder / "out", command
+
+
+def read(out: Path) -> dict[str, Any]:
+    return dict(json.loads((out / "results.json").read_text(encoding="utf-8")))
+
+
+def test_results_hold_every_method_and_column(finished: tuple[Path, list[str]]) -> None:
+    out, _command = finished
+    results = read(out)
+    rows = {row["name"]: row for row in results["methods"]}
+    assert list(rows) == [*DEFAULT_METHODS, "untouched"]
+    assert all(key in row for row in rows.values() for key in KEYS)
+    untouched = rows["untouched"]
+    assert untouched["trainable_parameters"] == 0 and untouched["seeds"] == []
+    # q and v of two layers: rank 8, and 8 tokens of keys and values in all four layers
+    assert (
+        rows["lora"]["trainable_parameters"]
+        == 2 * (8 * (32 + 32) + 8 * (32 + 16))
+        == rows["sora"]["trainable_parameters"] - 32
+    )
+    assert rows["prefix"]["trainable_parameters"] == 8 * 4 * 2 * 16
+    for name in DEFAULT_METHODS:
+        row = rows[name]
+        assert row["seeds"] == [0, 1] and len(row["runs"]) == 2
+        assert row["validation_loss"] == row["best_validation_loss"] <= row["final_validation_loss"] + 1e-9
+        assert row["train_seconds"] > 0 and row["peak_memory_bytes"] > 1e8 and row["adapter_bytes"] > 1000
+        assert row["runs"][0]["test_sums"] != row["runs"][1]["test_sums"]  # seeds differ
+        assert row["spread"]["test_loss"] is not None
+        assert (out / "adapters" / f"{name}-seed1").is_dir()
+        assert row["learning_rate"]["rate"] in [rate for rate, _ in row["learning_rate"]["grid"]]
+    assert rows["full"]["learning_rate"]["grid"][0][0] == 1e-3
+    assert results["command"].endswith("--seeds 0 1")
+    assert all(source["origin"].startswith("local path") for source in results["sources"].values())
+    assert results["protocol"]["stored_states"] and results["versions"]["torch"]
+    for name in [*FIGURES, "seed_spread"]:
+        assert (out / "plots" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_second_call_trains_nothing_and_an_interrupted_one_only_what_is_missing(
+    finished: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, command = finished
+    before = read(out)
+    stored = {path: path.stat().st_mtime_ns for path in (out / "work").glob("*.json")}
+    assert main(command) == 0
+    assert capsys.readouterr().err.count("done before") == 1 + 3 * len(DEFAULT_METHODS)
+    assert read(out)["methods"] == before["methods"]
+
+    missing = out / "work" / "lora-seed1.json"
+    missing.unlink()
+    (out / "work" / "sora-seed0.json").write_text('{"fingerprint": "of another run"')  # cut off while written
+    assert main([*command, "--encoder", str(out.parent / "encoder")]) == 0
+    assert capsys.readouterr().err.count("done before") == 3 * len(DEFAULT_METHODS) - 1
+    after = {path: path.stat().st_mtime_ns for path in (out / "work").glob("*.json")}
+    redone = {path.name for path, changed in after.items() if stored.get(path) != changed}
+    assert redone - {"splits.json", "hidden.json"} == {"lora-seed1.json", "sora-seed0.json"}
+    rows = {row["name"]: row for row in read(out)["methods"]}
+    for row in before["methods"]:
+        assert rows[row["name"]]["test_loss"] == pytest.approx(row["test_loss"], abs=1e-6)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    if find_chromium() is None:
+        pytest.skip("needs chromium (Debian: apt-get install chromium)")
+    with Browser(tmp_path_factory.mktemp("profile")) as opened:
+        yield opened
+
+
+def test_the_report_renders_without_errors_and_without_requests(
+    finished: tuple[Path, list[str]], browser: Browser, tmp_path: Path
+) -> None:
+    page = tmp_path / "moved" / "report.html"  # alone, away from its folder
+    page.parent.mkdir()
+    shutil.copy(finished[0] / "report.html", page)
+    browser.open(page.as_uri())
+    boxes = browser.evaluate(
+        "[...document.querySelectorAll('figure')].map(f => {"
+        " const s = f.querySelector('svg'), b = s.getBoundingClientRect();"
+        " return [f.id, b.width, b.height, s.querySelectorAll('path').length, s.querySelectorAll('text').length] })"
+    )
+    assert sorted(box[0] for box in boxes) == sorted(f"figure-{name}" for name in [*FIGURES, "seed_spread"])
+    for name, width, height, paths, texts in boxes:
+        assert width > 300 and height > 80 and paths > 5 and texts > 4, name
+    outside = browser.evaluate(
+        "[...document.querySelectorAll('figure svg')].flatMap(s => { const b = s.getBoundingClientRect();"
+        " return [...s.querySelectorAll('text')].filter(t => { const r = t.getBoundingClientRect();"
+        " return r.left < b.left - 1 || r.right > b.right + 1 || r.top < b.top - 1 || r.bottom > b.bottom + 1 })"
+        ".map(t => t.textContent) })"
+    )
+    assert outside == []
+    assert browser.evaluate("document.querySelectorAll('table.sortable tbody tr').length") == 13
+    assert browser.evaluate("document.querySelectorAll('.sample').length") == 6
+    for scheme in ("dark", "light"):
+        browser.send("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        strokes = browser.evaluate(
+            "[...document.querySelectorAll('#figure-validation_loss path')].map(p => getComputedStyle(p).stroke)"
+        )
+        assert ("rgb(108, 182, 255)" in strokes) == (scheme == "dark")  # the curves follow the theme
+        assert ("rgb(11, 99, 181)" in strokes) == (scheme == "light")
+    requests = [event["request"]["url"] for event in browser.named("Network.requestWillBeSent")]
+    assert requests == [page.as_uri()]
+    assert browser.named("Runtime.exceptionThrown") == []
+    assert browser.named("Log.entryAdded") == []
+    assert browser.named("Runtime.consoleAPICalled") == []
+
+
+def test_the_browser_test_can_fail(browser: Browser, tmp_path: Path) -> None:
+    page = tmp_path / "bad.html"
+    page.write_text("<img src='http://127.0.0.1:9/x.png'><script>console.error('no'); undefined.x</script>")
+    browser.open(page.as_uri())
+    assert len(browser.named("Network.requestWillBeSent")) == 2
+    assert browser.named("Runtime.exceptionThrown") and browser.named("Runtime.consoleAPICalled")
+    assert browser.named("Log.entryAdded")
+
+
+def test_tables_sort_when_their_heads_are_clicked(finished: tuple[Path, list[str]], browser: Browser) -> None:
+    browser.open((finished[0] / "report.html").as_uri())
+    click = "document.querySelector('table.sortable thead tr').cells[1].querySelector('button').click()"
+    read_column = "[...document.querySelector('table.sortable').tBodies[0].rows].map(r => +r.cells[1].dataset.v)"
+    original = browser.evaluate(read_column)
+    browser.evaluate(click)
+    assert browser.evaluate(read_column) == sorted(original)
+    browser.evaluate(click)
+    assert browser.evaluate(read_column) == sorted(original, reverse=True)
+    browser.evaluate(click)
+    assert browser.evaluate(read_column) == original
+
+
+def test_texts_of_the_data_cannot_become_markup(finished: tuple[Path, list[str]], tmp_path: Path) -> None:
+    report = read(finished[0])
+    report["samples"][0]["prompt"] = "<script>alert(1)</script>"
+    report["samples"][0]["answers"]["lora"] = "</p><img src=x>"
+    page = write_report(report, tmp_path).read_text(encoding="utf-8")
+    assert "<script>alert" not in page and "<img" not in page and "&lt;script&gt;alert(1)" in page
+
+
+def test_a_single_seed_without_qaa_or_lora_still_makes_a_report(
+    finished: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    report = read(finished[0])
+    report["methods"] = [row for row in report["methods"] if row["name"] in ("full", "untouched")]
+    report["methods"][0]["runs"] = report["methods"][0]["runs"][:1]
+    report["differences"] = [
+        d for d in report["differences"] if d["method"] == "full" and d["reference"] == "untouched"
+    ]
+    report["settings"]["seeds"] = [0]
+    page = write_report(report, tmp_path).read_text(encoding="utf-8")
+    assert "Full fine-tuning ends lowest" in page
+    assert 'id="figure-difference"' not in page and 'id="figure-seed_spread"' not in page

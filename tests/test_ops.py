@@ -1,0 +1,704 @@
+"""The torch ops: registered as PyTorch wants, differentiable, traceable, and equal to the oracle in every dtype."""
+
+from __future__ import annotations
+
+import copy
+import doctest
+import io
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import qaa
+from qaa import Circuit, Readout, ansatz
+
+torch: Any = pytest.importorskip("torch")
+ops: Any = pytest.importorskip("qaa.ops")
+amplitude_rows, project, quantum_features = ops.amplitude_rows, ops.project, ops.quantum_features
+
+CIRCUIT = ansatz("ring", 3, 2)
+MIXED = Circuit.parse("wires 3; theta 2x2; Rot 0 t0 t1 t3; CRX 2 0 t3; H 1; CRZ 1 2 t0; PhaseShift 2 t1; SWAP 0 1; T 2")
+READOUTS: list[Any] = ["z", "probs", "probs[:3]", "state", "state[:3]", ["XYZ", "III", "IZI", "XYZ"]]
+SUFFIX = {True: "normalize", False: "as is"}
+
+
+def angles(circuit: Circuit, dtype: Any = torch.float64, seed: int = 0) -> Any:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.rand(circuit.parameter_shape, generator=generator, dtype=torch.float64) * 6 - 3).to(dtype)
+
+
+def vectors(*shape: int, dtype: Any = torch.float64, seed: int = 1) -> Any:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def program_text(circuit: Circuit, readout: Any, normalize: bool = True) -> str:
+    """What ``torch.ops.qaa.forward`` takes for a circuit, a readout and a normalization."""
+    return f"{circuit} | {Readout.parse(readout, circuit.n_wires)} | {SUFFIX[normalize]}"
+
+
+def gradients(value: Any, *leaves: Any, seed: int = 2) -> tuple[Any, ...]:
+    """Gradients of a random linear function of ``value``."""
+    generator = torch.Generator().manual_seed(seed)
+    grad = torch.randn(
+        value.shape, generator=generator, dtype=torch.complex128 if value.is_complex() else torch.float64
+    )
+    return tuple(torch.autograd.grad(value, leaves, grad.to(value.dtype)))
+
+
+# --------------------------------------------------------------------------------------------------- against the oracle
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("readout", READOUTS, ids=str)
+@pytest.mark.parametrize("circuit", [CIRCUIT, MIXED], ids=["ring", "mixed"])
+def test_values_and_gradients_are_the_oracles(circuit: Circuit, readout: Any, normalize: bool) -> None:
+    theta, x = angles(circuit).requires_grad_(), vectors(9, 6).requires_grad_()
+    value = quantum_features(circuit, theta, x, readout, normalize=normalize)
+    grad = torch.randn(value.shape, dtype=value.dtype, generator=torch.Generator().manual_seed(3))
+    value.backward(grad)
+    arguments = (circuit, theta.detach().numpy(), x.detach().numpy())
+    exact = oracle.features(*arguments, readout, normalize=normalize)
+    exact_theta, exact_x = oracle.vjp(*arguments, grad.numpy(), readout, normalize=normalize)
+    for ours, expected in ((value, exact), (theta.grad, exact_theta), (x.grad, exact_x)):
+        np.testing.assert_allclose(ours.detach().numpy(), expected, rtol=0, atol=1e-11)
+
+
+def test_the_front_ends_agree_to_the_bit() -> None:
+    theta, x = angles(CIRCUIT), vectors(37, 7, dtype=torch.float32)
+    for readout in READOUTS:
+        value = quantum_features(CIRCUIT, theta, x, readout)
+        np.testing.assert_array_equal(value.numpy(), qaa.arrays.forward(CIRCUIT, theta.numpy(), x.numpy(), readout))
+        through_dispatcher = torch.ops.qaa.forward(theta, x, program_text(CIRCUIT, readout))
+        assert torch.equal(value, through_dispatcher)
+
+
+# ------------------------------------------------------------------------------------------------- PyTorch's own checks
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("readout", READOUTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_opcheck(dtype: Any, readout: Any, normalize: bool) -> None:
+    theta, x = angles(CIRCUIT, torch.float32).requires_grad_(), vectors(5, 6, dtype=dtype).requires_grad_()
+    text = program_text(CIRCUIT, readout, normalize)
+    torch.library.opcheck(torch.ops.qaa.forward.default, (theta, x, text))
+    grad = torch.ones_like(torch.ops.qaa.forward(theta, x, text)).detach()
+    utilities = ("test_schema", "test_faketensor", "test_autograd_registration")  # the adjoint has no derivative
+    torch.library.opcheck(
+        torch.ops.qaa.backward.default, (theta.detach(), x.detach(), grad, text), test_utils=utilities
+    )
+
+
+def test_opcheck_of_rows() -> None:
+    for dtype in (torch.float32, torch.float64):
+        theta, text = angles(MIXED, dtype).requires_grad_(), program_text(MIXED, "state[:3]", normalize=False)
+        torch.library.opcheck(torch.ops.qaa.rows.default, (theta, text, 7, False))
+        grad = torch.ones_like(torch.ops.qaa.rows(theta, text, 7, False)).detach()
+        utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
+        torch.library.opcheck(torch.ops.qaa.rows_backward.default, (theta.detach(), grad, text, False), test_utils=utilities)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("readout", READOUTS, ids=str)
+@pytest.mark.parametrize("circuit", [CIRCUIT, MIXED], ids=["ring", "mixed"])
+def test_gradcheck(circuit: Circuit, readout: Any, normalize: bool) -> None:
+    theta, x = angles(circuit).requires_grad_(), vectors(2, 3, 5).requires_grad_()
+    text = program_text(circuit, readout, normalize)
+    assert torch.autograd.gradcheck(
+        lambda theta, x: quantum_features(circuit, theta, x, readout, normalize=normalize), (theta, x)
+    )
+    assert torch.autograd.gradcheck(lambda theta, x: torch.ops.qaa.forward(theta, x.reshape(-1, 5), text), (theta, x))
+
+
+def test_gradcheck_of_amplitude_rows() -> None:
+    for circuit in (CIRCUIT, MIXED):
+        for k in (1, 3, 8):
+            assert torch.autograd.gradcheck(
+                lambda theta, circuit=circuit, k=k: amplitude_rows(circuit, theta, k),
+                (angles(circuit).requires_grad_(),),
+            )
+
+
+# ------------------------------------------------------------------------------------------------------ amplitude rows
+
+
+@pytest.mark.parametrize("circuit", [CIRCUIT, MIXED, ansatz("strongly_entangling", 4, 2)], ids=["ring", "mixed", "4"])
+def test_amplitude_rows_are_the_first_rows_of_the_unitary(circuit: Circuit) -> None:
+    theta = angles(circuit)
+    unitary = oracle.unitary(circuit, theta.numpy())
+    for k in (1, 2, 2**circuit.n_wires):
+        rows = amplitude_rows(circuit, theta, k)
+        assert rows.shape == (k, 2**circuit.n_wires) and rows.dtype == torch.complex128
+        np.testing.assert_allclose(rows.numpy(), unitary[:k], rtol=0, atol=1e-12)
+        single = amplitude_rows(circuit, theta.float(), k)
+        assert single.dtype == torch.complex64
+        np.testing.assert_allclose(single.numpy(), unitary[:k], rtol=0, atol=5e-6)
+
+
+def test_amplitude_rows_give_the_state_readout_and_its_gradients() -> None:
+    theta, x = angles(MIXED).requires_grad_(), vectors(5, 6).requires_grad_()
+    padded = torch.nn.functional.pad(x, (0, 2)).to(torch.complex128)
+    by_rows = padded @ amplitude_rows(MIXED, theta, 3).T
+    by_state = quantum_features(MIXED, theta, x, "state[:3]", normalize=False)
+    torch.testing.assert_close(by_rows, by_state, rtol=0, atol=1e-12)
+    for ours, expected in zip(gradients(by_rows, theta, x), gradients(by_state, theta, x), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------------ project
+
+
+def project_in_torch(base: Any, features: Any, up: Any, bias: Any = None, scale: float = 1.0) -> Any:
+    """``y = base + s (V f + c)`` in float64, term by term."""
+    base, features, up = base.double(), features.double(), up.double()
+    total = (features[..., None, :] * up).sum(-1)
+    return base + scale * (total if bias is None else total + bias.double())
+
+
+def project_arguments(rows: tuple[int, ...], k: int, d_out: int, dtype: Any, with_bias: bool) -> list[Any]:
+    shapes = [(*rows, d_out), (*rows, k), (d_out, k)] + [(d_out,)] * with_bias
+    return [vectors(*shape, dtype=dtype, seed=s).requires_grad_() for s, shape in enumerate(shapes)]
+
+
+#: (rows, K, d_out)
+PROJECT_SIZES: list[tuple[tuple[int, ...], int, int]] = [((1,), 1, 1), ((7,), 3, 5), ((8,), 10, 16), ((9,), 10, 17)]
+PROJECT_SIZES += [((3, 11), 12, 33), ((65,), 10, 768), ((300,), 33, 100), ((0,), 3, 5), ((2, 0), 3, 5), ((), 3, 5)]
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_project_and_its_gradients(dtype: Any, with_bias: bool) -> None:
+    """Around the widths of vector registers in every dimension, against the formula in float64."""
+    tolerance = 64 * torch.finfo(dtype).eps
+    for rows, k, d_out in PROJECT_SIZES:
+        arguments = project_arguments(rows, k, d_out, dtype, with_bias)
+        for scale in (1.0, -0.3, 0.0):
+            value, exact = project(*arguments, scale=scale), project_in_torch(*arguments, scale=scale)
+            assert value.shape == (*rows, d_out) and value.dtype == dtype
+            torch.testing.assert_close(value.double(), exact, rtol=0, atol=tolerance * k)
+            ours, expected = gradients(value, *arguments), gradients(exact, *arguments)
+            for got, wanted, longest_sum in zip(ours, expected, (1, d_out, *[max(1, value.numel())] * 2), strict=False):
+                assert got.dtype == dtype
+                torch.testing.assert_close(got, wanted, rtol=0, atol=tolerance * longest_sum**0.5)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_gradcheck_and_opcheck_of_project(with_bias: bool) -> None:
+    arguments = project_arguments((4, 3), 5, 6, torch.float64, with_bias)
+    assert torch.autograd.gradcheck(lambda *a: project(*a, scale=0.7), arguments)
+    flat = [a.detach().reshape(-1, a.shape[-1]).requires_grad_() for a in arguments[:2]]
+    flat += [a.detach().requires_grad_() for a in arguments[2:]] + [None] * (not with_bias)
+    torch.library.opcheck(torch.ops.qaa.project.default, (*flat, 0.7))
+    plain = [torch.ones_like(flat[0]), flat[1].detach(), flat[2].detach()]
+    utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
+    torch.library.opcheck(torch.ops.qaa.project_backward.default, (*plain, with_bias, 0.7), test_utils=utilities)
+
+
+@pytest.mark.parametrize("layout", ["transposed", "every second", "slice of a wider tensor", "one row repeated"])
+def test_project_reads_any_layout(layout: str) -> None:
+    for argument in range(3):
+        arguments = [a.detach() for a in project_arguments((12,), 5, 6, torch.float32, True)]
+        arguments[argument] = LAYOUTS[layout](arguments[argument])
+        same = [a.clone().contiguous() for a in arguments]
+        assert torch.equal(project(*arguments), project(*same))
+        results = []
+        for tensors in (arguments, same):
+            leaves = [t.detach().requires_grad_() for t in tensors]
+            results.append(torch.autograd.grad(project(*leaves).sum(), leaves))
+        for ours, expected in zip(*results, strict=True):
+            assert torch.equal(ours, expected)
+
+
+def test_project_leaves_its_base_alone_and_does_not_depend_on_threads() -> None:
+    arguments = project_arguments((500,), 10, 64, torch.float32, True)
+    kept, before, results = arguments[0].detach().clone(), torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            value = project(*arguments, scale=0.5)
+            results.append((value, *gradients(value, *arguments)))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(arguments[0], kept)
+    for result in results[1:]:
+        for ours, expected in zip(result, results[0], strict=True):
+            assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("base_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_project_of_mixed_dtypes_returns_that_of_the_base(weight_dtype: Any, base_dtype: Any) -> None:
+    base, features, up, bias = project_arguments((9,), 5, 6, torch.float32, True)
+    base, features = (t.detach().to(base_dtype).requires_grad_() for t in (base, features))
+    up, bias = (t.detach().to(weight_dtype).requires_grad_() for t in (up, bias))
+    value = project(base, features, up, bias, scale=0.5)
+    assert value.dtype == base_dtype
+    coarsest = max(torch.finfo(base_dtype).eps, torch.finfo(weight_dtype).eps)
+    exact = project_in_torch(base, features, up, bias, 0.5)
+    torch.testing.assert_close(value.double(), exact, rtol=0, atol=16 * coarsest)
+    value.sum().backward()
+    for tensor in (base, features, up, bias):
+        assert tensor.grad.dtype == tensor.dtype and tensor.grad.shape == tensor.shape
+
+
+def test_project_gives_gradients_only_to_what_wants_them() -> None:
+    for wanted in range(16):
+        arguments = [a.detach() for a in project_arguments((4,), 3, 5, torch.float32, True)]
+        for k, argument in enumerate(arguments):
+            argument.requires_grad_(bool(wanted >> k & 1))
+        value = project(*arguments)
+        assert value.requires_grad == (wanted > 0)
+        if wanted:
+            value.sum().backward()
+        assert [a.grad is not None for a in arguments] == [bool(wanted >> k & 1) for k in range(4)]
+
+
+# ----------------------------------------------------------------------------------------------------- dtypes, autocast
+
+
+@pytest.mark.parametrize("readout", ["z", "probs", "state"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_computed_in_float32_and_rounded_once(dtype: Any, readout: str) -> None:
+    theta, x = angles(CIRCUIT, torch.float32), vectors(19, 6, dtype=dtype)
+    leaves = [theta.clone().requires_grad_(), x.clone().requires_grad_()]
+    wide_leaves = [theta.clone().requires_grad_(), x.float().requires_grad_()]
+    value = quantum_features(CIRCUIT, *leaves, readout)
+    wide = quantum_features(CIRCUIT, *wide_leaves, readout)
+    assert value.dtype == (torch.complex64 if readout == "state" else dtype)
+    assert torch.equal(value, wide.to(value.dtype))
+    grad = torch.ones_like(value)
+    value.backward(grad)
+    wide.backward(grad.to(wide.dtype))
+    assert leaves[0].grad.dtype == torch.float32 and leaves[1].grad.dtype == dtype
+    torch.testing.assert_close(leaves[0].grad, wide_leaves[0].grad, rtol=0, atol=0)
+    torch.testing.assert_close(leaves[1].grad, wide_leaves[1].grad.to(dtype), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("theta_dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_the_dtype_of_theta_is_its_own(dtype: Any, theta_dtype: Any) -> None:
+    theta, x = angles(CIRCUIT, theta_dtype).requires_grad_(), vectors(4, 6, dtype=dtype).requires_grad_()
+    value = quantum_features(CIRCUIT, theta, x)
+    exact = oracle.features(CIRCUIT, theta.detach().double().numpy(), x.detach().double().numpy())
+    np.testing.assert_allclose(value.detach().double().numpy(), exact, rtol=0, atol=4 * torch.finfo(dtype).eps + 1e-14)
+    value.sum().backward()
+    assert theta.grad.dtype == theta_dtype and x.grad.dtype == dtype
+
+
+@pytest.mark.parametrize("autocast_dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_leaves_the_states_in_float32(autocast_dtype: Any) -> None:
+    """What reaches the op counts: float32 stays float32, and a bfloat16 activation gives bfloat16 features."""
+    theta, x = angles(CIRCUIT, torch.float32).requires_grad_(), vectors(9, 6, dtype=torch.float32).requires_grad_()
+    linear = torch.nn.Linear(6, 6)
+    outside = quantum_features(CIRCUIT, theta, x)
+    with torch.autocast("cpu", dtype=autocast_dtype):
+        inside = quantum_features(CIRCUIT, theta, x)
+        activation = linear(x)
+        from_activation = quantum_features(CIRCUIT, theta, activation)
+        up = torch.nn.functional.linear(from_activation, torch.ones(4, 3))
+    assert inside.dtype == torch.float32 and torch.equal(inside, outside)
+    assert activation.dtype == from_activation.dtype == up.dtype == autocast_dtype
+    up.sum().backward()
+    assert theta.grad.dtype == x.grad.dtype == linear.weight.grad.dtype == torch.float32
+    assert torch.isfinite(theta.grad).all() and theta.grad.any() and linear.weight.grad.any()
+
+
+# --------------------------------------------------------------------------------------------------- shapes and layouts
+
+
+@pytest.mark.parametrize("leading", [(), (1,), (4, 1), (2, 3, 2), (0,), (3, 0), (2, 0, 5)], ids=str)
+def test_any_leading_dimensions(leading: tuple[int, ...]) -> None:
+    theta, x = angles(CIRCUIT).requires_grad_(), vectors(*leading, 6).requires_grad_()
+    for readout in READOUTS:
+        value = quantum_features(CIRCUIT, theta, x, readout)
+        assert value.shape == (*leading, Readout.parse(readout, 3).n_outputs)
+        flat = quantum_features(CIRCUIT, theta, x.reshape(-1, 6), readout)
+        assert torch.equal(value.reshape(flat.shape), flat)
+        grad_theta, grad_x = gradients(value, theta, x)
+        assert grad_x.shape == x.shape and grad_theta.shape == theta.shape
+
+
+LAYOUTS: dict[str, Callable[[Any], Any]] = {
+    "transposed": lambda t: t.transpose(0, -1).contiguous().transpose(0, -1),
+    "every second": lambda t: torch.repeat_interleave(t, 2, -1)[..., ::2],
+    "slice of a wider tensor": lambda t: torch.cat([t, torch.full_like(t, torch.nan)], -1)[..., : t.shape[-1]],
+    "storage offset": lambda t: torch.cat([torch.full_like(t[:1], torch.nan), t])[1:],
+    "one row repeated": lambda t: t[:1].expand_as(t),
+    "one number repeated": lambda t: t.reshape(-1)[:1].reshape(*[1] * t.ndim).expand_as(t),
+    "negative view": lambda t: torch.complex(t, -t).conj().imag,
+    "permuted leading dimensions": lambda t: t.reshape(3, 4, -1).transpose(0, 1) if t.shape[0] == 12 else t,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_every_layout_gives_the_same_bits(dtype: Any, layout: str) -> None:
+    change = LAYOUTS[layout]
+    theta, x = change(angles(CIRCUIT, dtype)), change(vectors(12, 6, dtype=dtype))
+    for readout in ("z", "state"):
+        results = []
+        for t, v in ((theta, x), (theta.clone().contiguous(), x.clone().contiguous())):
+            t, v = t.detach().requires_grad_(), v.detach().requires_grad_()
+            value = quantum_features(CIRCUIT, t, v, readout)
+            results.append((value, *gradients(value, t, v)))
+        for ours, expected in zip(*results, strict=True):
+            assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("readout", ["z", "probs", "state"])
+def test_gradients_arrive_in_any_layout(readout: str) -> None:
+    """``sum`` sends back one number with zero strides, slices and transposes send views, ``conj`` a lazy conjugate."""
+    theta, x = angles(CIRCUIT).requires_grad_(), vectors(12, 6).requires_grad_()
+    value = quantum_features(CIRCUIT, theta, x, readout)
+    uses: list[Callable[[Any], Any]] = [
+        lambda v: v.sum(),
+        lambda v: (v.T.contiguous() * torch.arange(12)).sum(),
+        lambda v: v[:, ::2].sum() + v[3:5].sum(),
+        lambda v: (v.conj() * (1 + 2j)).sum(),
+    ]
+    for use in uses:
+        total = use(value)
+        total = total.real + 0.5 * total.imag if total.is_complex() else total
+        (grad,) = torch.autograd.grad(total, value, retain_graph=True)
+        received = torch.autograd.grad(total, (theta, x), retain_graph=True)
+        expected = oracle.vjp(CIRCUIT, theta.detach().numpy(), x.detach().numpy(), grad.resolve_conj().numpy(), readout)
+        for ours, exact in zip(received, expected, strict=True):
+            np.testing.assert_allclose(ours.numpy(), exact, rtol=0, atol=1e-12)
+
+
+def test_only_what_requires_a_gradient_gets_one() -> None:
+    for theta_wants in (False, True):
+        for x_wants in (False, True):
+            theta, x = angles(CIRCUIT).requires_grad_(theta_wants), vectors(4, 6).requires_grad_(x_wants)
+            for value in (
+                quantum_features(CIRCUIT, theta, x),
+                torch.ops.qaa.forward(theta, x, program_text(CIRCUIT, "z")),
+            ):
+                assert value.requires_grad == (theta_wants or x_wants)
+                if value.requires_grad:
+                    value.sum().backward()
+            assert (theta.grad is not None) == theta_wants and (x.grad is not None) == x_wants
+    with torch.no_grad():
+        assert not quantum_features(CIRCUIT, angles(CIRCUIT).requires_grad_(), vectors(4, 6)).requires_grad
+    with torch.inference_mode():
+        value = quantum_features(CIRCUIT, angles(CIRCUIT), vectors(4, 6))
+    assert torch.equal(value, quantum_features(CIRCUIT, angles(CIRCUIT), vectors(4, 6)))
+
+
+def test_gradients_accumulate_over_uses_of_one_theta() -> None:
+    theta, x = angles(CIRCUIT).requires_grad_(), vectors(4, 6)
+    (quantum_features(CIRCUIT, theta, x).sum() + quantum_features(CIRCUIT, theta, 2 * x + 1).sum()).backward()
+    separate = [gradients_of_sum(theta, v) for v in (x, 2 * x + 1)]
+    torch.testing.assert_close(theta.grad, separate[0] + separate[1], rtol=0, atol=1e-14)
+
+
+def gradients_of_sum(theta: Any, x: Any) -> Any:
+    theta = theta.detach().requires_grad_()
+    return torch.autograd.grad(quantum_features(CIRCUIT, theta, x).sum(), theta)[0]
+
+
+def test_zero_and_nan_rows() -> None:
+    theta, x = angles(CIRCUIT, torch.float32), vectors(9, 6, dtype=torch.float32)
+    clean = quantum_features(CIRCUIT, theta, x)
+    x[2], x[5, 3] = 0, torch.nan
+    theta, x = theta.requires_grad_(), x.requires_grad_()
+    value = quantum_features(CIRCUIT, theta, x)
+    others = [r for r in range(9) if r not in (2, 5)]
+    assert not value[2].any() and value[5].isnan().all() and torch.equal(value[others], clean[others])
+    value.sum().backward()
+    assert not x.grad[2].any() and x.grad[5].isnan().all() and torch.isfinite(x.grad[others]).all()
+    assert theta.grad.isnan().any()
+
+
+# --------------------------------------------------------------------------------------------- no second derivative
+
+
+def test_a_second_derivative_is_an_error_and_never_silently_zero() -> None:
+    """Also as a gradient penalty, where the first loss is linear in the features and other terms have gradients."""
+    makers: list[Callable[[Any, Any], Any]] = [
+        lambda theta, x: quantum_features(CIRCUIT, theta, x),
+        lambda theta, x: torch.ops.qaa.forward(theta, x, program_text(CIRCUIT, "z")),
+        lambda theta, x: amplitude_rows(CIRCUIT, theta, 3).real,
+        lambda theta, x: torch.ops.qaa.rows(theta, program_text(CIRCUIT, "state[:3]", False), None, True),
+        lambda theta, x: project(
+            x, theta.reshape(-1, 6)[:1].expand(4, 6) ** 2, torch.ones(6, 6, dtype=x.dtype) * theta[0, 0, 0]
+        ),
+    ]
+    losses: list[Callable[[Any], Any]] = [lambda v: v.sum(), lambda v: v.pow(2).sum()]
+    for make in makers:
+        for loss in losses:
+            theta, x = angles(CIRCUIT).requires_grad_(), vectors(4, 6).requires_grad_()
+            with pytest.raises(RuntimeError, match=r"second|twice"):
+                (slope,) = torch.autograd.grad(loss(make(theta, x)), theta, create_graph=True)
+                (make(theta, x).sum() + slope.pow(2).sum()).backward()
+
+
+def test_gradgradcheck_says_that_there_is_no_second_derivative() -> None:
+    theta, x = angles(CIRCUIT).requires_grad_(), vectors(2, 6).requires_grad_()
+    with pytest.raises(RuntimeError, match=r"second|twice"):
+        torch.autograd.gradgradcheck(lambda theta, x: quantum_features(CIRCUIT, theta, x), (theta, x))
+
+
+# ------------------------------------------------------------------------------------------------------- transforms
+
+
+def test_vmap_equals_a_loop() -> None:
+    theta, x = angles(CIRCUIT), vectors(4, 5, 6)
+    for readout in READOUTS:
+        over_x = torch.func.vmap(lambda v, readout=readout: quantum_features(CIRCUIT, theta, v, readout))(x)
+        torch.testing.assert_close(over_x, quantum_features(CIRCUIT, theta, x, readout), rtol=0, atol=1e-14)
+    many = torch.stack([angles(CIRCUIT, seed=s) for s in range(4)])
+    over_theta = torch.func.vmap(lambda t: quantum_features(CIRCUIT, t, x[0]))(many)
+    expected = torch.stack([quantum_features(CIRCUIT, t, x[0]) for t in many])
+    torch.testing.assert_close(over_theta, expected, rtol=0, atol=1e-14)
+    rows = torch.func.vmap(lambda t: amplitude_rows(CIRCUIT, t, 3))(many)
+    torch.testing.assert_close(rows, torch.stack([amplitude_rows(CIRCUIT, t, 3) for t in many]), rtol=0, atol=1e-14)
+
+
+def test_functional_gradients_are_right_or_an_error() -> None:
+    theta, x = angles(CIRCUIT), vectors(4, 6)
+    expected = gradients_of_sum(theta, x)
+    for transform in (torch.func.grad, torch.func.jacrev):
+        try:
+            ours = transform(lambda t: quantum_features(CIRCUIT, t, x).sum())(theta)
+        except RuntimeError as error:
+            assert str(error)
+        else:
+            torch.testing.assert_close(ours, expected, rtol=0, atol=1e-13)
+
+
+def test_forward_mode_is_right_or_an_error_and_never_silently_zero() -> None:
+    theta, x, step = angles(CIRCUIT), vectors(4, 6), 1e-6
+    direction = torch.ones_like(theta)
+    functions: list[Callable[[Any], Any]] = [
+        lambda t: quantum_features(CIRCUIT, t, x),
+        lambda t: amplitude_rows(CIRCUIT, t, 2),
+    ]
+
+    def by_func(function: Callable[[Any], Any]) -> Any:
+        return torch.func.jvp(function, (theta,), (direction,))[1]
+
+    def by_dual_numbers(function: Callable[[Any], Any]) -> Any:
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(theta, direction)
+            return torch.autograd.forward_ad.unpack_dual(function(dual)).tangent
+
+    for function in functions:
+        quotient = (function(theta + step * direction) - function(theta - step * direction)) / (2 * step)
+        for derive in (by_func, by_dual_numbers):
+            try:
+                tangent = derive(function)
+            except (RuntimeError, NotImplementedError) as error:
+                assert str(error)
+            else:
+                assert tangent is not None
+                torch.testing.assert_close(tangent, quotient, rtol=0, atol=1e-7)
+
+
+# ----------------------------------------------------------------------------------------- fakes, compile, export
+
+
+@pytest.mark.parametrize("readout", READOUTS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_meta_and_fake_tensors_have_the_real_shapes_and_dtypes(dtype: Any, readout: Any) -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    theta, x = angles(CIRCUIT, torch.float32), vectors(2, 5, 6, dtype=dtype)
+    real = quantum_features(CIRCUIT, theta, x, readout)
+    meta = quantum_features(CIRCUIT, theta.to("meta"), x.to("meta"), readout)
+    assert meta.device.type == "meta" and (meta.shape, meta.dtype) == (real.shape, real.dtype)
+    with FakeTensorMode() as mode:
+        fake_theta = mode.from_tensor(theta).requires_grad_()
+        fake = quantum_features(CIRCUIT, fake_theta, mode.from_tensor(x), readout)
+        assert (fake.shape, fake.dtype) == (real.shape, real.dtype)
+        (grad,) = torch.autograd.grad(fake.abs().sum(), fake_theta)
+        assert grad.shape == theta.shape
+    rows = amplitude_rows(CIRCUIT, theta.to("meta"), 3)
+    assert rows.shape == (3, 8) and rows.device.type == "meta"
+
+
+def compiled_equals_eager(backend: str) -> None:
+    torch._dynamo.reset()
+    linear = torch.nn.Linear(6, 6, dtype=torch.float64)
+    for readout in ("z", "probs[:3]", ["XYZ", "IIZ"], "state[:2]"):
+
+        def model(theta: Any, x: Any, readout: Any = readout) -> Any:
+            value = quantum_features(CIRCUIT, theta, torch.tanh(linear(x)), readout)
+            rows = amplitude_rows(CIRCUIT, theta, 2)
+            value = torch.view_as_real(value).flatten(-2) if value.is_complex() else value
+            value = project(x[..., :2], value[..., :2], torch.ones(2, 2, dtype=x.dtype), scale=0.5)
+            return 2 * value.sum(-1) + torch.view_as_real(rows).pow(2).sum()
+
+        compiled = torch.compile(model, fullgraph=True, dynamic=True, backend=backend)
+        for leading in ((5,), (9,), (2, 3), (2, 7)):
+            theta, x = angles(CIRCUIT).requires_grad_(), vectors(*leading, 6).requires_grad_()
+            expected = model(theta, x)
+            ours = compiled(theta, x)
+            torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+            for got, wanted in zip(gradients(ours, theta, x), gradients(expected, theta, x), strict=True):
+                torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+
+
+class Features(torch.nn.Module):  # type: ignore[misc]
+    """The smallest module with angles of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.circuit, self.readout = CIRCUIT, Readout.parse("z", CIRCUIT.n_wires)
+        self.theta = torch.nn.Parameter(angles(CIRCUIT))
+
+    def forward(self, x: Any) -> Any:
+        return quantum_features(self.circuit, self.theta, x, self.readout)
+
+
+def test_compiles_as_one_graph_with_dynamic_shapes() -> None:
+    compiled_equals_eager("aot_eager")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None and shutil.which("clang++") is None, reason="inductor needs a compiler")
+@pytest.mark.skipif(sys.platform == "win32", reason="inductor's C++ backend wants Linux or macOS")
+def test_compiles_with_inductor() -> None:
+    torch._dynamo.reset()
+
+    module = Features()  # its circuit is an attribute, not a global
+
+    def model(x: Any) -> Any:
+        return module(x * 2 + 1).sin().sum(-1)
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True)
+    for rows in (4, 9):
+        x = vectors(rows, 6).requires_grad_()
+        ours, expected = compiled(x), model(x)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
+        for got, wanted in zip(gradients(ours, module.theta, x), gradients(expected, module.theta, x), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-12)
+
+
+def test_export_with_a_dynamic_batch_saves_and_loads() -> None:
+    module, x = Features(), vectors(5, 6)
+    program = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=4096)},))
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    loaded = torch.export.load(file).module()
+    for rows in (2, 5, 33):
+        x = vectors(rows, 6)
+        torch.testing.assert_close(loaded(x), module(x), rtol=0, atol=1e-14)
+
+
+def test_modules_copy_pickle_and_save() -> None:
+    module, x = Features(), vectors(5, 6)
+    expected = module(x)
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    for twin in (copy.deepcopy(module), torch.load(file, weights_only=False)):
+        assert torch.equal(twin(x), expected)
+        twin(x).sum().backward()
+        assert twin.theta.grad is not None and module.theta.grad is None
+    state = io.BytesIO()
+    torch.save(module.state_dict(), state)
+    state.seek(0)
+    fresh = Features()
+    torch.nn.init.zeros_(fresh.theta)
+    fresh.load_state_dict(torch.load(state, weights_only=True))
+    assert torch.equal(fresh(x), expected)
+
+
+def test_checkpointing_recomputes_the_same() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    theta, x = angles(CIRCUIT).requires_grad_(), vectors(9, 6).requires_grad_()
+    plain = gradients(quantum_features(CIRCUIT, theta, x), theta, x)
+    kept = gradients(checkpoint(lambda t, v: quantum_features(CIRCUIT, t, v), theta, x, use_reentrant=False), theta, x)
+    for ours, expected in zip(kept, plain, strict=True):
+        assert torch.equal(ours, expected)
+
+
+def test_the_number_of_torch_threads_changes_no_bit() -> None:
+    theta, x = angles(CIRCUIT, torch.float32).requires_grad_(), vectors(300, 8, dtype=torch.float32).requires_grad_()
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            value = quantum_features(CIRCUIT, theta, x)
+            results.append((value, *gradients(value, theta, x)))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        for ours, expected in zip(result, results[0], strict=True):
+            assert torch.equal(ours, expected)
+
+
+# --------------------------------------------------------------------------------------------------------- bad input
+
+THETA, X = angles(CIRCUIT), vectors(4, 6)
+TEXT = program_text(CIRCUIT, "z")
+BAD_ARGUMENTS: list[tuple[str, Callable[[], Any], str]] = [
+    ("x too wide", lambda: quantum_features(CIRCUIT, THETA, vectors(4, 9)), r"8.*received.*9"),
+    ("x without columns", lambda: quantum_features(CIRCUIT, THETA, vectors(4, 0)), r"received.*0"),
+    ("x a scalar", lambda: quantum_features(CIRCUIT, THETA, torch.tensor(1.0)), r"\(\)"),
+    ("x integers", lambda: quantum_features(CIRCUIT, THETA, X.long()), r"int64"),
+    ("x complex", lambda: quantum_features(CIRCUIT, THETA, X.to(torch.complex64)), r"complex64"),
+    ("x booleans", lambda: quantum_features(CIRCUIT, THETA, X > 0), r"bool"),
+    ("x float8", lambda: quantum_features(CIRCUIT, THETA, X.to(torch.float8_e4m3fn)), r"float8_e4m3fn"),
+    ("x an array", lambda: quantum_features(CIRCUIT, THETA, X.numpy()), r"Tensor.*ndarray"),
+    ("theta flat", lambda: quantum_features(CIRCUIT, THETA.flatten(), X), r"\(2, 3, 3\).*\(18,\)"),
+    ("theta integers", lambda: quantum_features(CIRCUIT, THETA.long(), X), r"int64"),
+    ("theta an array", lambda: quantum_features(CIRCUIT, THETA.numpy(), X), r"Tensor.*ndarray"),
+    ("readout unknown", lambda: quantum_features(CIRCUIT, THETA, X, "y"), r"'y'"),
+    ("readout of other wires", lambda: quantum_features(CIRCUIT, THETA, X, ["ZZ"]), r"'ZZ'"),
+    ("circuit a string", lambda: quantum_features(str(CIRCUIT), THETA, X), r"Circuit.*str"),
+    ("normalize a number", lambda: quantum_features(CIRCUIT, THETA, X, normalize=1), r"bool.*int"),
+    ("no rows", lambda: amplitude_rows(CIRCUIT, THETA, 0), r"received 0"),
+    ("negative rows", lambda: amplitude_rows(CIRCUIT, THETA, -3), r"received -3"),
+    ("too many rows", lambda: amplitude_rows(CIRCUIT, THETA, 9), r"8.*received 9"),
+    ("rows a fraction", lambda: amplitude_rows(CIRCUIT, THETA, 2.0), r"integer.*float"),
+    ("rows, theta flat", lambda: amplitude_rows(CIRCUIT, THETA.flatten(), 2), r"\(2, 3, 3\).*\(18,\)"),
+    ("op, x too wide", lambda: torch.ops.qaa.forward(THETA, vectors(4, 9), TEXT), r"8.*received.*9"),
+    ("op, x a vector", lambda: torch.ops.qaa.forward(THETA, vectors(6), TEXT), r"\(batch, d\).*\(6,\)"),
+    ("op, theta flat", lambda: torch.ops.qaa.forward(THETA.flatten(), X, TEXT), r"\(2, 3, 3\).*\(18,\)"),
+    ("op, no program", lambda: torch.ops.qaa.forward(THETA, X, "wires 3"), r"'wires 3'"),
+    ("op, no circuit", lambda: torch.ops.qaa.forward(THETA, X, "wires 3; theta 1; FOO 0 | z | normalize"), r"FOO"),
+    ("op, other gradient", lambda: torch.ops.qaa.backward(THETA, X, X, TEXT), r"\(4, 3\).*\(4, 6\)"),
+    ("op, gradient in float32", lambda: torch.ops.qaa.backward(THETA, X, X[:, :3].float(), TEXT), r"float64.*float32"),
+    ("op, rows of no state", lambda: torch.ops.qaa.rows(THETA, TEXT, None, False), r"amplitudes"),
+    ("project, other rows", lambda: project(X, vectors(5, 3), vectors(6, 3)), r"\(5, 6\).*\(4, 6\)"),
+    ("project, other features", lambda: project(X, vectors(4, 2), vectors(6, 3)), r"\(4, 3\).*\(4, 2\)"),
+    ("project, other outputs", lambda: project(X, vectors(4, 3), vectors(7, 3)), r"\(4, 7\).*\(4, 6\)"),
+    ("project, up a vector", lambda: project(X, vectors(4, 3), vectors(6)), r"\(d_out, K\).*\(6,\)"),
+    ("project, other bias", lambda: project(X, vectors(4, 3), vectors(6, 3), vectors(5)), r"\(6,\).*\(5,\)"),
+    ("project, integers", lambda: project(X.long(), vectors(4, 3), vectors(6, 3)), r"int64"),
+    ("project, an array", lambda: project(X.numpy(), vectors(4, 3), vectors(6, 3)), r"Tensor.*ndarray"),
+    (
+        "op, gradient of other rows",
+        lambda: torch.ops.qaa.rows_backward(
+            THETA, torch.ones(3, 8, dtype=torch.complex128), program_text(CIRCUIT, "state[:2]", False), False
+        ),
+        r"\(2, 8\).*\(3, 8\)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("call", "received"), [pytest.param(c, r, id=name) for name, c, r in BAD_ARGUMENTS])
+def test_bad_arguments_say_what_was_expected_and_received(call: Callable[[], Any], received: str) -> None:
+    with pytest.raises((ValueError, TypeError), match=received) as error:
+        call()
+    assert re.fullmatch(r"[^\n]*expected [^\n]*received [^\n]*", str(error.value)), str(error.value)
+
+
+def test_examples_in_docstrings_run() -> None:
+    result = doctest.testmod(ops)
+    assert result.attempted >= 8 and result.failed == 0
+
+
+def test_importing_the_ops_twice_in_two_ways_registers_them_once() -> None:
+    code = "import qaa.ops, importlib, qaa.ops as again, torch; print(torch.ops.qaa.forward.default)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "qaa.forward.default"
