@@ -44,7 +44,11 @@ QAA_INLINE Vec<T> splat(T value) {
 struct Bf16 {
   std::uint16_t bits;
 };
+#if defined(__aarch64__)
+using Half = __fp16;  // GCC knows _Float16 in C++ only from 13 on
+#else
 using Half = _Float16;
+#endif
 
 QAA_INLINE float to_float(Bf16 value) {
   const std::uint32_t bits = std::uint32_t(value.bits) << 16;

@@ -1,0 +1,151 @@
+// Replays cases that tests/test_core.py has written from the oracle, through the public C++ header and without Python:
+// the form in which the core runs under an emulator of another processor, a sanitizer or an instruction counter.
+//
+//   replay CASES          checks every case; prints a line per failure and "N passed, N failed"
+//   replay WIRES LAYERS ROWS forward|backward   runs one call of the default circuit, for instruction counters
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <fstream>
+#include <iostream>
+#include <string>
+
+#include "qaa.h"
+
+namespace {
+
+using namespace qaa;
+
+struct Case {
+  Plan plan;
+  std::vector<double> theta, x, grad, features, grad_theta, grad_x;
+  std::int64_t rows = 0, columns = 0;
+};
+
+std::vector<double> read_numbers(std::istream& in, std::size_t n) {
+  std::vector<double> out(n);
+  for (double& value : out) {
+    std::string text;  // operator>> for double refuses hexadecimal numbers
+    in >> text;
+    value = std::strtod(text.c_str(), nullptr);
+  }
+  return out;
+}
+
+// n_wires n_parameters n_gates {name n_wires wires n_parameters parameters} kind n_outputs [strings] normalize
+// rows columns theta x grad features grad_theta grad_x
+bool read_case(std::istream& in, Case& out) {
+  std::uint32_t n_wires, n_parameters, n_gates, kind;
+  if (!(in >> n_wires >> n_parameters >> n_gates)) return false;
+  std::vector<GateCall> gates(n_gates);
+  auto read_list = [&](std::vector<std::uint32_t>& list) {
+    std::size_t n;
+    in >> n;
+    list.resize(n);
+    for (auto& item : list) in >> item;
+  };
+  for (GateCall& gate : gates) {
+    in >> gate.name;
+    read_list(gate.wires);
+    read_list(gate.parameters);
+  }
+  ReadoutSpec readout;
+  in >> kind >> readout.n_outputs;
+  readout.kind = ReadoutKind(kind);
+  if (readout.kind == ReadoutKind::expval) {
+    readout.paulis.resize(readout.n_outputs);
+    for (auto& string : readout.paulis) in >> string;
+  }
+  bool normalize;
+  in >> normalize >> out.rows >> out.columns;
+  out.plan = compile(n_wires, n_parameters, gates, readout, normalize, default_options());
+  const std::size_t rows = std::size_t(out.rows), k = out.plan.n_columns();
+  out.theta = read_numbers(in, n_parameters);
+  out.x = read_numbers(in, rows * std::size_t(out.columns));
+  out.grad = read_numbers(in, rows * k);
+  out.features = read_numbers(in, rows * k);
+  out.grad_theta = read_numbers(in, n_parameters);
+  out.grad_x = read_numbers(in, rows * std::size_t(out.columns));
+  return bool(in);
+}
+
+template <class T>
+double error(const std::vector<T>& value, const std::vector<double>& expected) {
+  double largest = 0, size = 1;
+  for (std::size_t i = 0; i < value.size(); ++i) {
+    largest = std::fmax(largest, std::isnan(double(value[i])) ? INFINITY : std::abs(double(value[i]) - expected[i]));
+    size = std::fmax(size, std::abs(expected[i]));
+  }
+  return largest / size;
+}
+
+template <class T>
+double run(const Case& c, int threads) {
+  const Scalar scalar = sizeof(T) == 8 ? Scalar::float64 : Scalar::float32;
+  const std::vector<T> x(c.x.begin(), c.x.end()), grad(c.grad.begin(), c.grad.end());
+  const std::int64_t k = c.plan.n_columns();
+  std::vector<T> features(c.features.size()), grad_x(c.x.size());
+  std::vector<double> grad_theta(c.theta.size());
+  const ConstMatrix in{x.data(), c.rows, c.columns, c.columns, scalar};
+  forward({c.plan, c.theta.data(), in, {features.data(), c.rows, k, k, scalar}, threads});
+  backward({c.plan, c.theta.data(), in, {grad.data(), c.rows, k, k, scalar}, grad_theta.data(),
+            {grad_x.data(), c.rows, c.columns, c.columns, scalar}, threads});
+  return std::fmax(error(features, c.features), std::fmax(error(grad_theta, c.grad_theta), error(grad_x, c.grad_x)));
+}
+
+int check(const char* path) {
+  std::ifstream in(path);
+  int passed = 0, failed = 0;
+  for (Case c; read_case(in, c);) {
+    for (const int threads : {1, 3}) {
+      const double e64 = run<double>(c, threads), e32 = run<float>(c, threads);
+      const bool ok = e64 < 1e-11 && e32 < 1e-4;
+      ok ? ++passed : ++failed;
+      if (!ok) std::cout << "case " << passed + failed << ": float64 " << e64 << ", float32 " << e32 << "\n";
+    }
+  }
+  std::cout << instruction_set() << ": " << passed << " passed, " << failed << " failed\n";
+  return passed > 0 && failed == 0 ? 0 : 1;
+}
+
+int run_default(std::uint32_t n, std::uint32_t layers, std::int64_t rows, bool adjoint) {
+  std::vector<GateCall> gates;
+  std::uint32_t p = 0;
+  for (std::uint32_t l = 0; l < layers; ++l, p += 3 * n) {
+    for (std::uint32_t w = 0; w < n; ++w) gates.push_back({"RY", {w}, {p + 3 * w}});
+    for (std::uint32_t w = 0; w < n; ++w) gates.push_back({"RZ", {w}, {p + 3 * w + 1}});
+    for (std::uint32_t w = 0; w < n; ++w) gates.push_back({"CNOT", {w, (w + 1) % n}, {}});
+    for (std::uint32_t w = 0; w < n; ++w) gates.push_back({"RY", {w}, {p + 3 * w + 2}});
+  }
+  ReadoutSpec readout{ReadoutKind::expval, n, {}};
+  for (std::uint32_t w = 0; w < n; ++w) {
+    readout.paulis.emplace_back(n, 'I');
+    readout.paulis.back()[w] = 'Z';
+  }
+  const Plan plan = compile(n, p, gates, readout, true, default_options());
+  std::vector<double> theta(p), grad_theta(p);
+  for (std::uint32_t i = 0; i < p; ++i) theta[i] = 0.1 + 0.37 * i;
+  const std::int64_t d = plan.n_amplitudes(), k = n;
+  std::vector<float> x(std::size_t(rows * d)), features(std::size_t(rows * k), 1.0f), grad_x(x.size());
+  for (std::size_t i = 0; i < x.size(); ++i) x[i] = float(std::sin(0.7 * double(i)));
+  const ConstMatrix in{x.data(), rows, d, d, Scalar::float32};
+  if (adjoint) {
+    backward({plan, theta.data(), in, {features.data(), rows, k, k, Scalar::float32}, grad_theta.data(),
+              {grad_x.data(), rows, d, d, Scalar::float32}, 1});
+  } else {
+    forward({plan, theta.data(), in, {features.data(), rows, k, k, Scalar::float32}, 1});
+  }
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  if (argc == 2) return check(argv[1]);
+  if (argc == 5) {
+    return run_default(std::uint32_t(std::atoi(argv[1])), std::uint32_t(std::atoi(argv[2])), std::atoll(argv[3]),
+                       std::string(argv[4]) == "backward");
+  }
+  std::fprintf(stderr, "usage: replay CASES | replay WIRES LAYERS ROWS forward|backward\n");
+  return 2;
+}
