@@ -44,7 +44,7 @@ lint: $(VENV)/.dev
 # Type stubs of the compiled module, from the module itself.
 stubs: $(VENV)/.dev
 	$(BIN)/pybind11-stubgen qaa._core --output-dir build/stubs
-	cp build/stubs/qaa/_core.pyi python/qaa/_core.pyi
+	cp build/stubs/qaa/_core.pyi python/qaa/_core.pyi && $(BIN)/ruff format python/qaa/_core.pyi
 
 clean:
 	rm -rf build dist reports $(VENV)

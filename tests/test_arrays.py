@@ -20,10 +20,11 @@ import pytest
 import qaa
 from hypothesis import given
 from hypothesis import strategies as st
-from qaa import Circuit, Readout, ansatz, arrays
+from qaa import Circuit, Readout, ansatz
 from qaa.program import Program, program
 from strategies import Array, circuits, random_grad, readouts
 
+arrays: Any = qaa.arrays  # untyped here: some calls are wrong on purpose
 CIRCUIT = ansatz("ring", 4, 2)
 RNG = np.random.default_rng(0)
 THETA = RNG.uniform(-3, 3, CIRCUIT.parameter_shape)

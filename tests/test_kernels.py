@@ -18,7 +18,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -28,7 +28,7 @@ import numpy as np
 import oracle
 import pytest
 from hypothesis import given, settings
-from qaa import arrays
+from qaa import _core, arrays, program
 from qaa.circuit import ANSATZE, GATES, Circuit, Gate, Readout, ansatz
 from strategies import Array, Problem, problems, random_circuit, random_problem
 
@@ -522,42 +522,49 @@ def test_an_unknown_instruction_set_is_an_error_that_names_the_known_ones() -> N
 REWRITES = ("fuse", "absorb", "real", "tangent")
 
 
+@pytest.fixture
+def switch_off(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Sequence[str]], None]]:
+    """A function that switches rewrites of the plan compiler off; it forgets the plans that were made before."""
+
+    def forget() -> None:
+        for cached in (program._plan, program._program, program.Program.parse):
+            cached.cache_clear()
+
+    def switch(rewrites: Sequence[str]) -> None:
+        monkeypatch.setenv("QAA_PLAN_WITHOUT", ",".join(rewrites))
+        forget()
+
+    yield switch
+    forget()
+
+
 @pytest.mark.parametrize("without", [c for k in range(1, 5) for c in combinations(REWRITES, k)], ids=",".join)
-def test_every_rewrite_of_the_plan_can_be_switched_off(without: tuple[str, ...], monkeypatch: Any) -> None:
+def test_every_rewrite_of_the_plan_can_be_switched_off(
+    without: tuple[str, ...], switch_off: Callable[[Sequence[str]], None]
+) -> None:
     """The same answers with any subset of the plan compiler's rewrites, so that each rewrite is proved by itself."""
-    from qaa import program
-
     assert set(REWRITES) == set(program.REWRITES)
-    monkeypatch.setenv("QAA_PLAN_WITHOUT", ",".join(without))
-    program._plan.cache_clear()
-    try:
-        assert sweep(range(20, 28)) == 48
-    finally:
-        program._plan.cache_clear()
+    switch_off(without)
+    assert sweep(range(20, 28)) == 48
 
 
-def test_rewrites_do_something(monkeypatch: Any) -> None:
+def test_rewrites_do_something(switch_off: Callable[[Sequence[str]], None]) -> None:
     """Switching one off is no empty gesture: the plan differs, or the roundings of a result do."""
-    from qaa import program
-
     circuit = ansatz("ring", 3, 2)
-    gates = [(gate.name, gate.wires, gate.parameters) for gate in circuit.gates]
-    paulis = list(Readout.parse("z", 3).paulis)
-    arguments = (3, circuit.n_parameters, gates, arrays._core.ReadoutKind.expval, 3, paulis)
-    full = str(arrays._core.Plan(*arguments))
-    assert full == str(arrays._core.Plan(*arguments)), "compiling is not deterministic"
-    for rewrite in ("fuse", "absorb"):
-        assert str(arrays._core.Plan(*arguments, **{rewrite: False})) != full, rewrite
+    plans = {}
+    for rewrite in ("", "fuse", "absorb"):
+        switch_off([rewrite])
+        plans[rewrite] = str(program.program(circuit, "z", True).plan)
+        switch_off([rewrite])
+        assert str(program.program(circuit, "z", True).plan) == plans[rewrite], "compiling is not deterministic"
+    assert len(set(plans.values())) == 3
     # tangents are chosen when the angles are known; "real" leaves out work on zeros, which no result shows
     problem = cast(random_problem(np.random.default_rng(17), circuit, "z", batch=9), np.float32)
+    switch_off([])
     with_tangents = solve(problem)[0]
-    monkeypatch.setenv("QAA_PLAN_WITHOUT", "tangent")
-    program._plan.cache_clear()
-    try:
-        assert (solve(problem)[0] != with_tangents).any()
-    finally:
-        program._plan.cache_clear()
+    switch_off(["tangent"])
+    assert (solve(problem)[0] != with_tangents).any()
 
 
 def test_the_core_holds_the_same_gate_table() -> None:
-    assert {name: tuple(counts) for name, *counts in arrays._core.gate_table()} == GATES
+    assert {name: tuple(counts) for name, *counts in _core.gate_table()} == GATES

@@ -101,7 +101,9 @@ def test_opcheck_of_rows() -> None:
         torch.library.opcheck(torch.ops.qaa.rows.default, (theta, text, 7, False))
         grad = torch.ones_like(torch.ops.qaa.rows(theta, text, 7, False)).detach()
         utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
-        torch.library.opcheck(torch.ops.qaa.rows_backward.default, (theta.detach(), grad, text, False), test_utils=utilities)
+        torch.library.opcheck(
+            torch.ops.qaa.rows_backward.default, (theta.detach(), grad, text, False), test_utils=utilities
+        )
 
 
 @pytest.mark.parametrize("normalize", [True, False])
@@ -154,7 +156,7 @@ def test_amplitude_rows_give_the_state_readout_and_its_gradients() -> None:
 # ------------------------------------------------------------------------------------------------------------ project
 
 
-def project_in_torch(base: Any, features: Any, up: Any, bias: Any = None, scale: float = 1.0) -> Any:
+def project_in_torch(base: Any, features: Any, up: Any, bias: Any = None, *, scale: float = 1.0) -> Any:
     """``y = base + s (V f + c)`` in float64, term by term."""
     base, features, up = base.double(), features.double(), up.double()
     total = (features[..., None, :] * up).sum(-1)
@@ -240,7 +242,7 @@ def test_project_of_mixed_dtypes_returns_that_of_the_base(weight_dtype: Any, bas
     value = project(base, features, up, bias, scale=0.5)
     assert value.dtype == base_dtype
     coarsest = max(torch.finfo(base_dtype).eps, torch.finfo(weight_dtype).eps)
-    exact = project_in_torch(base, features, up, bias, 0.5)
+    exact = project_in_torch(base, features, up, bias, scale=0.5)
     torch.testing.assert_close(value.double(), exact, rtol=0, atol=16 * coarsest)
     value.sum().backward()
     for tensor in (base, features, up, bias):

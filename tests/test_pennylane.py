@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 from qaa import arrays
@@ -30,7 +32,7 @@ PROBLEMS = [problem_number(index) for index in range(200)]
 def test_values_and_both_gradients(index: int) -> None:
     problem = PROBLEMS[index]
     arguments = (problem.circuit, problem.theta, problem.x)
-    options = {"normalize": problem.normalize}
+    options: dict[str, Any] = {"normalize": problem.normalize}
     value = arrays.forward(*arguments, problem.readout, **options)
     gradients = arrays.backward(*arguments, problem.grad, problem.readout, **options)
     expected = bridge.features_and_gradients(*arguments, problem.grad, problem.readout, **options)

@@ -1,151 +1,220 @@
 """
 Compiled core of qaa: circuits to plans, and batches of states through them.
 """
+
 from __future__ import annotations
+
 import collections.abc
 import typing
-__all__: list[str] = ['ConstMatrix', 'Matrix', 'Plan', 'ReadoutKind', 'Scalar', 'backward', 'forward', 'gate_table', 'instruction_set']
+
+__all__: list[str] = [
+    "ConstMatrix",
+    "Matrix",
+    "Plan",
+    "ReadoutKind",
+    "Scalar",
+    "backward",
+    "forward",
+    "gate_table",
+    "instruction_set",
+    "project",
+    "project_backward",
+]
+
 class Scalar:
     """
     Storage type of an array's numbers.
-    
+
     Members:
-    
+
       float16
-    
+
       bfloat16
-    
+
       float32
-    
+
       float64
     """
+
     __members__: typing.ClassVar[dict[str, Scalar]]
     bfloat16: typing.ClassVar[Scalar]
     float16: typing.ClassVar[Scalar]
     float32: typing.ClassVar[Scalar]
     float64: typing.ClassVar[Scalar]
     @typing.overload
-    def __eq__(self, other: Scalar) -> bool:
-        ...
+    def __eq__(self, other: Scalar) -> bool: ...
     @typing.overload
-    def __eq__(self, other: typing.Any) -> bool:
-        ...
-    def __getstate__(self) -> int:
-        ...
-    def __hash__(self) -> int:
-        ...
-    def __index__(self) -> int:
-        ...
-    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None:
-        ...
-    def __int__(self) -> int:
-        ...
+    def __eq__(self, other: typing.Any) -> bool: ...
+    def __getstate__(self) -> int: ...
+    def __hash__(self) -> int: ...
+    def __index__(self) -> int: ...
+    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __int__(self) -> int: ...
     @typing.overload
-    def __ne__(self, other: Scalar) -> bool:
-        ...
+    def __ne__(self, other: Scalar) -> bool: ...
     @typing.overload
-    def __ne__(self, other: typing.Any) -> bool:
-        ...
-    def __repr__(self) -> str:
-        ...
-    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None:
-        ...
-    def __str__(self) -> str:
-        ...
+    def __ne__(self, other: typing.Any) -> bool: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __str__(self) -> str: ...
     @property
-    def name(self) -> str:
-        ...
+    def name(self) -> str: ...
     @property
-    def value(self) -> int:
-        ...
+    def value(self) -> int: ...
+
 class ReadoutKind:
     """
     What is computed from the final state.
-    
+
     Members:
-    
+
       expval
-    
+
       probs
-    
+
       state
     """
+
     __members__: typing.ClassVar[dict[str, ReadoutKind]]
     expval: typing.ClassVar[ReadoutKind]
     probs: typing.ClassVar[ReadoutKind]
     state: typing.ClassVar[ReadoutKind]
     @typing.overload
-    def __eq__(self, other: ReadoutKind) -> bool:
-        ...
+    def __eq__(self, other: ReadoutKind) -> bool: ...
     @typing.overload
-    def __eq__(self, other: typing.Any) -> bool:
-        ...
-    def __getstate__(self) -> int:
-        ...
-    def __hash__(self) -> int:
-        ...
-    def __index__(self) -> int:
-        ...
-    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None:
-        ...
-    def __int__(self) -> int:
-        ...
+    def __eq__(self, other: typing.Any) -> bool: ...
+    def __getstate__(self) -> int: ...
+    def __hash__(self) -> int: ...
+    def __index__(self) -> int: ...
+    def __init__(self, value: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __int__(self) -> int: ...
     @typing.overload
-    def __ne__(self, other: ReadoutKind) -> bool:
-        ...
+    def __ne__(self, other: ReadoutKind) -> bool: ...
     @typing.overload
-    def __ne__(self, other: typing.Any) -> bool:
-        ...
-    def __repr__(self) -> str:
-        ...
-    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None:
-        ...
-    def __str__(self) -> str:
-        ...
+    def __ne__(self, other: typing.Any) -> bool: ...
+    def __repr__(self) -> str: ...
+    def __setstate__(self, state: typing.SupportsInt | typing.SupportsIndex) -> None: ...
+    def __str__(self) -> str: ...
     @property
-    def name(self) -> str:
-        ...
+    def name(self) -> str: ...
     @property
-    def value(self) -> int:
-        ...
+    def value(self) -> int: ...
+
 class Matrix:
     """
     A writable array: rows of adjacent numbers, row_stride numbers apart.
     """
-    def __init__(self, address: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, columns: typing.SupportsInt | typing.SupportsIndex, row_stride: typing.SupportsInt | typing.SupportsIndex, scalar: Scalar) -> None:
-        ...
+    def __init__(
+        self,
+        address: typing.SupportsInt | typing.SupportsIndex,
+        rows: typing.SupportsInt | typing.SupportsIndex,
+        columns: typing.SupportsInt | typing.SupportsIndex,
+        row_stride: typing.SupportsInt | typing.SupportsIndex,
+        scalar: Scalar,
+    ) -> None: ...
+
 class ConstMatrix:
     """
     A read-only array: rows of adjacent numbers, row_stride numbers apart.
     """
-    def __init__(self, address: typing.SupportsInt | typing.SupportsIndex, rows: typing.SupportsInt | typing.SupportsIndex, columns: typing.SupportsInt | typing.SupportsIndex, row_stride: typing.SupportsInt | typing.SupportsIndex, scalar: Scalar) -> None:
-        ...
+    def __init__(
+        self,
+        address: typing.SupportsInt | typing.SupportsIndex,
+        rows: typing.SupportsInt | typing.SupportsIndex,
+        columns: typing.SupportsInt | typing.SupportsIndex,
+        row_stride: typing.SupportsInt | typing.SupportsIndex,
+        scalar: Scalar,
+    ) -> None: ...
+
 class Plan:
     """
     A compiled circuit and readout.
     """
-    def __init__(self, n_wires: typing.SupportsInt | typing.SupportsIndex, n_parameters: typing.SupportsInt | typing.SupportsIndex, gates: collections.abc.Sequence[tuple[str, collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex], collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex]]], kind: ReadoutKind, n_outputs: typing.SupportsInt | typing.SupportsIndex, paulis: collections.abc.Sequence[str], normalize: bool = True, *, fuse: bool = True, absorb: bool = True, real: bool = True, tangent: bool = True) -> None:
-        ...
-    def __str__(self) -> str:
-        ...
+    def __init__(
+        self,
+        n_wires: typing.SupportsInt | typing.SupportsIndex,
+        n_parameters: typing.SupportsInt | typing.SupportsIndex,
+        gates: collections.abc.Sequence[
+            tuple[
+                str,
+                collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+                collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+            ]
+        ],
+        kind: ReadoutKind,
+        n_outputs: typing.SupportsInt | typing.SupportsIndex,
+        paulis: collections.abc.Sequence[str],
+        normalize: bool = True,
+        *,
+        fuse: bool = True,
+        absorb: bool = True,
+        real: bool = True,
+        tangent: bool = True,
+    ) -> None: ...
+    def __str__(self) -> str: ...
     @property
     def n_columns(self) -> int:
         """
         Numbers per state that a readout yields.
         """
-def backward(plan: Plan, theta_address: typing.SupportsInt | typing.SupportsIndex, x: ConstMatrix, grad: ConstMatrix, grad_theta_address: typing.SupportsInt | typing.SupportsIndex, grad_x: Matrix, threads: typing.SupportsInt | typing.SupportsIndex) -> None:
+
+def backward(
+    plan: Plan,
+    theta_address: typing.SupportsInt | typing.SupportsIndex,
+    x: ConstMatrix,
+    grad: ConstMatrix,
+    grad_theta_address: typing.SupportsInt | typing.SupportsIndex,
+    grad_x: Matrix,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None:
     """
     The vector-Jacobian product of forward; releases the GIL.
     """
-def forward(plan: Plan, theta_address: typing.SupportsInt | typing.SupportsIndex, x: ConstMatrix, features: Matrix, threads: typing.SupportsInt | typing.SupportsIndex) -> None:
+
+def forward(
+    plan: Plan,
+    theta_address: typing.SupportsInt | typing.SupportsIndex,
+    x: ConstMatrix,
+    features: Matrix,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None:
     """
     features = readout(U(theta) x); releases the GIL.
     """
+
 def gate_table() -> list[tuple[str, int, int]]:
     """
     (name, wires, parameters) of every gate.
     """
+
 def instruction_set() -> str:
     """
     The instruction set in use; QAA_ISA forces one.
+    """
+
+def project(
+    features: ConstMatrix,
+    up: ConstMatrix,
+    bias: ConstMatrix,
+    base: ConstMatrix,
+    scale: typing.SupportsFloat | typing.SupportsIndex,
+    out: Matrix,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None:
+    """
+    out = base + scale (features up^T + bias); releases the GIL.
+    """
+
+def project_backward(
+    grad: ConstMatrix,
+    features: ConstMatrix,
+    up: ConstMatrix,
+    scale: typing.SupportsFloat | typing.SupportsIndex,
+    grad_features: Matrix,
+    grad_up: Matrix,
+    grad_bias: Matrix,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None:
+    """
+    The adjoint of project in one pass over grad; releases the GIL.
     """

@@ -187,7 +187,8 @@ class Readout:
             return readout
         if isinstance(readout, str):
             if readout == "z":
-                return Readout("expval", n_wires, tuple("I" * k + "Z" + "I" * (n_wires - k - 1) for k in range(n_wires)))
+                each = ("I" * k + "Z" + "I" * (n_wires - k - 1) for k in range(n_wires))
+                return Readout("expval", n_wires, tuple(each))
             match = re.fullmatch(r"(probs|state)(?:\[:(\d+)\])?", readout)
             if match is None:
                 raise ValueError(

@@ -80,9 +80,7 @@ def quantum_features(
     return features.reshape(*x.shape[:-1], what.n_outputs)
 
 
-def amplitude_rows(
-    circuit: Circuit, theta: Tensor, k: int, *, width: int | None = None, real: bool = False
-) -> Tensor:
+def amplitude_rows(circuit: Circuit, theta: Tensor, k: int, *, width: int | None = None, real: bool = False) -> Tensor:
     r"""The first ``k`` rows of the circuit's unitary, differentiable in the angles.
 
     .. math:: A_{bi} = \langle b| U(\theta) |i\rangle, \qquad b < k
