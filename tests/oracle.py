@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
 from qaa.circuit import Circuit, Readout
 
 Array = NDArray[Any]

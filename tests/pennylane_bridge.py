@@ -9,6 +9,7 @@ import numpy as np
 import pennylane as qml
 import torch
 from numpy.typing import NDArray
+
 from qaa.circuit import Circuit, Readout
 
 #: The names that differ; all others are equal.

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+
 from qaa.circuit import GATES, Circuit, Gate, Readout
 
 Array = NDArray[Any]

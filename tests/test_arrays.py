@@ -15,11 +15,12 @@ from time import perf_counter, sleep
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
-import qaa
 from hypothesis import given
 from hypothesis import strategies as st
+
+import oracle
+import qaa
 from qaa import Circuit, Readout, ansatz
 from qaa.program import Program, program
 from strategies import Array, circuits, random_grad, readouts

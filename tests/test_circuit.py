@@ -9,11 +9,12 @@ from functools import reduce
 from typing import Any, cast
 
 import numpy as np
-import oracle
 import pytest
-import qaa.circuit
 from hypothesis import given
 from hypothesis import strategies as st
+
+import oracle
+import qaa.circuit
 from qaa.circuit import ANSATZE, GATES, MAX_WIRES, Circuit, Gate, Readout, ansatz
 from strategies import circuits, readouts
 

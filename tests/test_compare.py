@@ -23,6 +23,8 @@ pytest.importorskip("peft")
 pytest.importorskip("evaluate")
 
 import torch
+from transformers import AutoModelForCausalLM
+
 from compare_tiny import rows, write_data, write_encoder, write_model
 from qaa.cli import info, main
 from qaa.compare import metrics, sources
@@ -44,7 +46,6 @@ from qaa.compare.models import (
 )
 from qaa.compare.report import findings, headline, limits
 from qaa.compare.training import Inputs, Job, choose_rate, run_in_process, save_adapter, train
-from transformers import AutoModelForCausalLM
 
 
 @pytest.fixture(scope="module")

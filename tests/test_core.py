@@ -9,8 +9,9 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
-import oracle
 import pytest
+
+import oracle
 from qaa.circuit import GATES
 from strategies import Array, Problem, random_circuit, random_problem
 

@@ -25,9 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given, settings
+
+import oracle
 from qaa import _core, arrays, program
 from qaa.circuit import ANSATZE, GATES, Circuit, Gate, Readout, ansatz
 from strategies import Array, Problem, problems, random_circuit, random_problem

@@ -7,12 +7,13 @@ import io
 import math
 
 import numpy as np
-import oracle
 import pytest
-import qaa
 import torch
-from qaa.nn import Adapter, QAALinear, QuantumLayer
 from torch import nn
+
+import oracle
+import qaa
+from qaa.nn import Adapter, QAALinear, QuantumLayer
 
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}
 

@@ -13,8 +13,9 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
+
+import oracle
 import qaa
 from qaa import Circuit, Readout, ansatz
 

@@ -6,9 +6,10 @@ from functools import reduce
 from itertools import permutations
 
 import numpy as np
-import oracle
 import pytest
 from hypothesis import given, settings
+
+import oracle
 from qaa.circuit import GATES, Circuit, Gate, Readout, ansatz
 from strategies import Problem, problems, random_circuit, random_problem
 

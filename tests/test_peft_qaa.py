@@ -11,10 +11,8 @@ import sys
 import warnings
 
 import numpy as np
-import oracle
 import peft
 import pytest
-import qaa.peft
 import torch
 from peft import (
     AutoPeftModel,
@@ -28,7 +26,6 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from qaa.peft import QaaConfig, QaaLayer, parameter_groups, to_lora
 from safetensors.torch import load_file
 from torch import nn
 from transformers import (
@@ -41,6 +38,10 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
 )
+
+import oracle
+import qaa.peft
+from qaa.peft import QaaConfig, QaaLayer, parameter_groups, to_lora
 
 STATE = "state[:5]"
 READOUTS = ["z", "probs[:6]", ["ZIIII", "XYZII", "IIIXX"], STATE]

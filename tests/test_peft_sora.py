@@ -6,9 +6,13 @@ import math
 
 import numpy as np
 import pytest
-import qaa.peft
 import torch
 from peft import LoraConfig, PeftModel, PeftType, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+
+import qaa.peft
 from qaa.peft import (
     SoraCallback,
     SoraConfig,
@@ -20,9 +24,6 @@ from qaa.peft import (
     to_lora,
 )
 from qaa.peft.sora import threshold_at
-from safetensors.torch import load_file
-from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-5}
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from qaa import arrays
 from qaa.circuit import ANSATZE, GATES, ansatz
 from strategies import Problem, random_circuit, random_problem

@@ -212,9 +212,15 @@ class Readout:
 
 
 def _check_readout(readout: Readout, n_wires: int) -> None:
+    if readout.kind not in ("expval", "probs", "state"):
+        raise ValueError(f"expected a readout of kind 'expval', 'probs' or 'state', received {readout.kind!r}")
     if readout.kind == "expval":
         if not readout.paulis:
             raise ValueError("expected at least one Pauli string in the readout, received none")
+        if readout.n_outputs != len(readout.paulis):
+            raise ValueError(
+                f"expected n_outputs={len(readout.paulis)}, one per Pauli string, received {readout.n_outputs}"
+            )
         for pauli in readout.paulis:
             if not isinstance(pauli, str) or len(pauli) != n_wires or set(pauli) - set("IXYZ"):
                 raise ValueError(f"expected Pauli strings of {n_wires} letters from I, X, Y, Z, received {pauli!r}")
