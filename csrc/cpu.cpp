@@ -101,9 +101,9 @@ class Scratch {
   std::size_t size_ = 0;
 };
 template <class T>
-void* scratch(const Program<T>& program) {
+void* scratch(const BoundPlan<T>& bound) {
   thread_local Scratch memory;
-  return memory.at_least(kernels<T>().workspace_vectors(program) * std::size_t(chosen().vector_bytes));
+  return memory.at_least(kernels<T>().workspace_vectors(bound) * std::size_t(chosen().vector_bytes));
 }
 
 // The batch is cut into chunks of whole groups. Their number depends on the batch alone, never on the number of
@@ -146,25 +146,25 @@ void check_x(const Plan& plan, const ConstMatrix& x) {
 
 template <class T>
 void forward_as(const ForwardCall& call) {
-  const ProgramStorage<T> storage(call.plan, call.theta);
-  const Program<T>& program = storage.program();
+  const BoundPlanStorage<T> storage(call.plan, call.theta);
+  const BoundPlan<T>& bound = storage.bound();
   const CpuKernels<T>& kernel = kernels<T>();
   const Chunks chunks(call.x.rows, kernel.width);
   parallel_for(int(chunks.n_chunks), useful_threads(call.threads, call.plan, call.x.rows), [&](int c) {
-    kernel.forward(program, call, chunks.first(c), chunks.first(c + 1), scratch(program));
+    kernel.forward(bound, call, chunks.first(c), chunks.first(c + 1), scratch(bound));
   });
 }
 
 template <class T>
 void backward_as(const BackwardCall& call) {
-  const ProgramStorage<T> storage(call.plan, call.theta);
-  const Program<T>& program = storage.program();
+  const BoundPlanStorage<T> storage(call.plan, call.theta);
+  const BoundPlan<T>& bound = storage.bound();
   const CpuKernels<T>& kernel = kernels<T>();
   const Chunks chunks(call.x.rows, kernel.width);
-  const std::size_t n_slots = program.n_slots;
+  const std::size_t n_slots = bound.n_slots;
   std::vector<double> partial(n_slots * std::size_t(chunks.n_chunks), 0.0);
   parallel_for(int(chunks.n_chunks), useful_threads(call.threads, call.plan, call.x.rows), [&](int c) {
-    kernel.backward(program, call, chunks.first(c), chunks.first(c + 1), scratch(program),
+    kernel.backward(bound, call, chunks.first(c), chunks.first(c + 1), scratch(bound),
                     partial.data() + n_slots * std::size_t(c));
   });
   std::vector<double> slots(n_slots, 0.0);

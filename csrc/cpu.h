@@ -1,7 +1,7 @@
 // What each instruction set's translation unit exports: the kernels over a range of groups of states.
 #pragma once
 
-#include "program.h"
+#include "bound.h"
 #include "qaa.h"
 
 namespace qaa {
@@ -10,9 +10,9 @@ namespace qaa {
 template <class T>
 struct CpuKernels {
   int width;
-  std::size_t (*workspace_vectors)(const Program<T>&);
-  void (*forward)(const Program<T>&, const ForwardCall&, std::int64_t first, std::int64_t last, void* memory);
-  void (*backward)(const Program<T>&, const BackwardCall&, std::int64_t first, std::int64_t last, void* memory,
+  std::size_t (*workspace_vectors)(const BoundPlan<T>&);
+  void (*forward)(const BoundPlan<T>&, const ForwardCall&, std::int64_t first, std::int64_t last, void* memory);
+  void (*backward)(const BoundPlan<T>&, const BackwardCall&, std::int64_t first, std::int64_t last, void* memory,
                    double* slots);
   // Rows [first, last). up, bias and their gradients are transposed and padded to `width`: (k, padded columns).
   void (*project)(const ProjectCall&, const T* up, const T* bias, std::int64_t first, std::int64_t last);

@@ -9,8 +9,8 @@ namespace qaa::QAA_ISA {
 namespace {
 
 template <class T>
-std::size_t workspace_vectors(const Program<T>& program) {
-  return Workspace<T>::vectors(program);
+std::size_t workspace_vectors(const BoundPlan<T>& bound) {
+  return Workspace<T>::vectors(bound);
 }
 
 QAA_INLINE int rows_of_group(std::int64_t group, std::int64_t rows, int w) {
@@ -19,22 +19,22 @@ QAA_INLINE int rows_of_group(std::int64_t group, std::int64_t rows, int w) {
 }
 
 template <class T>
-void forward_groups(const Program<T>& program, const ForwardCall& call, std::int64_t first, std::int64_t last,
+void forward_groups(const BoundPlan<T>& bound, const ForwardCall& call, std::int64_t first, std::int64_t last,
                     void* memory) {
-  const Workspace<T> work(program, memory);
+  const Workspace<T> work(bound, memory);
   constexpr int w = width<T>;
   for (std::int64_t g = first; g < last; ++g) {
-    forward_group<T>(program, call, g * w, rows_of_group(g, call.x.rows, w), work);
+    forward_group<T>(bound, call, g * w, rows_of_group(g, call.x.rows, w), work);
   }
 }
 
 template <class T>
-void backward_groups(const Program<T>& program, const BackwardCall& call, std::int64_t first, std::int64_t last,
+void backward_groups(const BoundPlan<T>& bound, const BackwardCall& call, std::int64_t first, std::int64_t last,
                      void* memory, double* slots) {
-  const Workspace<T> work(program, memory);
+  const Workspace<T> work(bound, memory);
   constexpr int w = width<T>;
   for (std::int64_t g = first; g < last; ++g) {
-    backward_group<T>(program, call, g * w, rows_of_group(g, call.x.rows, w), work, slots);
+    backward_group<T>(bound, call, g * w, rows_of_group(g, call.x.rows, w), work, slots);
   }
 }
 

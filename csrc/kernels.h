@@ -6,7 +6,7 @@
 #pragma once
 
 #include "lanes.h"
-#include "program.h"
+#include "bound.h"
 #include "qaa.h"
 
 namespace qaa::QAA_ISA {
@@ -26,10 +26,10 @@ struct Workspace {
   Vec<T>* strings;  // values of the strings, then their weights: 2 * n_strings
   Vec<T>* columns;  // features, or their gradients: n_columns
 
-  static std::size_t vectors(const Program<T>& p) {
+  static std::size_t vectors(const BoundPlan<T>& p) {
     return std::size_t{4} * p.n_amplitudes + p.n_amplitudes / 4 + 16 + 2 * std::size_t{p.n_strings} + p.n_columns;
   }
-  Workspace(const Program<T>& p, void* memory) {
+  Workspace(const BoundPlan<T>& p, void* memory) {
     auto* next = static_cast<Vec<T>*>(memory);
     auto take = [&](std::size_t n) { return next += n, next - n; };
     ket = {take(p.n_amplitudes), take(p.n_amplitudes)};
@@ -42,7 +42,7 @@ struct Workspace {
 
 // ------------------------------------------------------------------------------------------------ rows <-> lanes
 
-// Where column c of a matrix is kept: in order, or where the program stores that amplitude.
+// Where column c of a matrix is kept: in order, or where the plan stores that amplitude.
 struct InOrder {
   QAA_INLINE std::int64_t operator()(std::int64_t column) const { return column; }
 };
@@ -145,7 +145,7 @@ Vec<T> dot(const Vec<T>* a, const Vec<T>* b, Index n) {
 // Loads rows, pads them with zeros to 2^n_wires amplitudes and computes their norms. The state is left unnormalized:
 // the circuit is linear, so the readout divides.
 template <class T>
-Norms<T> embed(const Program<T>& p, const ConstMatrix& x, std::int64_t first_row, int n_rows, State<T> ket) {
+Norms<T> embed(const BoundPlan<T>& p, const ConstMatrix& x, std::int64_t first_row, int n_rows, State<T> ket) {
   load_matrix<T>(x, first_row, n_rows, AsStored{p.inputs}, ket.re);
   for (Index i = Index(x.columns); i < p.n_amplitudes; ++i) ket.re[p.inputs[i]] = Vec<T>{};
   if (!p.starts_real) {
@@ -179,7 +179,7 @@ Norms<T> embed(const Program<T>& p, const ConstMatrix& x, std::int64_t first_row
 
 // 1 / squared norm, or 1 / norm for the state itself; zero for a zero row; one where nothing is normalized.
 template <class T>
-Vec<T> inverse_norm(const Program<T>& p, const Norms<T>& norms) {
+Vec<T> inverse_norm(const BoundPlan<T>& p, const Norms<T>& norms) {
   if (!p.normalize) return splat<T>(1);
   Vec<T> out{};
   for (int l = 0; l < width<T>; ++l) {
@@ -415,7 +415,7 @@ void tree_weights(std::uint32_t n, const Vec<T>* weights, Vec<T>* scratch, Use&&
 // ------------------------------------------------------------------------------------------------ diagonals
 
 template <class T>
-void apply_diagonal(const ProgramStage<T>& stage, Index n, bool was_complex, State<T> s) {
+void apply_diagonal(const BoundStage<T>& stage, Index n, bool was_complex, State<T> s) {
   if (stage.real) {
     for (Index i = 0; i < n; ++i) s.re[i] *= stage.re[i];
     if (was_complex) {
@@ -439,7 +439,7 @@ void apply_diagonal(const ProgramStage<T>& stage, Index n, bool was_complex, Sta
 // Undoes a diagonal on ket and bra and adds the derivatives with respect to its phases to `slots`. Where the state
 // was real before the diagonal, only the real parts are kept: nothing upstream depends on the bra's imaginary part.
 template <class T>
-void unwind_diagonal(const Program<T>& p, const ProgramStage<T>& stage, bool is_complex, bool was_complex,
+void unwind_diagonal(const BoundPlan<T>& p, const BoundStage<T>& stage, bool is_complex, bool was_complex,
                      const Workspace<T>& work, double* slots) {
   const State<T> ket = work.ket, bra = work.bra;
   if (stage.real) {
@@ -590,7 +590,7 @@ void general_apply(const GeneralString& s, Index n, bool complex, Vec<T> weight,
 
 // work.strings[s] = <stored ket| string s |stored ket>
 template <class T>
-void string_values(const Program<T>& p, bool complex, const Workspace<T>& work) {
+void string_values(const BoundPlan<T>& p, bool complex, const Workspace<T>& work) {
   Vec<T>* values = work.strings;
   const State<T> ket = work.ket;
   for (std::uint32_t s = 0; s < p.n_strings; ++s) values[s] = Vec<T>{};
@@ -625,7 +625,7 @@ void string_values(const Program<T>& p, bool complex, const Workspace<T>& work) 
 
 // bra = (sum over s of weights[s] string s) ket
 template <class T>
-void apply_strings(const Program<T>& p, bool complex, const Vec<T>* weights, const Workspace<T>& work) {
+void apply_strings(const BoundPlan<T>& p, bool complex, const Vec<T>* weights, const Workspace<T>& work) {
   const State<T> ket = work.ket, bra = work.bra;
   for (std::uint32_t t = 0; t < p.n_trees; ++t) {
     const SumTree& tree = p.trees[t];
@@ -658,10 +658,10 @@ void apply_strings(const Program<T>& p, bool complex, const Vec<T>* weights, con
 
 // Runs all stages on the ket; returns whether the final state is complex.
 template <class T>
-bool run_stages(const Program<T>& p, State<T> ket) {
+bool run_stages(const BoundPlan<T>& p, State<T> ket) {
   bool complex = !p.starts_real;
   for (std::uint32_t s = 0; s < p.n_stages; ++s) {
-    const ProgramStage<T>& stage = p.stages[s];
+    const BoundStage<T>& stage = p.stages[s];
     if (stage.diagonal) {
       apply_diagonal<T>(stage, p.n_amplitudes, complex, ket);
       complex |= !stage.real;
@@ -674,7 +674,7 @@ bool run_stages(const Program<T>& p, State<T> ket) {
 }
 
 template <class T>
-void forward_group(const Program<T>& p, const ForwardCall& call, std::int64_t first_row, int n_rows,
+void forward_group(const BoundPlan<T>& p, const ForwardCall& call, std::int64_t first_row, int n_rows,
                    const Workspace<T>& work) {
   const Norms<T> norms = embed<T>(p, call.x, first_row, n_rows, work.ket);
   const bool complex = run_stages<T>(p, work.ket);
@@ -710,7 +710,7 @@ void forward_group(const Program<T>& p, const ForwardCall& call, std::int64_t fi
 
 // The bra M ket, in the ket's scale, where M is the readout weighted by the incoming gradient.
 template <class T>
-void start_bra(const Program<T>& p, bool complex, const Workspace<T>& work, double* slots) {
+void start_bra(const BoundPlan<T>& p, bool complex, const Workspace<T>& work, double* slots) {
   const State<T> ket = work.ket, bra = work.bra;
   const Vec<T>* grad = work.columns;
   if (p.readout == ReadoutKind::expval) {
@@ -719,7 +719,7 @@ void start_bra(const Program<T>& p, bool complex, const Workspace<T>& work, doub
     for (std::uint32_t s = 0; s < p.n_strings; ++s) weights[s] = Vec<T>{};
     const T scale = p.scale * p.scale;
     for (std::uint32_t t = 0; t < p.n_terms; ++t) {
-      const ProgramTerm<T>& term = p.terms[t];
+      const BoundTerm<T>& term = p.terms[t];
       weights[term.string] += term.coefficient * grad[term.output];
       slots[p.first_term_slot + t] += lane_sum<T>(grad[term.output] * work.strings[term.string] * scale);
     }
@@ -742,7 +742,7 @@ void start_bra(const Program<T>& p, bool complex, const Workspace<T>& work, doub
 }
 
 template <class T>
-void backward_group(const Program<T>& p, const BackwardCall& call, std::int64_t first_row, int n_rows,
+void backward_group(const BoundPlan<T>& p, const BackwardCall& call, std::int64_t first_row, int n_rows,
                     const Workspace<T>& work, double* slots) {
   const Norms<T> norms = embed<T>(p, call.x, first_row, n_rows, work.ket);
   bool complex = run_stages<T>(p, work.ket);
@@ -756,7 +756,7 @@ void backward_group(const Program<T>& p, const BackwardCall& call, std::int64_t 
     if (!p.stages[s].real) first_complex = s;
   }
   for (std::uint32_t s = p.n_stages; s-- > 0;) {
-    const ProgramStage<T>& stage = p.stages[s];
+    const BoundStage<T>& stage = p.stages[s];
     if (stage.diagonal) {
       const bool was_complex = !p.starts_real || s > first_complex;
       unwind_diagonal<T>(p, stage, complex, was_complex, work, slots);

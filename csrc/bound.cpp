@@ -1,4 +1,4 @@
-#include "program.h"
+#include "bound.h"
 
 #include <bit>
 #include <cmath>
@@ -97,7 +97,7 @@ void add_to(double* grad_theta, const Angle& angle, double derivative) {
 }  // namespace
 
 template <class T>
-ProgramStorage<T>::ProgramStorage(const Plan& plan, const double* theta) : plan_(plan) {
+BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta) : plan_(plan) {
   const std::size_t n_stages = plan.stages.size(), size = plan.n_amplitudes();
   std::size_t n_passes = 0, n_trees = plan.trees.size(), n_tables = 0;
   for (const Stage& stage : plan.stages) {
@@ -128,7 +128,7 @@ ProgramStorage<T>::ProgramStorage(const Plan& plan, const double* theta) : plan_
   std::uint32_t slot = 0;
   for (std::size_t s = 0; s < n_stages; ++s) {
     const Stage& stage = plan.stages[s];
-    ProgramStage<T>& out = stages_[s];
+    BoundStage<T>& out = stages_[s];
     out.diagonal = stage.is_diagonal();
     out.real = stage.real;
     out.first_slot = slot;
@@ -152,10 +152,10 @@ ProgramStorage<T>::ProgramStorage(const Plan& plan, const double* theta) : plan_
       slot += std::uint32_t(stage.rotations.size());
     }
   }
-  program_.scale = T(scale);
+  bound_.scale = T(scale);
   for (std::size_t s = n_stages; s-- > 0;) {
     const Stage& stage = plan.stages[s];
-    ProgramStage<T>& out = stages_[s];
+    BoundStage<T>& out = stages_[s];
     if (stage.is_diagonal()) {
       out.back_re = tables_.data() + tables_.size();
       out.back_im = out.back_re + size;
@@ -172,7 +172,7 @@ ProgramStorage<T>::ProgramStorage(const Plan& plan, const double* theta) : plan_
       }
     }
   }
-  program_.unwound_scale = T(scale);
+  bound_.unwound_scale = T(scale);
 
   for (const Pass& pass : plan.flips) {
     FlipPass flip{pass.first, pass.radix, std::uint32_t(pass.representatives.size()), pass.representatives.data(), {}};
@@ -187,33 +187,33 @@ ProgramStorage<T>::ProgramStorage(const Plan& plan, const double* theta) : plan_
     terms_.push_back({term.output, term.string, T(coefficient(plan, term, theta))});
   }
 
-  program_.n_wires = plan.n_wires;
-  program_.n_amplitudes = plan.n_amplitudes();
-  program_.normalize = plan.normalize;
-  program_.readout = plan.readout;
-  program_.n_outputs = plan.n_outputs;
-  program_.n_columns = plan.n_columns();
-  program_.starts_real = plan.options.real;
-  program_.inputs = plan.inputs.data();
-  program_.stages = stages_.data();
-  program_.n_stages = std::uint32_t(n_stages);
-  program_.n_strings = std::uint32_t(plan.strings.size());
-  program_.terms = terms_.data();
-  program_.n_terms = std::uint32_t(terms_.size());
-  program_.trees = add_trees(plan.trees);
-  program_.n_trees = std::uint32_t(plan.trees.size());
-  program_.flips = flips_.data();
-  program_.n_flips = std::uint32_t(flips_.size());
-  program_.general = general_.data();
-  program_.n_general = std::uint32_t(general_.size());
-  program_.outputs = plan.outputs.data();
-  program_.signs = plan.signs.data();
-  program_.first_term_slot = slot;
-  program_.n_slots = slot + std::uint32_t(plan.terms.size());
+  bound_.n_wires = plan.n_wires;
+  bound_.n_amplitudes = plan.n_amplitudes();
+  bound_.normalize = plan.normalize;
+  bound_.readout = plan.readout;
+  bound_.n_outputs = plan.n_outputs;
+  bound_.n_columns = plan.n_columns();
+  bound_.starts_real = plan.options.real;
+  bound_.inputs = plan.inputs.data();
+  bound_.stages = stages_.data();
+  bound_.n_stages = std::uint32_t(n_stages);
+  bound_.n_strings = std::uint32_t(plan.strings.size());
+  bound_.terms = terms_.data();
+  bound_.n_terms = std::uint32_t(terms_.size());
+  bound_.trees = add_trees(plan.trees);
+  bound_.n_trees = std::uint32_t(plan.trees.size());
+  bound_.flips = flips_.data();
+  bound_.n_flips = std::uint32_t(flips_.size());
+  bound_.general = general_.data();
+  bound_.n_general = std::uint32_t(general_.size());
+  bound_.outputs = plan.outputs.data();
+  bound_.signs = plan.signs.data();
+  bound_.first_term_slot = slot;
+  bound_.n_slots = slot + std::uint32_t(plan.terms.size());
 }
 
 template <class T>
-void ProgramStorage<T>::chain_rule(const double* slots, const double* theta, double* grad_theta) const {
+void BoundPlanStorage<T>::chain_rule(const double* slots, const double* theta, double* grad_theta) const {
   // d/da of exp(-i a G/2) is -i G/2; a quadratic readout counts it twice, for bra and ket.
   const double half = plan_.is_quadratic() ? 1.0 : 0.5;
   const double* slot = slots;
@@ -229,7 +229,7 @@ void ProgramStorage<T>::chain_rule(const double* slots, const double* theta, dou
   }
 }
 
-template class ProgramStorage<float>;
-template class ProgramStorage<double>;
+template class BoundPlanStorage<float>;
+template class BoundPlanStorage<double>;
 
 }  // namespace qaa

@@ -1,11 +1,11 @@
-// Plan and angles -> program: the numbers that the kernels read, computed in double once per call.
+// Plan and angles -> bound plan: the numbers that the kernels read, computed in double once per call.
 //
 // Everything here is plain pointers and values, so that the kernels, which are compiled once per instruction set,
 // share no inline library code with the rest (and a GPU could read the same arrays).
 //
-// Scale. A rotation [c -s; s c] = c [1 -t; t 1] is applied without its cosine. The program keeps the product of the
+// Scale. A rotation [c -s; s c] = c [1 -t; t 1] is applied without its cosine. The bound plan keeps the product of the
 // cosines that are still owed, `scale`: true amplitude = scale * stored amplitude, the same for every state of the
-// batch. The next diagonal pays it off; what remains at the end is `Program::scale`.
+// batch. The next diagonal pays it off; what remains at the end is `BoundPlan::scale`.
 #pragma once
 
 #include <memory>
@@ -34,7 +34,7 @@ struct SumTree {
 };
 
 template <class T>
-struct ProgramStage {
+struct BoundStage {
   bool diagonal, real;
   const RotatePass<T>*rotate, *unwind;
   std::uint32_t n_rotate, n_unwind;
@@ -59,14 +59,14 @@ struct GeneralString {
 };
 
 template <class T>
-struct ProgramTerm {
+struct BoundTerm {
   std::uint32_t output, string;
   T coefficient;
 };
 
 // What a kernel needs to know of a circuit, its readout and its angles.
 template <class T>
-struct Program {
+struct BoundPlan {
   std::uint32_t n_wires;
   Index n_amplitudes;
   bool normalize;
@@ -74,13 +74,13 @@ struct Program {
   std::uint32_t n_outputs, n_columns;
   bool starts_real;
   const Index* inputs;  // column of x -> where its amplitude is stored
-  const ProgramStage<T>* stages;
+  const BoundStage<T>* stages;
   std::uint32_t n_stages;
   T scale;          // owed after the last stage
   T unwound_scale;  // owed by both states after the adjoint has reached the input
 
   std::uint32_t n_strings;
-  const ProgramTerm<T>* terms;
+  const BoundTerm<T>* terms;
   std::uint32_t n_terms;
   const SumTree* trees;
   std::uint32_t n_trees;
@@ -95,25 +95,25 @@ struct Program {
   std::uint32_t first_term_slot;  // the derivative with respect to each term's coefficient
 };
 
-// Owns what a Program points to. The plan must outlive it.
+// Owns what a BoundPlan points to. The plan must outlive it.
 template <class T>
-class ProgramStorage {
+class BoundPlanStorage {
  public:
-  ProgramStorage(const Plan& plan, const double* theta);
-  const Program<T>& program() const { return program_; }
+  BoundPlanStorage(const Plan& plan, const double* theta);
+  const BoundPlan<T>& bound() const { return bound_; }
   // theta's gradient from the derivatives with respect to slots.
   void chain_rule(const double* slots, const double* theta, double* grad_theta) const;
 
  private:
   const Plan& plan_;
-  Program<T> program_{};
-  std::vector<ProgramStage<T>> stages_;
+  BoundPlan<T> bound_{};
+  std::vector<BoundStage<T>> stages_;
   std::vector<RotatePass<T>> passes_;
   std::vector<T> tables_;
   std::vector<SumTree> trees_;
   std::vector<FlipPass> flips_;
   std::vector<GeneralString> general_;
-  std::vector<ProgramTerm<T>> terms_;
+  std::vector<BoundTerm<T>> terms_;
 };
 
 }  // namespace qaa

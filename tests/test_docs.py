@@ -1,0 +1,37 @@
+"""Every example runs: doctests of the modules, and the README's Python."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+import qaa
+
+ROOT = Path(__file__).parent.parent
+MODULES = [
+    module.name
+    for module in pkgutil.walk_packages(qaa.__path__, "qaa.")
+    if not module.name.endswith(("_core", "__main__"))
+]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_doctests(name: str) -> None:
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_there_are_examples() -> None:
+    finder = doctest.DocTestFinder(exclude_empty=True)
+    with_examples = [name for name in MODULES if any(t.examples for t in finder.find(importlib.import_module(name)))]
+    assert {"qaa.arrays", "qaa.circuit", "qaa.nn", "qaa.ops", "qaa.peft.config"} <= set(with_examples)
+
+
+def test_the_readmes_python() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+    assert len(blocks) >= 2
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
