@@ -137,7 +137,9 @@ void check(const M& m, const char* name, std::int64_t rows, std::int64_t columns
 }
 
 void check_x(const Plan& plan, const ConstMatrix& x) {
-  if (x.rows < 0) throw std::invalid_argument("expected a batch of at least 0 rows, received " + std::to_string(x.rows));
+  if (x.rows < 0) {
+    throw std::invalid_argument("expected a batch of at least 0 rows, received " + std::to_string(x.rows));
+  }
   if (x.columns < 1 || x.columns > std::int64_t{plan.n_amplitudes()}) {
     throw std::invalid_argument("expected x with 1 to " + std::to_string(plan.n_amplitudes()) + " columns for " +
                                 std::to_string(plan.n_wires) + " wires, received " + std::to_string(x.columns));
@@ -180,7 +182,8 @@ std::vector<T> transposed(const ConstMatrix& m, double factor, int width) {
   std::vector<T> out(std::size_t(m.columns * padded), T(0));
   const T* in = static_cast<const T*>(m.data);
   for (std::int64_t c = 0; c < m.rows; ++c) {
-    for (std::int64_t k = 0; k < m.columns; ++k) out[std::size_t(k * padded + c)] = T(factor * in[c * m.row_stride + k]);
+    const T* row = in + c * m.row_stride;
+    for (std::int64_t k = 0; k < m.columns; ++k) out[std::size_t(k * padded + c)] = T(factor * row[k]);
   }
   return out;
 }
