@@ -9,6 +9,7 @@ import pickle
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import peft
@@ -41,7 +42,7 @@ from transformers import (
 
 import oracle
 import qaa.peft
-from qaa.peft import QaaConfig, QaaLayer, parameter_groups, to_lora
+from qaa.peft import QaaConfig, QaaLayer, calibrate, parameter_groups, to_lora
 
 STATE = "state[:5]"
 READOUTS = ["z", "probs[:6]", ["ZIIII", "XYZII", "IIIXX"], STATE]
@@ -666,7 +667,7 @@ def test_a_layer_above_sixteen_wires_is_refused():
 
 def test_every_field_says_when_it_pays():
     own = set(QaaConfig.__dataclass_fields__) - set(PeftConfig.__dataclass_fields__)
-    assert len(own) == 13
+    assert len(own) == 14
     for name in own:
         assert len(QaaConfig.__dataclass_fields__[name].metadata["help"]) > 40, name
 
@@ -720,3 +721,54 @@ def test_parameter_groups():
 def test_the_printed_layer_names_the_method():
     assert repr(layers_of(adapted())[0]).startswith("qaa.QaaLayer(")
     assert peft.get_layer_status(adapted())[0].available_adapters == ["default"]
+
+
+# ------------------------------------------------------------------------------------------------- channel factors
+
+
+def outlier_model() -> tuple[nn.Module, torch.Tensor]:
+    """A layer whose third input channel is hundreds of times larger than the others, and whose last one is zero."""
+    torch.manual_seed(3)
+    x = torch.randn(64, 12)
+    x[:, 2] *= 400
+    x[:, 11] = 0
+    return nn.Sequential(nn.Linear(12, 5)), x
+
+
+@pytest.mark.parametrize("readout", ["state[:6]", "z"])
+def test_calibrated_channels_reach_the_features_with_unit_size(readout: str, tmp_path: Path) -> None:
+    model, x = outlier_model()
+    expected = model(x)
+    config = QaaConfig(target_modules=["0"], readout=readout, scale_channels=True)
+    model = peft.get_peft_model(model, config)
+    trainable = model.get_nb_trainable_parameters()[0]
+    assert calibrate(model, [x[:32], x[32:]], forward=lambda model, batch: model(batch)) == 1
+    layer = model.base_model.model[0]
+    channels = layer.qaa_channels["default"]
+    torch.testing.assert_close((x * channels)[:, :11].square().mean(0), torch.ones(11))
+    assert channels[11] == 1 and not channels.requires_grad
+    assert model.get_nb_trainable_parameters()[0] == trainable  # the factors are saved, not trained
+    assert torch.equal(model(x), expected)  # still an exact no-op
+
+    nn.init.normal_(layer.qaa_up["default"])
+    with_factors = layer.qaa_adapter["default"].delta(x * channels, *layer._parameters_of("default")[:3])
+    torch.testing.assert_close(model(x), expected + with_factors)
+    model.save_pretrained(tmp_path)
+    again = peft.PeftModel.from_pretrained(outlier_model()[0], tmp_path)
+    torch.testing.assert_close(again(x), model(x))
+    if readout.startswith("state"):
+        torch.testing.assert_close(model.merge_and_unload()(x), again(x), rtol=1e-4, atol=1e-4)
+
+
+def test_calibration_says_what_is_missing() -> None:
+    model, x = outlier_model()
+    plain = peft.get_peft_model(model, QaaConfig(target_modules=["0"]))
+    with pytest.raises(ValueError, match="scale_channels"):
+        calibrate(plain, [x], forward=lambda model, batch: model(batch))
+    scaled = peft.get_peft_model(outlier_model()[0], QaaConfig(target_modules=["0"], scale_channels=True))
+    with pytest.raises(ValueError, match="received none"):
+        calibrate(scaled, [])
+    before = scaled.base_model.model[0].qaa_channels["default"].clone()
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        calibrate(scaled, [x * torch.nan], forward=lambda model, batch: model(batch))
+    assert torch.equal(scaled.base_model.model[0].qaa_channels["default"], before)

@@ -99,19 +99,27 @@ class Adapter:
     def _rows(self, theta: Tensor) -> Tensor:
         return ops.amplitude_rows(self.circuit, theta, self.n_features, width=self.in_features, real=True)
 
-    def features(self, theta: Tensor, x: Tensor) -> Tensor:
-        """``f(x)``: x of shape ``(..., in_features)`` to features of shape ``(..., K)``, in x's dtype."""
+    def features(self, theta: Tensor, x: Tensor, channels: Tensor | None = None) -> Tensor:
+        """``f(x)``: x of shape ``(..., in_features)`` to features of shape ``(..., K)``, in x's dtype.
+
+        ``channels`` of shape ``(in_features,)`` multiplies x first; where f is linear it goes into the matrix.
+        """
         if self.is_linear:
-            return F.linear(x, self.down(theta).to(x.dtype))
-        return ops.quantum_features(self.circuit, theta, x, self.readout)
+            down = self.down(theta)
+            return F.linear(x, (down if channels is None else down * channels).to(x.dtype))
+        return ops.quantum_features(self.circuit, theta, x if channels is None else x * channels, self.readout)
 
-    def delta(self, x: Tensor, theta: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
+    def delta(
+        self, x: Tensor, theta: Tensor, up: Tensor, bias: Tensor | None, channels: Tensor | None = None
+    ) -> Tensor:
         """``s * (V f(x) + c)``, shape ``(..., out_features)``: ``up`` is V, ``bias`` is c or None."""
-        return F.linear(self.features(theta, x), up, bias) * self.scaling
+        return F.linear(self.features(theta, x, channels), up, bias) * self.scaling
 
-    def add_to(self, base: Tensor, x: Tensor, theta: Tensor, up: Tensor, bias: Tensor | None) -> Tensor:
+    def add_to(
+        self, base: Tensor, x: Tensor, theta: Tensor, up: Tensor, bias: Tensor | None, channels: Tensor | None = None
+    ) -> Tensor:
         """``base + delta(x, ...)`` in the dtype of ``base``, in one pass over memory in either direction."""
-        return ops.project(base, self.features(theta, x), up, bias, self.scaling)
+        return ops.project(base, self.features(theta, x, channels), up, bias, self.scaling)
 
 
 class QuantumLayer(nn.Module):

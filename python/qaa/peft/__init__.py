@@ -17,7 +17,7 @@ from __future__ import annotations
 from .config import QaaConfig
 from .export import to_lora
 from .layer import QaaLayer
-from .model import QaaModel, parameter_groups
+from .model import QaaModel, calibrate, parameter_groups
 from .sora import (
     SoraCallback,
     SoraConfig,
@@ -38,6 +38,7 @@ __all__ = [
     "SoraConfig",
     "SoraLayer",
     "SoraModel",
+    "calibrate",
     "parameter_groups",
     "soft_threshold",
     "sora_l1",

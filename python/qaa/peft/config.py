@@ -15,7 +15,7 @@ from .tuner import check_flag, check_layer_selection, module_set
 #: name -> fields; see :meth:`QaaConfig.preset`
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"n_layers": 4, "ansatz": "ring", "readout": "z", "adapter_bias": True},
-    "best": {"n_layers": 4, "ansatz": "ring", "readout": "state[:16]", "adapter_bias": False},
+    "best": {"n_layers": 4, "ansatz": "ring", "readout": "state[:16]", "adapter_bias": False, "scale_channels": True},
 }
 
 
@@ -41,6 +41,8 @@ class QaaConfig(PeftConfig):
         scaling: s; None means ``sqrt(2**n_wires + 1)`` for quadratic readouts and 1 for ``"state"``.
         init_weights: True for V = 0 and c = 0, an exact no-op; False for random ones (tests).
         init_angles: ``"uniform"`` in ``[-pi, pi)``, ``"small"`` in ``[-0.1, 0.1)`` radians, or ``"zero"``.
+        scale_channels: whether each input channel is first multiplied by a frozen factor, one until
+            :func:`qaa.peft.calibrate` has measured the channels.
         train_circuit: whether theta is trained; otherwise it keeps its initial values and is saved with the adapter.
 
     Raises:
@@ -136,6 +138,15 @@ class QaaConfig(PeftConfig):
             "spread a state over many amplitudes and give features of full rank; small ones keep it where it was."
         },
     )
+    scale_channels: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether each input channel is first multiplied by a frozen factor: 1 until qaa.peft.calibrate has "
+            "set it to 1/rms of that channel. A few channels of an LLM's hidden states are hundreds of times larger "
+            "than the rest and would fill the state alone; it pays for every readout, at d_in numbers per layer that "
+            "are saved but not trained."
+        },
+    )
     train_circuit: bool = field(
         default=True,
         metadata={
@@ -150,7 +161,7 @@ class QaaConfig(PeftConfig):
         self.target_modules = module_set(self.target_modules)
         self.exclude_modules = module_set(self.exclude_modules)
         check_layer_selection(self)
-        check_flag(self, "init_weights", "train_circuit")
+        check_flag(self, "init_weights", "train_circuit", "scale_channels")
         if self.adapter_bias is not None:
             check_flag(self, "adapter_bias")
         if self.scaling is not None:
@@ -171,7 +182,8 @@ class QaaConfig(PeftConfig):
         ``"paper"``: <Z> of every wire, V and c, four layers of ``ring``. On q and v of a 24-layer model of width 2048
         (n = 11) that is ``48 * (11 * 2048 + 2048 + 4 * 11 * 3) = 1,185,984`` parameters, 0.09 % of GPT-Neo-1.3B, the
         share that the paper reports; that this is the paper's layer list is our inference.
-        ``"best"``: the real parts of 16 amplitudes; linear in x, so that it merges and exports as a LoRA of rank 16.
+        ``"best"``: the real parts of 16 amplitudes of the input with scaled channels; linear in x, so that it merges
+        and exports as a LoRA of rank 16. Call :func:`qaa.peft.calibrate` before training.
 
         Raises:
             ValueError: there is no preset of that name.

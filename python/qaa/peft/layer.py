@@ -16,13 +16,14 @@ class QaaLayer(AdditiveLayer):
     """A linear layer with QAA adapters; what an adapter computes is in :class:`qaa.nn.Adapter`."""
 
     method = "QAA"
-    adapter_layer_names = ("qaa_theta", "qaa_up", "qaa_bias")
+    adapter_layer_names = ("qaa_theta", "qaa_up", "qaa_bias", "qaa_channels")
     other_param_names = ("qaa_adapter",)
 
     def _create_containers(self) -> None:
         self.qaa_theta = nn.ParameterDict()  # angles in radians, the circuit's shape
         self.qaa_up = nn.ParameterDict()  # V, (out_features, K)
         self.qaa_bias = nn.ParameterDict()  # c, (out_features,), if the adapter has one
+        self.qaa_channels = nn.ParameterDict()  # frozen factors of the input channels, (in_features,), if it has them
         self.qaa_adapter: dict[str, Adapter] = {}
 
     def _create_adapter(self, adapter_name: str, config: Any) -> None:
@@ -37,26 +38,30 @@ class QaaLayer(AdditiveLayer):
             for parameters in (self.qaa_up, self.qaa_bias):
                 if adapter_name in parameters:
                     nn.init.normal_(parameters[adapter_name], std=adapter.n_features**-0.5)
-        if not config.train_circuit:
-            self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: ("qaa_theta",)}
+        if config.scale_channels:
+            self.qaa_channels[adapter_name] = torch.ones(self.in_features)
+        frozen = ("qaa_channels",) if config.train_circuit else ("qaa_channels", "qaa_theta")
+        self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: frozen}
 
-    def _parameters_of(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor | None]:
-        return self.qaa_theta[adapter_name], self.qaa_up[adapter_name], self.qaa_bias.get(adapter_name)
+    def _parameters_of(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        bias, channels = self.qaa_bias.get(adapter_name), self.qaa_channels.get(adapter_name)
+        return self.qaa_theta[adapter_name], self.qaa_up[adapter_name], bias, channels
 
     def delta(self, adapter_name: str, x: Tensor) -> Tensor:
-        theta, up, bias = self._parameters_of(adapter_name)
-        return self.qaa_adapter[adapter_name].delta(self._cast_input_dtype(x, up.dtype), theta, up, bias)
+        parameters = self._parameters_of(adapter_name)
+        return self.qaa_adapter[adapter_name].delta(self._cast_input_dtype(x, parameters[1].dtype), *parameters)
 
     def add_to(self, base: Tensor, adapter_name: str, x: Tensor) -> Tensor:
-        theta, up, bias = self._parameters_of(adapter_name)
-        return self.qaa_adapter[adapter_name].add_to(base, self._cast_input_dtype(x, up.dtype), theta, up, bias)
+        parameters = self._parameters_of(adapter_name)
+        return self.qaa_adapter[adapter_name].add_to(base, self._cast_input_dtype(x, parameters[1].dtype), *parameters)
 
     def lora_factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor | None]:
         adapter = self.qaa_adapter[adapter_name]
         if not adapter.is_linear:
             raise ValueError(not_mergeable(adapter_name))
-        theta, up, bias = self._parameters_of(adapter_name)
+        theta, up, bias, channels = self._parameters_of(adapter_name)
         down = adapter.down(theta)
+        down = down if channels is None else down * channels.to(down.dtype)
         up, bias = up.to(down.dtype), None if bias is None else bias.to(down.dtype) * adapter.scaling
         return down, up * adapter.scaling, bias
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .layer import QaaLayer, not_mergeable
 from .tuner import AdditiveModel
@@ -59,3 +62,79 @@ def parameter_groups(model: nn.Module, lr: float, angle_lr: float) -> list[dict[
         {"params": others, "lr": lr},
     ]
     return [group for group in groups if group["params"]]
+
+
+@torch.no_grad()
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    adapter_name: str = "default",
+    forward: Callable[[nn.Module, Any], Any] | None = None,
+) -> int:
+    r"""Sets the channel factors of an adapter with ``scale_channels`` to 1/rms of each input channel.
+
+    .. math:: s_i = \bigl(\operatorname{mean} x_i^2\bigr)^{-1/2}
+
+    over all vectors that reach the layer; 1 for a channel that is always zero. Run it once, before training, on a few
+    batches of the training data (padding counts as data). A fresh adapter is an exact no-op before and after; a trained
+    one changes its outputs. On several processes, run it on the same batches in each, or load the adapter from one.
+
+    Args:
+        model: a model with QAA adapters.
+        batches: what ``forward`` takes, one after the other; dictionaries of keyword arguments by default.
+        adapter_name: which adapter.
+        forward: ``forward(model, batch)`` runs the model; by default ``model(**batch)``.
+
+    Returns:
+        How many layers were set.
+
+    Raises:
+        ValueError: no layer has such an adapter with ``scale_channels``, there is no batch, a layer was not reached,
+            or a channel is not finite.
+
+    Example:
+        >>> import peft, torch
+        >>> from qaa.peft import QaaConfig
+        >>> config = QaaConfig.preset("best", target_modules=["0"])
+        >>> model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(16, 3)), config)
+        >>> calibrate(model, [torch.full((5, 16), 4.0)], forward=lambda model, x: model(x))
+        1
+        >>> model.base_model.model[0].qaa_channels["default"][:2]
+        tensor([0.2500, 0.2500])
+    """
+    layers = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, QaaLayer) and adapter_name in module.qaa_channels
+    }
+    if not layers:
+        raise ValueError(
+            f"expected a model whose QAA adapter {adapter_name!r} has scale_channels, received one without any"
+        )
+    sums = {name: torch.zeros(layer.in_features, dtype=torch.float64) for name, layer in layers.items()}
+    counts = dict.fromkeys(layers, 0)
+
+    def measure(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        rows = args[0].detach().reshape(-1, args[0].shape[-1])
+        sums[name] += rows.double().square().sum(0).cpu()
+        counts[name] += len(rows)
+
+    handles = [layer.register_forward_pre_hook(partial(measure, name)) for name, layer in layers.items()]
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in batches:
+            model(**batch) if forward is None else forward(model, batch)
+    finally:
+        model.train(was_training)
+        for handle in handles:
+            handle.remove()
+    for name in layers:
+        if not counts[name]:
+            raise ValueError(f"expected batches that reach {name}, received none")
+        if not torch.isfinite(sums[name]).all():
+            raise ValueError(f"expected finite inputs of {name}, received NaN or infinity")
+    for name, layer in layers.items():
+        rms = (sums[name] / counts[name]).sqrt()
+        layer.qaa_channels[adapter_name].copy_(torch.where(rms > 0, 1 / rms, 1.0))
+    return len(layers)
