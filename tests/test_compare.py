@@ -598,10 +598,16 @@ def _report(best: float, lora: float, low: float, high: float) -> dict[str, Any]
 
 def test_the_headline_goes_no_further_than_the_interval() -> None:
     level = headline(_report(1.50, 1.51, -0.03, 0.01))
-    assert level.startswith("QAA in its best form and LoRA end level: a test loss of 1.500 against 1.510")
-    assert "50 % of the trained parameters" in level
-    assert "ends below LoRA" in headline(_report(1.50, 1.51, -0.03, -0.001))
-    assert "ends above LoRA" in headline(_report(1.55, 1.51, 0.01, 0.05))
+    assert level.replace("\xa0", " ") == (
+        "Both forms of QAA end level with LoRA: a test loss of 1.600 (paper form, 40 % of LoRA's parameters) and 1.500 "
+        "(best form, 50 % of LoRA's parameters) against 1.510."
+    )
+    below = headline(_report(1.50, 1.51, -0.03, -0.001))
+    assert below.startswith("QAA ends level with LoRA in its paper form and below it in its best form: a test loss")
+    assert "and above it in its best form" in headline(_report(1.55, 1.51, 0.01, 0.05))
+    one = _report(1.55, 1.51, 0.01, 0.05)
+    one["methods"] = [row for row in one["methods"] if row["name"] != "qaa-paper"]
+    assert headline(one).startswith("QAA in its best form ends above LoRA: a test loss of 1.550 (best form")
     alone = _report(1.5, 1.51, 0, 0)
     alone["methods"] = [row for row in alone["methods"] if row["name"] in ("lora", "untouched")]
     assert headline(alone) == "LoRA ends lowest, at a test loss of 1.510 against 2.000 for the untouched model."
@@ -610,7 +616,7 @@ def test_the_headline_goes_no_further_than_the_interval() -> None:
 def test_findings_name_what_is_not_settled() -> None:
     said = " ".join(findings(_report(1.50, 1.51, -0.03, 0.01)))
     assert "QAA (paper form) is not clearly below the untouched model" in said
-    assert "0.050 above LoRA, which this test split cannot resolve" in said
+    assert "QAA (paper form) and QAA (best form) cannot be told from LoRA" in said
     assert "learning rate of LoRA lies at the edge" in said
 
 

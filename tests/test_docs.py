@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 
 import pytest
+
 import qaa
 
 ROOT = Path(__file__).parent.parent

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 import qaa
 
 CIRCUIT = qaa.ansatz("ring", 8, 2)

@@ -1,0 +1,250 @@
+"""What one comparison is: :class:`Settings`, from defaults, a budget, a YAML file and options, in that order."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+
+class CompareError(Exception):
+    """A request that cannot be met, in one sentence; the command line prints it and exits with code 2."""
+
+
+#: The rows of the paper's table, in its order. ``untouched`` is always added as the reference.
+DEFAULT_METHODS = ("qaa-paper", "qaa-best", "lora", "sora", "prefix", "full")
+
+#: What each budget sets. Times are for two cores that multiply float32 matrices at about 170 GFLOP/s together.
+BUDGETS: dict[str, dict[str, Any]] = {
+    # A few minutes: shows that everything works, not which method is better.
+    "smoke": {
+        "train_examples": 48,
+        "validation_examples": 12,
+        "test_examples": 12,
+        "max_tokens": 96,
+        "max_new_tokens": 20,
+        "steps": 10,
+        "tuning_steps": 2,
+        "evaluations": 2,
+        "layers": 4,
+        "grid_extensions": 0,
+        "seeds": (0,),
+    },
+    # About a quarter of an hour: the upper layers only, one seed.
+    "quick": {
+        "train_examples": 296,
+        "validation_examples": 48,
+        "test_examples": 60,
+        "max_tokens": 128,
+        "max_new_tokens": 64,
+        "steps": 48,
+        "tuning_steps": 8,
+        "evaluations": 5,
+        "layers": 12,
+        "grid_extensions": 1,
+        "seeds": (0,),
+    },
+    # For a GPU: every layer, three seeds, long examples.
+    "full": {
+        "train_examples": 8000,
+        "validation_examples": 256,
+        "test_examples": 256,
+        "max_tokens": 512,
+        "max_new_tokens": 256,
+        "steps": 1500,
+        "tuning_steps": 150,
+        "evaluations": 15,
+        "batch_size": 16,
+        "layers": None,
+        "grid_extensions": 2,
+        "seeds": (0, 1, 2),
+    },
+}
+
+SOURCES = ("auto", "hub", "packages", "local")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One comparison, complete: equal settings give equal training runs.
+
+    ``model``, ``data`` and ``encoder`` are hub names or local paths. ``layers`` is the number of top decoder layers
+    that are adapted (``None``: all). ``targets`` are the adapted linear layers (``None``: the default of PEFT for the
+    model's architecture, query and value for Llama). ``learning_rates`` and ``options`` replace a method's grid and
+    its configuration, by method name.
+
+    Example:
+        >>> settings(budget="smoke", seeds=[0, 1]).seeds
+        (0, 1)
+        >>> settings(methods=["lorra"])
+        Traceback (most recent call last):
+        ...
+        qaa.compare.config.CompareError: expected methods among qaa-paper, qaa-best, lora, sora, prefix, full, \
+received 'lorra' (did you mean 'lora'?)
+    """
+
+    budget: str = "quick"
+    model: str = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    data: str = "tatsu-lab/alpaca"
+    encoder: str = "sentence-transformers/all-MiniLM-L6-v2"
+    source: str = "auto"
+    methods: tuple[str, ...] = DEFAULT_METHODS
+    seeds: tuple[int, ...] = (0,)
+    out: str = "reports/compare"
+    cache: str = field(default_factory=lambda: os.environ.get("QAA_CACHE") or str(Path.home() / ".cache" / "qaa"))
+    device: str = "auto"
+    train_examples: int = 296
+    validation_examples: int = 48
+    test_examples: int = 60
+    max_tokens: int = 128
+    max_new_tokens: int = 64
+    steps: int = 48
+    tuning_steps: int = 8
+    evaluations: int = 5
+    batch_size: int = 8
+    layers: int | None = 12
+    targets: tuple[str, ...] | None = None
+    grid_extensions: int = 1
+    learning_rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data for YAML and JSON."""
+        plain = asdict(self)
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in plain.items()}
+
+
+def settings(config: str | os.PathLike[str] | None = None, **given: Any) -> Settings:
+    """The settings of a comparison: ``given`` values override the YAML file ``config``, which overrides the budget.
+
+    Values of ``None`` in ``given`` count as not given.
+
+    Raises:
+        CompareError: an unknown key, a value of the wrong kind, an unknown method or an unreadable file.
+    """
+    chosen = {**(_read_yaml(Path(config)) if config is not None else {}), **_given(given)}
+    known = [f.name for f in fields(Settings)]
+    for key in chosen:
+        if key not in known:
+            raise CompareError(f"expected keys among {', '.join(known)}, received {key!r}{_hint(str(key), known)}")
+    budget = chosen.get("budget", "quick")
+    if not isinstance(budget, str) or budget not in BUDGETS:
+        raise CompareError(f"expected budget to be one of {', '.join(BUDGETS)}, received {budget!r}")
+    return _checked({"budget": budget, **BUDGETS[budget], **chosen})
+
+
+def _given(values: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CompareError(f"expected a readable YAML file as config, received {path}: {error.strerror}") from None
+    except yaml.YAMLError as error:
+        raise CompareError(f"expected valid YAML in {path}, received: {' '.join(str(error).split())}") from None
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise CompareError(f"expected {path} to hold 'key: value' lines, received a {type(content).__name__}")
+    return content
+
+
+def _hint(word: str, known: list[str] | tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+_MINIMUM = {
+    "train_examples": 1,
+    "validation_examples": 1,
+    "test_examples": 1,
+    "max_tokens": 8,
+    "max_new_tokens": 1,
+    "steps": 1,
+    "tuning_steps": 1,
+    "evaluations": 1,
+    "batch_size": 1,
+    "layers": 1,
+    "grid_extensions": 0,
+}
+
+
+def _checked(values: dict[str, Any]) -> Settings:
+    for key, minimum in _MINIMUM.items():
+        value = values.get(key, minimum)
+        if key == "layers" and value in (None, "all"):
+            values[key] = None
+        elif isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+            raise CompareError(f"expected {key} to be an integer of at least {minimum}, received {value!r}")
+    for key in ("model", "data", "encoder", "source", "out", "cache", "device"):
+        if key in values and (not isinstance(values[key], (str, os.PathLike)) or not str(values[key])):
+            raise CompareError(f"expected {key} to be text, received {values[key]!r}")
+        if key in values:
+            values[key] = os.path.expanduser(str(values[key]))
+    if values.get("source", "auto") not in SOURCES:
+        raise CompareError(f"expected source to be one of {', '.join(SOURCES)}, received {values['source']!r}")
+
+    methods = _listed(values.get("methods", DEFAULT_METHODS), "methods")
+    for name in methods:
+        if name not in DEFAULT_METHODS:
+            raise CompareError(
+                f"expected methods among {', '.join(DEFAULT_METHODS)}, received {name!r}"
+                f"{_hint(str(name), DEFAULT_METHODS)}"
+            )
+    values["methods"] = tuple(m for m in dict.fromkeys(methods))
+
+    seeds = _listed(values.get("seeds", (0,)), "seeds")
+    if any(isinstance(seed, bool) or not isinstance(seed, int) or seed < 0 for seed in seeds):
+        raise CompareError(f"expected seeds to be integers of at least 0, received {list(seeds)}")
+    values["seeds"] = tuple(dict.fromkeys(seeds))
+
+    if values.get("targets") is not None:
+        values["targets"] = tuple(str(name) for name in _listed(values["targets"], "targets"))
+
+    values["learning_rates"] = {
+        _method_key(name, "learning_rates"): _rates(name, rates)
+        for name, rates in _mapping(values.get("learning_rates", {}), "learning_rates").items()
+    }
+    values["options"] = {
+        _method_key(name, "options"): dict(_mapping(options, f"options of {name}"))
+        for name, options in _mapping(values.get("options", {}), "options").items()
+    }
+    return Settings(**values)
+
+
+def _listed(value: Any, what: str) -> tuple[Any, ...]:
+    items = (value,) if isinstance(value, (str, int)) else tuple(value) if isinstance(value, (list, tuple)) else ()
+    if not items:
+        raise CompareError(f"expected {what} to be a list of at least one entry, received {value!r}")
+    return items
+
+
+def _mapping(value: Any, what: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise CompareError(f"expected {what} to map names to values, received {value!r}")
+    return value
+
+
+def _method_key(name: Any, what: str) -> str:
+    if name not in DEFAULT_METHODS:
+        raise CompareError(f"expected the keys of {what} among {', '.join(DEFAULT_METHODS)}, received {name!r}")
+    return str(name)
+
+
+def _rates(name: str, rates: Any) -> tuple[float, ...]:
+    listed = (rates,) if isinstance(rates, (int, float)) else rates
+    try:
+        # YAML 1.1 reads 2e-2 (without a point) as text
+        values = tuple(float(rate) for rate in listed)
+    except (TypeError, ValueError):
+        values = ()
+    if not values or any(not 0 < rate < float("inf") for rate in values):
+        raise CompareError(f"expected the learning rates of {name} to be positive numbers, received {rates!r}")
+    return tuple(sorted(set(values)))

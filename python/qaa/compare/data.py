@@ -1,0 +1,166 @@
+"""Instruction examples: read, split once, tokenized with the model's chat template, batched in one order for all."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .config import CompareError, Settings
+
+SPLIT_SEED = 0  # the split belongs to the protocol: every method and every seed sees the same examples
+PLAIN_TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
+
+
+@dataclass(frozen=True)
+class Example:
+    """One instruction and its reference answer, as text and as token ids (the answer's ids end with end-of-text)."""
+
+    prompt: str
+    response: str
+    prompt_ids: tuple[int, ...] = ()
+    response_ids: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.prompt_ids) + len(self.response_ids)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Training, validation (learning rates, best step) and test examples; no prompt occurs twice."""
+
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    test: tuple[Example, ...]
+
+    def all(self) -> tuple[Example, ...]:
+        """All examples: training, then validation, then test."""
+        return self.train + self.validation + self.test
+
+
+def read_examples(path: str | Path) -> list[Example]:
+    """Examples from a JSON list or a JSON-lines file.
+
+    Rows are Alpaca's (``instruction``, optional ``input``, ``output``), or ``prompt`` with ``response`` or
+    ``completion``. Repeated prompts are dropped after their first occurrence.
+
+    Raises:
+        CompareError: the file cannot be read, is no such JSON, or a row lacks a key.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CompareError(f"expected data to be a readable .json or .jsonl file, received {path}: {error}") from None
+    try:
+        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(t) for t in text.splitlines() if t]
+    except json.JSONDecodeError as error:
+        raise CompareError(f"expected JSON or JSON lines in {path}, received: {error}") from None
+    examples: dict[str, Example] = {}
+    for number, row in enumerate(rows, 1):
+        example = _example(row, number, path)
+        if example.prompt and example.response:
+            examples.setdefault(example.prompt, example)
+    if not examples:
+        raise CompareError(f"expected at least one example with a prompt and a response in {path}, received none")
+    return list(examples.values())
+
+
+def _example(row: Any, number: int, path: Path) -> Example:
+    if isinstance(row, dict):
+        prompt = row.get("instruction", row.get("prompt"))
+        response = row.get("output", row.get("response", row.get("completion")))
+        if isinstance(prompt, str) and isinstance(response, str):
+            extra = row.get("input")
+            parts = [prompt.strip(), extra.strip() if isinstance(extra, str) else ""]
+            return Example("\n\n".join(part for part in parts if part), response.strip())
+    keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+    raise CompareError(
+        f"expected row {number} of {path} to have the texts 'instruction' and 'output' (or 'prompt' and 'response'), "
+        f"received {keys}"
+    )
+
+
+def tokenized(example: Example, tokenizer: Any) -> Example:
+    """The example with token ids: the prompt through the chat template, the response with its end-of-text token."""
+    if tokenizer.chat_template:
+        message = [{"role": "user", "content": example.prompt}]
+        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        prompt_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        prompt_ids = tokenizer(PLAIN_TEMPLATE.format(prompt=example.prompt))["input_ids"]
+    response_ids = tokenizer(example.response, add_special_tokens=False)["input_ids"]
+    return Example(example.prompt, example.response, tuple(prompt_ids), (*response_ids, tokenizer.eos_token_id))
+
+
+def split(examples: Sequence[Example], tokenizer: Any, chosen: Settings) -> Splits:
+    """Shuffles once, keeps examples of at most ``max_tokens``, and deals out test, validation and training examples.
+
+    Raises:
+        CompareError: fewer examples fit than the three splits need.
+    """
+    sizes = (chosen.test_examples, chosen.validation_examples, chosen.train_examples)
+    shuffled = list(examples)
+    random.Random(SPLIT_SEED).shuffle(shuffled)
+    kept: list[Example] = []
+    for example in shuffled:
+        if len(kept) == sum(sizes):
+            break
+        candidate = tokenized(example, tokenizer)
+        if len(candidate) <= chosen.max_tokens:
+            kept.append(candidate)
+    if len(kept) < sum(sizes):
+        raise CompareError(
+            f"expected at least {sum(sizes)} examples of at most {chosen.max_tokens} tokens "
+            f"({sizes[2]} training + {sizes[1]} validation + {sizes[0]} test), received {len(kept)} of {len(examples)}"
+        )
+    test, validation = kept[: sizes[0]], kept[sizes[0] : sizes[0] + sizes[1]]
+    return Splits(tuple(kept[sizes[0] + sizes[1] :]), tuple(validation), tuple(test))
+
+
+def training_order(lengths: Sequence[int], batch_size: int, steps: int, seed: int) -> list[list[int]]:
+    """``steps`` batches of example indices: epochs in random order, examples of similar length together.
+
+    Within a window of eight batches the examples are sorted by length (less padding), then the batches are shuffled.
+    The order depends on the seed alone, so that all methods see the same batches in the same order.
+
+    Example:
+        >>> training_order([3, 1, 2, 4], batch_size=2, steps=3, seed=0)
+        [[1, 2], [0, 3], [1, 2]]
+    """
+    generator = random.Random(seed)
+    batch_size = min(batch_size, len(lengths))
+    batches: list[list[int]] = []
+    while len(batches) < steps:
+        epoch = list(range(len(lengths)))
+        generator.shuffle(epoch)
+        epoch = epoch[: len(epoch) - len(epoch) % batch_size]
+        for start in range(0, len(epoch), 8 * batch_size):
+            window = sorted(epoch[start : start + 8 * batch_size], key=lambda index: lengths[index])
+            grouped = [window[at : at + batch_size] for at in range(0, len(window), batch_size)]
+            generator.shuffle(grouped)
+            batches += grouped
+    return batches[:steps]
+
+
+def save_splits(splits: Splits, path: Path) -> None:
+    """Writes the tokenized splits as JSON for the training processes."""
+    from .sources import write_json
+
+    plain = {
+        name: [[e.prompt, e.response, e.prompt_ids, e.response_ids] for e in getattr(splits, name)]
+        for name in ("train", "validation", "test")
+    }
+    write_json(path, plain)
+
+
+def load_splits(path: Path) -> Splits:
+    """Reads what :func:`save_splits` wrote."""
+    plain = json.loads(path.read_text(encoding="utf-8"))
+    return Splits(*(
+        tuple(Example(p, r, tuple(pi), tuple(ri)) for p, r, pi, ri in plain[name])
+        for name in ("train", "validation", "test")
+    ))  # fmt: skip

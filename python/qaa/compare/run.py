@@ -1,0 +1,381 @@
+"""The whole comparison: inputs, runs, scores, ``results.json`` and the report. Finished runs are not repeated."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib import metadata
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from . import sources
+from .config import CompareError, Settings
+
+_PACKAGE = Path(__file__).resolve().parent.parent
+_PROTOCOL = ("data.py", "models.py", "methods.py", "training.py")  # a change in these changes every run
+_SAMPLES = 6
+_LARGEST_HIDDEN_FILE = 16 << 30  # bytes; beyond, the lower layers are computed at each step
+_LARGEST_DIFFERENCE = 1e-3  # nats per token that stored states may change a loss by
+
+
+def compare(chosen: Settings, command: Sequence[str] | None = None) -> dict[str, Any]:
+    """Runs the comparison and writes everything below ``chosen.out``; returns the content of ``results.json``.
+
+    Raises:
+        CompareError: a request that cannot be met, before anything is trained where that can be known.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    began = time.perf_counter()
+    out = _writable(Path(chosen.out))
+    cache = _writable(Path(chosen.cache))
+    found = _resolve(chosen, cache)
+    if not any(source.origin.startswith("hub ") for source in found.values()):
+        os.environ["HF_HUB_OFFLINE"] = "1"  # nothing below may wait for a hub that does not answer
+    prepared = time.perf_counter()
+
+    from .training import run, run_in_process, run_untouched, tune
+
+    job, facts = _prepare(chosen, found, cache, out)
+    work = out / "work"
+    base = _fingerprint(job, found)
+    results: dict[tuple[str, int], dict[str, Any]] = {}
+    rates: dict[str, dict[str, Any]] = {}
+    total = 1 + len(chosen.methods) * (1 + len(chosen.seeds))
+    jobs = iter(range(1, total + 1))
+    spent: list[float] = []
+
+    def once(name: str, print_: str, function: Any, *arguments: Any) -> dict[str, Any]:
+        """The stored result ``name`` if its fingerprint is ``print_``, else a new one from a process of its own."""
+        path = work / f"{name}.json"
+        heading = f"[{next(jobs)}/{total}] {name}"
+        stored = _read(path)
+        if stored is not None and stored.get("fingerprint") == print_:
+            _say(f"{heading}: done before")
+            spent.append(stored["wall_seconds"])
+            return dict(stored["result"])
+        _say(heading)
+        nonlocal job
+        if facts["hidden_path"] and job.hidden is None:
+            job = _with_hidden_states(job, facts, base)
+        started = time.perf_counter()
+        result = run_in_process(function, job, *arguments, log=work / f"{name}.log")
+        spent.append(time.perf_counter() - started)
+        sources.write_json(path, {"fingerprint": print_, "wall_seconds": spent[-1], "result": result})
+        return dict(result)
+
+    results["untouched", 0] = once("untouched", base, run_untouched)
+    for method in chosen.methods:
+        options = json.dumps([chosen.options.get(method, {}), chosen.learning_rates.get(method)], sort_keys=True)
+        own = _digest(base, method, options, _adapter_code() if method in ("qaa-paper", "qaa-best", "sora") else "")
+        rates[method] = once(f"{method}-rate", own, tune, method, chosen.seeds[0])
+        for seed in chosen.seeds:
+            folder = str(out / "adapters" / f"{method}-seed{seed}")
+            print_ = _digest(own, str(seed), repr(rates[method]["rate"]))
+            name = f"{method}-seed{seed}"
+            results[method, seed] = once(name, print_, run, method, seed, rates[method]["rate"], folder)
+
+    stored = _read(work / "hidden.json")
+    if stored is not None and stored["fingerprint"] == base and stored["worst"] <= _LARGEST_DIFFERENCE:
+        facts.update(stored_states=True, stored_states_seconds=stored["seconds"])
+    _say("scoring the answers")
+    wall = {"preparing": prepared - began, "runs": sum(spent), "this_call": 0.0}
+    report = _summary(chosen, found, facts, results, rates, command)
+    wall["this_call"] = time.perf_counter() - began
+    report["wall_seconds"] = wall
+    from .report import write_report
+
+    write_report(report, out)
+    sources.write_json(out / "results.json", report)
+    if facts["hidden_path"]:
+        Path(facts["hidden_path"]).unlink(missing_ok=True)
+    return report
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _writable(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".write-test"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise CompareError(f"expected a folder that can be written, received {folder}: {error.strerror}") from None
+    return folder
+
+
+def _resolve(chosen: Settings, cache: Path) -> dict[str, sources.Source]:
+    hub = {
+        "data": sources.data_from_hub,
+        "model": sources.model_from_hub,
+        "encoder": sources.model_from_hub,
+    }
+    names = {"data": chosen.data, "model": chosen.model, "encoder": chosen.encoder}
+    found = {what: sources.resolve(what, names[what], chosen.source, cache, hub[what]) for what in hub}
+    for what, source in found.items():
+        _say(f"{what}: {source.name}, from {source.origin}")
+    return found
+
+
+def _prepare(chosen: Settings, found: dict[str, sources.Source], cache: Path, out: Path) -> tuple[Any, dict[str, Any]]:
+    """Checks model, data, targets and device, writes the splits, and says what there is to say about them."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from .data import read_examples, save_splits, split
+    from .methods import adapted_targets
+    from .models import decoder_layers, first_adapted_layer, load_tokenizer
+    from .training import Job, choose_device
+
+    device = choose_device(chosen.device)
+    examples = read_examples(found["data"].path)
+    model_path = sources.plain_model(found["model"], cache)
+    tokenizer = load_tokenizer(model_path)
+    splits = split(examples, tokenizer, chosen)
+    with torch.device("meta"):
+        skeleton: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))  # type: ignore[no-untyped-call]
+    n_layers = len(decoder_layers(skeleton))
+    first = first_adapted_layer(n_layers, chosen.layers)
+    targets = adapted_targets(skeleton, chosen.targets)
+    work = out / "work"
+    splits_path = work / "splits.json"
+    save_splits(splits, splits_path)
+    job = Job(chosen, str(model_path), device, str(splits_path), None, first, targets)
+    width = skeleton.config.hidden_size
+    tokens = sum(len(example) for example in splits.all())
+    storable = first > 0 and 4 * width * tokens <= _LARGEST_HIDDEN_FILE
+    facts = {
+        "n_layers": n_layers,
+        "first": first,
+        "targets": list(targets),
+        "device": device,
+        "model_parameters": skeleton.num_parameters(),
+        "splits": {
+            name: {
+                "examples": len(part),
+                "tokens": sum(map(len, part)),
+                "answer_tokens": sum(len(example.response_ids) for example in part),
+            }
+            for name, part in (("train", splits.train), ("validation", splits.validation), ("test", splits.test))
+        },
+        "examples_available": len(examples),
+        "test": [(example.prompt, example.response) for example in splits.test],
+        "hidden_path": str(work / "hidden.npy") if storable else None,
+        "stored_states": False,
+        "stored_states_seconds": 0.0,
+    }
+    return job, facts
+
+
+def _with_hidden_states(job: Any, facts: dict[str, Any], base: str) -> Any:
+    """The job with stored hidden states; without, if this model does not give the same losses from them."""
+    from .training import cache_hidden_states, run_in_process
+
+    path = Path(facts["hidden_path"])
+    note = path.with_suffix(".json")
+    stored = _read(note)
+    if stored is None or stored["fingerprint"] != base or not path.exists():
+        _say(f"computing what enters layer {job.first}, once for all methods")
+        seconds, worst = run_in_process(cache_hidden_states, job, path, log=path.with_suffix(".log"))
+        stored = {"fingerprint": base, "seconds": seconds, "worst": worst}
+        sources.write_json(note, stored)
+    if stored["worst"] > _LARGEST_DIFFERENCE:
+        _say(f"stored states change the loss by {stored['worst']:.2g}: every layer is computed each time instead")
+        path.unlink(missing_ok=True)
+        facts["hidden_path"] = None
+        return job
+    return replace(job, hidden=str(path))
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError):
+        return None
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _fingerprint(job: Any, found: dict[str, sources.Source]) -> str:
+    """Changes with everything that can change a run: settings, inputs, code and library versions."""
+    settings = job.settings.as_dict()
+    for key in ("methods", "seeds", "out", "cache", "encoder", "source", "options", "learning_rates", "budget"):
+        settings.pop(key)
+    code = [_PACKAGE / "compare" / name for name in _PROTOCOL]
+    parts = [json.dumps(settings, sort_keys=True), job.device, str(job.first), *job.targets]
+    parts += [Path(job.splits).read_text(encoding="utf-8"), json.dumps(versions(), sort_keys=True)]
+    parts += [_model_digest(Path(job.model)), *(sources.file_hash(path) for path in code)]
+    return _digest(*parts)
+
+
+def _adapter_code() -> str:
+    """Changes with the code of this package that runs when its own adapters are trained."""
+    paths = [
+        p for p in sorted(_PACKAGE.rglob("*.py")) if p.parent.name != "compare" and p.name[:3] not in ("cli", "__m")
+    ]
+    return _digest(*(sources.file_hash(path) for path in paths))
+
+
+def _model_digest(folder: Path) -> str:
+    """Names, sizes and times of the weights, and the content of the small files."""
+    parts = []
+    for path in sorted(p for p in folder.iterdir() if p.is_file()):
+        large = path.stat().st_size > 16 << 20
+        parts.append(f"{path.name} {path.stat().st_size} {'' if large else sources.file_hash(path)}")
+    return _digest(*parts)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the libraries that can change a figure."""
+    names = (
+        "qaa numpy torch transformers peft accelerate datasets evaluate sacrebleu rouge-score bert-score safetensors"
+    )
+    found = {"python": platform.python_version()}
+    for name in names.split():
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    if found["qaa"] == "not installed":  # used from its source folder
+        found["qaa"] = "source"
+    return found
+
+
+def _machine(device: str) -> dict[str, Any]:
+    import torch
+
+    machine: dict[str, Any] = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "gpu": None,
+    }
+    if device.startswith("cuda"):
+        machine["gpu"] = torch.cuda.get_device_name(device)
+    return machine
+
+
+# --------------------------------------------------------------------------------------------------- summary
+
+
+def _summary(
+    chosen: Settings,
+    found: dict[str, sources.Source],
+    facts: dict[str, Any],
+    results: dict[tuple[str, int], dict[str, Any]],
+    rates: dict[str, dict[str, Any]],
+    command: Sequence[str] | None,
+) -> dict[str, Any]:
+    from .methods import METHODS, UNTOUCHED
+    from .metrics import text_scores
+
+    encoder = found["encoder"].path
+    references = [response for _, response in facts["test"]]
+    for result in results.values():
+        result["scores"] = text_scores(result["answers"], references, encoder, facts["device"])
+    methods = [
+        _row(name, [r for (method, _), r in results.items() if method == name], rates.get(name), METHODS)
+        for name in (*chosen.methods, UNTOUCHED)
+    ]
+    samples = []
+    step = max(1, len(references) // _SAMPLES)
+    for at in list(range(0, len(references), step))[:_SAMPLES]:
+        prompt, reference = facts["test"][at]
+        answers = {
+            name: results[name, _first_seed(results, name)]["answers"][at] for name in (*chosen.methods, UNTOUCHED)
+        }
+        samples.append({"prompt": prompt, "reference": reference, "answers": answers})
+    machine = _machine(facts["device"])
+    return {
+        "schema": 1,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join(command) if command else None,
+        "settings": chosen.as_dict(),
+        "sources": {what: {"name": source.name, "origin": source.origin} for what, source in found.items()},
+        "versions": versions(),
+        "machine": machine,
+        "protocol": {key: value for key, value in facts.items() if key not in ("test", "hidden_path")},
+        "differences": _differences(methods),
+        "methods": methods,
+        "samples": samples,
+    }
+
+
+def _first_seed(results: dict[tuple[str, int], Any], name: str) -> int:
+    return next(seed for method, seed in results if method == name)
+
+
+def _row(name: str, runs: list[dict[str, Any]], rate: dict[str, Any] | None, methods: Any) -> dict[str, Any]:
+    """One entry of ``methods``: means over seeds, their standard deviations, and what each seed gave."""
+
+    def over_seeds(get: Any) -> float:
+        return float(mean(get(run) for run in runs))
+
+    keys = ("bleu", "rouge1", "rouge2", "rougeL", "bertscore")
+    figures = {
+        "validation_loss": over_seeds(lambda r: r["best_validation_loss"]),
+        "best_validation_loss": over_seeds(lambda r: r["best_validation_loss"]),
+        "final_validation_loss": over_seeds(
+            lambda r: float("nan") if r["final_validation_loss"] is None else r["final_validation_loss"]
+        ),
+        "test_loss": over_seeds(lambda r: r["test_loss"]),
+        **{key: over_seeds(lambda r, key=key: r["scores"][key]) for key in keys},
+        "train_seconds": over_seeds(lambda r: r["train_seconds"]),
+    }
+    spread = {
+        key: float(stdev(values)) if len(values) > 1 else None
+        for key, values in {
+            "test_loss": [r["test_loss"] for r in runs],
+            "best_validation_loss": [r["best_validation_loss"] for r in runs],
+            **{key: [r["scores"][key] for r in runs] for key in keys},
+        }.items()
+    }
+    first = runs[0]
+    return {
+        "name": name,
+        "label": methods[name].label if name in methods else "Untouched model",
+        "about": methods[name].about if name in methods else "the model as it came",
+        "trainable_parameters": first["trainable_parameters"],
+        "trainable_percent": 100 * first["trainable_parameters"] / first["total_parameters"],
+        **{key: None if value != value else value for key, value in figures.items()},
+        "peak_memory_bytes": max(r["peak_memory_bytes"] for r in runs),
+        "adapter_bytes": first["adapter_bytes"],
+        "seeds": [r["seed"] for r in runs] if name in methods else [],
+        "spread": spread,
+        "learning_rate": rate,
+        "bleu_signature": first["scores"]["bleu_signature"],
+        "runs": [{k: v for k, v in r.items() if k not in ("answers", "method")} for r in runs],
+    }
+
+
+def _differences(methods: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Test-loss differences of every method to LoRA (and to the untouched model) with 95 % intervals over examples."""
+    from .metrics import paired_interval
+
+    def losses(row: dict[str, Any]) -> list[float]:
+        return [mean(values) for values in zip(*(run["test_sums"] for run in row["runs"]), strict=True)]
+
+    rows = {row["name"]: row for row in methods}
+    found = []
+    for reference in ("lora", "untouched"):
+        for name, row in rows.items():
+            if reference in rows and name not in (reference, "untouched"):
+                tokens = row["runs"][0]["test_counts"]
+                difference, low, high = paired_interval(losses(row), losses(rows[reference]), tokens)
+                found.append(
+                    {"method": name, "reference": reference, "difference": difference, "low": low, "high": high}
+                )
+    return found
