@@ -37,7 +37,7 @@ METHODS = {
             about="amplitude embedding, 4-layer circuit, <Z> of every wire, up-projection and bias",
         ),
         Method(
-            "qaa-best", "QAA (best form)", (5e-3, 1.5e-2, 5e-2),
+            "qaa-best", "QAA (best form)", (1.5e-3, 5e-3, 1.5e-2),
             about="amplitude embedding, 4-layer circuit, 16 real amplitudes of the scaled input, up-projection",
         ),
         Method("lora", "LoRA", (2e-3, 6e-3, 2e-2), about="rank 8, alpha 16, PEFT's own"),
@@ -149,7 +149,8 @@ def calibrate(model: Any, batches: Iterable[Any]) -> None:
 
     from .models import answer_losses
 
-    qaa.peft.calibrate(model, batches, forward=answer_losses)
+    on_device = ({key: value.to(model.device) for key, value in batch.items()} for batch in batches)
+    qaa.peft.calibrate(model, on_device, forward=answer_losses)
 
 
 def optimizer_groups(method: Method, model: Any, rate: float) -> list[dict[str, Any]]:
