@@ -35,14 +35,14 @@ BUDGETS: dict[str, dict[str, Any]] = {
     },
     # About a quarter of an hour: the upper layers only, one seed.
     "quick": {
-        "train_examples": 296,
+        "train_examples": 304,
         "validation_examples": 48,
-        "test_examples": 60,
+        "test_examples": 54,
         "max_tokens": 128,
-        "max_new_tokens": 64,
+        "max_new_tokens": 56,
         "steps": 48,
-        "tuning_steps": 8,
-        "evaluations": 5,
+        "tuning_steps": 12,
+        "evaluations": 4,
         "layers": 12,
         "grid_extensions": 1,
         "seeds": (0,),
@@ -96,14 +96,14 @@ received 'lorra' (did you mean 'lora'?)
     out: str = "reports/compare"
     cache: str = field(default_factory=lambda: os.environ.get("QAA_CACHE") or str(Path.home() / ".cache" / "qaa"))
     device: str = "auto"
-    train_examples: int = 296
+    train_examples: int = 304
     validation_examples: int = 48
-    test_examples: int = 60
+    test_examples: int = 54
     max_tokens: int = 128
-    max_new_tokens: int = 64
+    max_new_tokens: int = 56
     steps: int = 48
-    tuning_steps: int = 8
-    evaluations: int = 5
+    tuning_steps: int = 12
+    evaluations: int = 4
     batch_size: int = 8
     layers: int | None = 12
     targets: tuple[str, ...] | None = None

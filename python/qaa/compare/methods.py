@@ -37,11 +37,11 @@ METHODS = {
             about="amplitude embedding, 4-layer circuit, <Z> of every wire, up-projection and bias",
         ),
         Method(
-            "qaa-best", "QAA (best form)", (1.5e-3, 5e-3, 1.5e-2),
+            "qaa-best", "QAA (best form)", (1e-3, 3e-3, 1e-2),
             about="amplitude embedding, 4-layer circuit, 16 real amplitudes of the scaled input, up-projection",
         ),
-        Method("lora", "LoRA", (2e-3, 6e-3, 2e-2), about="rank 8, alpha 16, PEFT's own"),
-        Method("sora", "SoRA", (2e-3, 6e-3, 2e-2), about="rank 8 with a gate per rank, soft threshold after each step"),
+        Method("lora", "LoRA", (1e-3, 3e-3, 1e-2), about="rank 8, alpha 16, PEFT's own"),
+        Method("sora", "SoRA", (1e-3, 3e-3, 1e-2), about="rank 8 with a gate per rank, soft threshold after each step"),
         Method(
             "prefix", "Prefix", (3e-3, 1e-2, 3e-2), top_layers_only=False,
             about="8 virtual tokens in every layer, PEFT's own, started from the keys and values of a real text",
