@@ -385,14 +385,22 @@ def test_a_saved_adapter_reloads_to_the_same_losses(
 
 def test_choosing_a_rate_extends_the_grid_and_survives_divergence() -> None:
     def bowl(best: float) -> Any:
-        return lambda rate: abs(math.log(rate / best))
+        return lambda rate: ([abs(math.log(rate / best))] * 4, [1] * 4)
 
-    assert choose_rate([1, 10, 100], bowl(10), 2) == (10, [(r, bowl(10)(r)) for r in (1, 10, 100)], False)
+    losses = [(rate, pytest.approx(abs(math.log(rate / 10)))) for rate in (1, 10, 100)]
+    assert choose_rate([1, 10, 100], bowl(10), 2) == (10, losses, False)
     rate, tried, at_edge = choose_rate([1, 10, 100], bowl(0.1), 1)
     assert (rate, len(tried), at_edge) == (pytest.approx(0.1), 4, True)
-    rate, tried, at_edge = choose_rate([1, 10, 100], lambda r: None if r > 1 else 2.0, 0)
+    rate, tried, at_edge = choose_rate([1, 10, 100], lambda r: None if r > 1 else ([2.0], [1]), 0)
     assert (rate, tried[1][1], at_edge) == (1, None, True)
-    assert choose_rate([5], lambda r: 1.0, 3) == (5, [(5, 1.0)], False)
+    assert choose_rate([5], lambda r: ([1.0], [1]), 3) == (5, [(5, 1.0)], False)
+
+
+def test_a_larger_rate_must_be_better_by_more_than_the_noise() -> None:
+    noisy = {1: [9.0] * 4, 2: [1.2, 0.9, 1.3, 0.8], 4: [1.0, 1.0, 1.0, 1.0]}  # 2 is worse by 0.05 +- 0.12
+    assert choose_rate([1, 2, 4], lambda rate: (noisy[rate], [1] * 4), 0)[0] == 2
+    clear = {**noisy, 2: [1.21, 1.19, 1.2, 1.2]}  # 2 is worse by 0.2 +- 0.004
+    assert choose_rate([1, 2, 4], lambda rate: (clear[rate], [1] * 4), 0)[0] == 4
 
 
 def _answer(value: int) -> dict[str, int]:

@@ -150,8 +150,8 @@ def limits(report: dict[str, Any]) -> list[str]:
             "is a like-for-like comparison."
         )
     said.append(
-        f"Learning rates were chosen in runs of {settings['tuning_steps']} steps, which favours rates that are fast at "
-        "first. No other setting was tuned."
+        f"Learning rates were chosen in runs of {settings['tuning_steps']} steps, a fraction of a full run, on few "
+        "examples. No other setting was tuned."
     )
     if "Q4_1" in report["sources"]["model"]["origin"]:
         said.append("The model's weights had been quantized to 4 bits, which raises every loss somewhat.")

@@ -367,39 +367,60 @@ def _finite(value: float) -> float | None:
 # ------------------------------------------------------------------------------------------------------ jobs
 
 
-def choose_rate(
-    grid: Sequence[float], score: Callable[[float], float | None], extensions: int
-) -> tuple[float, list[tuple[float, float | None]], bool]:
-    """The rate with the lowest score, all (rate, score), and whether the best one still lies at the grid's edge.
+Scores = tuple[Sequence[float], Sequence[int]]  # per validation example: summed loss, number of answer tokens
 
-    While the best rate is at an edge, up to ``extensions`` further rates beyond that edge are tried, at the grid's
-    own ratio. A score of None stands for a run that diverged.
+
+def choose_rate(
+    grid: Sequence[float], score: Callable[[float], Scores | None], extensions: int
+) -> tuple[float, list[tuple[float, float | None]], bool]:
+    """The chosen rate, all (rate, loss), and whether the rate of lowest loss still lies at the grid's edge.
+
+    Chosen is the smallest rate whose loss is within one standard error of the lowest, the error being that of the
+    paired difference over examples: trials are short, which flatters large rates, and a difference inside the noise
+    should not decide for one. While the rate of lowest loss is at an edge, up to ``extensions`` further rates beyond
+    that edge are tried, at the grid's own ratio. A score of None stands for a run that diverged.
 
     Example:
-        >>> choose_rate([1.0, 2.0, 4.0], lambda rate: (rate - 7) ** 2, extensions=2)
+        >>> choose_rate([1.0, 2.0, 4.0], lambda rate: ([(rate - 7) ** 2] * 3, [1] * 3), extensions=2)
         (8.0, [(1.0, 36.0), (2.0, 25.0), (4.0, 9.0), (8.0, 1.0), (16.0, 81.0)], False)
     """
-    tried = {rate: score(rate) for rate in grid}
+    from .models import mean_loss
 
-    def rank(rate: float) -> float:
-        value = tried[rate]
-        return math.inf if value is None else value
+    found = {rate: score(rate) for rate in grid}
+
+    def loss(rate: float) -> float:
+        scores = found[rate]
+        return math.inf if scores is None else mean_loss(*scores)
 
     for _ in range(extensions):
-        rates = sorted(tried)
+        rates = sorted(found)
         if len(rates) < 2:
             break
-        best = min(rates, key=rank)
+        best = min(rates, key=loss)
         if best == rates[0]:
             beyond = rates[0] * rates[0] / rates[1]
         elif best == rates[-1]:
             beyond = rates[-1] * rates[-1] / rates[-2]
         else:
             break
-        tried[beyond] = score(beyond)
-    rates = sorted(tried)
-    best = min(rates, key=rank)
-    return best, [(rate, tried[rate]) for rate in rates], len(rates) > 1 and best in (rates[0], rates[-1])
+        found[beyond] = score(beyond)
+    rates = sorted(found)
+    best = min(rates, key=loss)
+    chosen = next(rate for rate in rates if rate == best or _within_noise(found[rate], found[best]))
+    tried = [(rate, _finite(loss(rate))) for rate in rates]
+    return chosen, tried, len(rates) > 1 and best in (rates[0], rates[-1])
+
+
+def _within_noise(scores: Scores | None, best: Scores | None) -> bool:
+    """Whether the loss exceeds the best by at most one standard error of their paired difference."""
+    if scores is None or best is None:
+        return False
+    differences = [a - b for a, b in zip(scores[0], best[0], strict=True)]
+    count, total = len(differences), sum(differences)
+    if count < 2:
+        return False
+    variance = sum((d - total / count) ** 2 for d in differences) / (count - 1)
+    return total <= math.sqrt(count * variance)
 
 
 def tune(job: Job, method_name: str, seed: int) -> dict[str, Any]:
@@ -411,21 +432,27 @@ def tune(job: Job, method_name: str, seed: int) -> dict[str, Any]:
     grid = chosen.learning_rates.get(method_name) or METHODS[method_name].learning_rates
     label = METHODS[method_name].label
 
-    def score(rate: float) -> float | None:
+    def score(rate: float) -> Scores | None:
         method, model, inputs, callbacks, base = _start(job, method_name, seed)
         with _skipping(job, inputs, base):
-            curves = train(
-                job, method, model, inputs, callbacks, rate=rate, steps=chosen.tuning_steps, seed=seed, evaluations=1,
+            train(
+                job, method, model, inputs, callbacks, rate=rate, steps=chosen.tuning_steps, seed=seed, evaluations=0,
                 title=f"{label}: learning rate {rate:.2g}",
             )  # fmt: skip
-        return curves.validation[-1][1]
+            sums, counts = inputs.losses(model, inputs.validation)
+        return (sums, counts) if math.isfinite(sum(sums)) else None
 
     began = time.perf_counter()
     rate, tried, at_edge = choose_rate(grid, score, chosen.grid_extensions)
     if all(value is None for _, value in tried):
         raise RuntimeError(f"every learning rate of {method_name} diverged: {[r for r, _ in tried]}")
-    return {"rate": rate, "grid": tried, "at_edge": at_edge, "steps": chosen.tuning_steps,
-            "seconds": time.perf_counter() - began}  # fmt: skip
+    return {
+        "rate": rate,
+        "grid": tried,
+        "at_edge": at_edge,
+        "steps": chosen.tuning_steps,
+        "seconds": time.perf_counter() - began,
+    }
 
 
 def run(job: Job, method_name: str, seed: int, rate: float, folder: str) -> dict[str, Any]:
