@@ -90,6 +90,13 @@ PYBIND11_MODULE(_core, m) {
            py::arg("n_outputs"), py::arg("paulis"), py::arg("normalize") = true, py::kw_only(), py::arg("fuse") = true,
            py::arg("absorb") = true, py::arg("real") = true, py::arg("tangent") = true)
       .def_property_readonly("n_columns", &Plan::n_columns, "Numbers per state that a readout yields.")
+      .def(
+          "operations",
+          [](const Plan& plan, std::uint32_t columns) {
+            const Operations count = count_operations(plan, columns);
+            return std::pair(count.forward, count.backward);
+          },
+          py::arg("columns"), "Arithmetic operations for one state, (forward, backward); a multiply-add counts as one.")
       .def("__str__", &Plan::str);
 
   m.def("forward", &run_forward, py::arg("plan"), py::arg("theta_address"), py::arg("x"), py::arg("features"),

@@ -184,7 +184,7 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta) : p
     general_.push_back({string.x, string.z, s, (std::popcount(string.x & string.z) & 1) != 0});
   }
   for (const Term& term : plan.terms) {
-    terms_.push_back({term.output, term.string, T(coefficient(plan, term, theta))});
+    terms_.push_back({term.output, term.string, T(coefficient(plan, term, theta)), !term.factors.empty()});
   }
 
   bound_.n_wires = plan.n_wires;

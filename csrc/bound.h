@@ -62,6 +62,7 @@ template <class T>
 struct BoundTerm {
   std::uint32_t output, string;
   T coefficient;
+  bool varies;  // the coefficient depends on an angle
 };
 
 // What a kernel needs to know of a circuit, its readout and its angles.

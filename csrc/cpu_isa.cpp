@@ -33,9 +33,11 @@ void backward_groups(const BoundPlan<T>& bound, const BackwardCall& call, std::i
                      void* memory, double* slots) {
   const Workspace<T> work(bound, memory);
   constexpr int w = width<T>;
+  for (std::uint32_t k = 0; k < bound.n_slots; ++k) work.slots[k] = Wide<T>{};
   for (std::int64_t g = first; g < last; ++g) {
-    backward_group<T>(bound, call, g * w, rows_of_group(g, call.x.rows, w), work, slots);
+    backward_group<T>(bound, call, g * w, rows_of_group(g, call.x.rows, w), work);
   }
+  for (std::uint32_t k = 0; k < bound.n_slots; ++k) slots[k] = lane_sum<T>(work.slots[k]);
 }
 
 template <class T>

@@ -22,38 +22,38 @@ struct State {
 template <class T>
 struct Workspace {
   State<T> ket, bra;
-  Vec<T>* scratch;  // n_amplitudes / 4 + 16
+  Vec<T>* scratch;  // for sums and for weights of a tree: 2 * scratch_size
   Vec<T>* strings;  // values of the strings, then their weights: 2 * n_strings
   Vec<T>* columns;  // features, or their gradients: n_columns
+  Wide<T>* slots;   // derivatives, lane by lane: n_slots
 
+  static std::size_t scratch_size(const BoundPlan<T>& p) { return p.n_amplitudes / 8 + 8; }
   static std::size_t vectors(const BoundPlan<T>& p) {
-    return std::size_t{4} * p.n_amplitudes + p.n_amplitudes / 4 + 16 + 2 * std::size_t{p.n_strings} + p.n_columns;
+    return std::size_t{4} * p.n_amplitudes + 2 * scratch_size(p) + 2 * std::size_t{p.n_strings} + p.n_columns +
+           sizeof(Wide<T>) / sizeof(Vec<T>) * p.n_slots;
   }
   Workspace(const BoundPlan<T>& p, void* memory) {
     auto* next = static_cast<Vec<T>*>(memory);
     auto take = [&](std::size_t n) { return next += n, next - n; };
     ket = {take(p.n_amplitudes), take(p.n_amplitudes)};
     bra = {take(p.n_amplitudes), take(p.n_amplitudes)};
-    scratch = take(p.n_amplitudes / 4 + 16);
+    scratch = take(2 * scratch_size(p));
     strings = take(2 * std::size_t{p.n_strings});
     columns = take(p.n_columns);
+    slots = reinterpret_cast<Wide<T>*>(next);
+  }
+  void add_to_slot(std::uint32_t slot, const Vec<T>& derivative, double scale) const {
+    slots[slot] += widen<T>(derivative) * scale;
   }
 };
 
 // ------------------------------------------------------------------------------------------------ rows <-> lanes
 
-// Where column c of a matrix is kept: in order, or where the plan stores that amplitude.
-struct InOrder {
-  QAA_INLINE std::int64_t operator()(std::int64_t column) const { return column; }
-};
-struct AsStored {
-  const Index* inputs;
-  QAA_INLINE std::int64_t operator()(std::int64_t column) const { return inputs[column]; }
-};
-
-template <class T, class In, class Where>
-void load_rows(const In* data, std::int64_t stride, int n_rows, std::int64_t columns, Where where, Vec<T>* out) {
+// Calls put(c, column c of the rows as lanes) for every column, and returns the sums of squares of the rows.
+template <class T, class In, class Put>
+Vec<T> load_rows(const In* data, std::int64_t stride, int n_rows, std::int64_t columns, Put put) {
   constexpr int w = width<T>;
+  Vec<T> squares[4] = {};
   std::int64_t c = 0;
   for (; c + w <= columns; c += w) {
     Vec<T> block[w];
@@ -65,39 +65,46 @@ void load_rows(const In* data, std::int64_t stride, int n_rows, std::int64_t col
     }
     transpose<T>(block);
 #pragma GCC unroll 16
-    for (int r = 0; r < w; ++r) out[where(c + r)] = block[r];
+    for (int r = 0; r < w; ++r) {
+      squares[r & 3] += block[r] * block[r];
+      put(c + r, block[r]);
+    }
   }
   for (; c < columns; ++c) {
     Vec<T> column{};
     for (int r = 0; r < n_rows; ++r) column[r] = to_float(data[r * stride + c]);
-    out[where(c)] = column;
+    squares[0] += column * column;
+    put(c, column);
   }
+  return (squares[0] + squares[1]) + (squares[2] + squares[3]);
 }
 
-template <class T, class Out, class Where>
-void store_rows(const Vec<T>* in, Where where, std::int64_t columns, Out* data, std::int64_t stride, int n_rows) {
+// Stores get(c), the lanes of column c, for every column.
+template <class T, class Out, class Get>
+void store_rows(Get get, std::int64_t columns, Out* data, std::int64_t stride, int n_rows) {
   constexpr int w = width<T>;
   std::int64_t c = 0;
   for (; c + w <= columns; c += w) {
     Vec<T> block[w];
 #pragma GCC unroll 16
-    for (int r = 0; r < w; ++r) block[r] = in[where(c + r)];
+    for (int r = 0; r < w; ++r) block[r] = get(c + r);
     transpose<T>(block);
     for (int r = 0; r < n_rows; ++r) store_row<T>(data + r * stride + c, block[r]);
   }
   for (; c < columns; ++c) {
-    for (int r = 0; r < n_rows; ++r) data[r * stride + c] = from_float<Out, T>(in[where(c)][r]);
+    const Vec<T> column = get(c);
+    for (int r = 0; r < n_rows; ++r) data[r * stride + c] = from_float<Out, T>(column[r]);
   }
 }
 
 // The one place where storage types are told apart.
-template <class T, class Where>
-void load_matrix(const ConstMatrix& m, std::int64_t first_row, int n_rows, Where where, Vec<T>* out) {
+template <class T, class Put>
+Vec<T> load_matrix(const ConstMatrix& m, std::int64_t first_row, int n_rows, Put put) {
   auto load = [&](auto* data) {
-    load_rows<T>(data + first_row * m.row_stride, m.row_stride, n_rows, m.columns, where, out);
+    return load_rows<T>(data + first_row * m.row_stride, m.row_stride, n_rows, m.columns, put);
   };
   if constexpr (sizeof(T) == 8) {
-    load(static_cast<const double*>(m.data));
+    return load(static_cast<const double*>(m.data));
   } else {
     switch (m.scalar) {
       case Scalar::float16: return load(static_cast<const Half*>(m.data));
@@ -106,10 +113,10 @@ void load_matrix(const ConstMatrix& m, std::int64_t first_row, int n_rows, Where
     }
   }
 }
-template <class T, class Where>
-void store_matrix(const Vec<T>* in, Where where, const Matrix& m, std::int64_t first_row, int n_rows) {
+template <class T, class Get>
+void store_matrix(const Matrix& m, std::int64_t first_row, int n_rows, Get get) {
   auto store = [&](auto* data) {
-    store_rows<T>(in, where, m.columns, data + first_row * m.row_stride, m.row_stride, n_rows);
+    store_rows<T>(get, m.columns, data + first_row * m.row_stride, m.row_stride, n_rows);
   };
   if constexpr (sizeof(T) == 8) {
     store(static_cast<double*>(m.data));
@@ -146,18 +153,21 @@ Vec<T> dot(const Vec<T>* a, const Vec<T>* b, Index n) {
 // the circuit is linear, so the readout divides.
 template <class T>
 Norms<T> embed(const BoundPlan<T>& p, const ConstMatrix& x, std::int64_t first_row, int n_rows, State<T> ket) {
-  load_matrix<T>(x, first_row, n_rows, AsStored{p.inputs}, ket.re);
+  const Index* inputs = p.inputs;
+  Vec<T>* re = ket.re;
+  const Vec<T> squared = load_matrix<T>(
+      x, first_row, n_rows, [=](std::int64_t c, const Vec<T>& column) { re[inputs[c]] = column; });
   for (Index i = Index(x.columns); i < p.n_amplitudes; ++i) ket.re[p.inputs[i]] = Vec<T>{};
   if (!p.starts_real) {
     for (Index i = 0; i < p.n_amplitudes; ++i) ket.im[i] = Vec<T>{};
   }
-  Norms<T> norms{dot<T>(ket.re, ket.re, p.n_amplitudes), splat<T>(1)};
+  const Norms<T> norms{squared, splat<T>(1)};
   if (!p.normalize) return norms;
 
   constexpr T tiny = sizeof(T) == 8 ? T(1e-250) : T(1e-24), huge = sizeof(T) == 8 ? T(1e300) : T(1e30);
-  bool extreme = false;
-  for (int l = 0; l < width<T>; ++l) extreme |= norms.squared[l] > huge || norms.squared[l] < tiny;
-  if (!extreme) return norms;
+  bool extreme[width<T>], any = false;
+  for (int l = 0; l < width<T>; ++l) any |= extreme[l] = squared[l] > huge || squared[l] < tiny;
+  if (!any) return norms;
   Vec<T> largest{};
   for (Index i = 0; i < p.n_amplitudes; ++i) {
     const Vec<T> a = ket.re[i] < 0 ? -ket.re[i] : ket.re[i];
@@ -166,7 +176,7 @@ Norms<T> embed(const BoundPlan<T>& p, const ConstMatrix& x, std::int64_t first_r
   Vec<T> rescale = splat<T>(1);
   for (int l = 0; l < n_rows; ++l) {
     const T a = largest[l];
-    if (!(a > 0) || a > std::numeric_limits<T>::max()) continue;  // zero rows, NaN, infinity: nothing to rescue
+    if (!extreme[l] || !(a > 0) || a > std::numeric_limits<T>::max()) continue;  // zero, NaN, infinity: no rescue
     int exponent = 0;
     __builtin_frexp(double(a), &exponent);
     constexpr int limit = sizeof(T) == 8 ? 1020 : 126;
@@ -174,7 +184,8 @@ Norms<T> embed(const BoundPlan<T>& p, const ConstMatrix& x, std::int64_t first_r
     rescale[l] = T(__builtin_ldexp(1.0, -exponent));
   }
   for (Index i = 0; i < p.n_amplitudes; ++i) ket.re[i] *= rescale;
-  return {dot<T>(ket.re, ket.re, p.n_amplitudes), rescale};
+  const Vec<T> rescaled = dot<T>(ket.re, ket.re, p.n_amplitudes);
+  return {rescale == splat<T>(1) ? squared : rescaled, rescale};
 }
 
 // 1 / squared norm, or 1 / norm for the state itself; zero for a zero row; one where nothing is normalized.
@@ -267,8 +278,7 @@ void unwind_pass(const RotatePass<T>& shared, Vec<T>* ket, Vec<T>* bra, Vec<T>* 
   constexpr int size = 1 << radix;
   const RotatePass<T> pass = shared;
   const Block<T, radix> in(pass.offsets);
-  Vec<T> sum[radix];
-  for (int k = 0; k < radix; ++k) sum[k] = overlaps[k];
+  Vec<T> sum[radix][2] = {};
   for (std::uint32_t r = 0; r < pass.n_representatives; ++r) {
     const std::size_t base = in.base(pass.representatives[r]);
     Vec<T> a[size], b[size];
@@ -283,8 +293,8 @@ void unwind_pass(const RotatePass<T>& shared, Vec<T>* ket, Vec<T>* bra, Vec<T>* 
       for (int v = 0; v < size; ++v) {
         if (v & (1 << k)) continue;
         const int u = v | (1 << k);
-        sum[k] += b[u] * a[v];
-        sum[k] -= b[v] * a[u];
+        sum[k][0] += b[u] * a[v];
+        sum[k][1] += b[v] * a[u];
       }
     }
     rotate_block<T, radix, tangent, true>(a, pass);
@@ -295,7 +305,7 @@ void unwind_pass(const RotatePass<T>& shared, Vec<T>* ket, Vec<T>* bra, Vec<T>* 
       in.at(bra, base, v) = b[v];
     }
   }
-  for (int k = 0; k < radix; ++k) overlaps[k] = sum[k];
+  for (int k = 0; k < radix; ++k) overlaps[k] += sum[k][0] - sum[k][1];
 }
 
 // Calls f with the pass's radix and form as compile-time constants.
@@ -312,6 +322,20 @@ QAA_INLINE void with_radix(std::uint32_t radix, F&& f) {
     case 4: return f(Radix<4>{});
   }
   __builtin_unreachable();
+}
+
+// Calls f with two truths as compile-time constants.
+template <bool truth>
+struct Flag {
+  static constexpr bool value = truth;
+};
+template <class F>
+QAA_INLINE void with_flags(bool a, bool b, F&& f) {
+  if (a) {
+    b ? f(Flag<true>{}, Flag<true>{}) : f(Flag<true>{}, Flag<false>{});
+  } else {
+    b ? f(Flag<false>{}, Flag<true>{}) : f(Flag<false>{}, Flag<false>{});
+  }
 }
 
 template <class T>
@@ -384,33 +408,33 @@ void tree_sums(std::uint32_t n, Value&& value, Vec<T>* scratch, Vec<T>* sums) {
   sums[n] = scratch[0];
 }
 
-// use(b, w) with w = weights[n] + sum over j of (-1)^(bit j of b) weights[j], the transpose of tree_sums.
-template <class T, class Use>
-void tree_weights(std::uint32_t n, const Vec<T>* weights, Vec<T>* scratch, Use&& use) {
-  const std::uint32_t low = n < 3 ? n : 3;
-  // The upper n - low bits by doubling, in place; then all combinations of the lower ones.
-  scratch[0] = weights[n];
-  for (std::uint32_t j = low; j < n; ++j) {
-    const Index half = Index{1} << (j - low);
-    for (Index b = 0; b < half; ++b) {
-      scratch[b | half] = scratch[b] - weights[j];
-      scratch[b] += weights[j];
+// weight(b) = weights[n] + sum over j of (-1)^(bit j of b) weights[j], the transpose of tree_sums.
+template <class T>
+struct TreeWeights {
+  Vec<T> lower[8];  // all combinations of the lowest bits
+  Vec<T>* upper;    // and of the others
+
+  TreeWeights(std::uint32_t n, const Vec<T>* weights, Vec<T>* scratch) : upper(scratch) {
+    const std::uint32_t low = n < 3 ? n : 3;
+    lower[0] = Vec<T>{};
+    upper[0] = weights[n];
+    double_up(lower, weights, low);
+    double_up(upper, weights + low, n - low);
+    for (std::uint32_t v = 1u << low; v < 8; ++v) lower[v] = Vec<T>{};
+  }
+  QAA_INLINE Vec<T> operator()(Index b) const { return upper[b >> 3] + lower[b & 7]; }
+
+ private:
+  static void double_up(Vec<T>* sums, const Vec<T>* weights, std::uint32_t bits) {
+    for (std::uint32_t j = 0; j < bits; ++j) {
+      const Index half = Index{1} << j;
+      for (Index b = 0; b < half; ++b) {
+        sums[b | half] = sums[b] - weights[j];
+        sums[b] += weights[j];
+      }
     }
   }
-  Vec<T> lower[8];
-  lower[0] = Vec<T>{};
-  for (std::uint32_t j = 0; j < low; ++j) {
-    for (int v = 0; v < (1 << j); ++v) {
-      lower[v | (1 << j)] = lower[v] - weights[j];
-      lower[v] += weights[j];
-    }
-  }
-  const Index n_blocks = Index{1} << (n - low), size = Index{1} << low;
-  for (Index b = 0; b < n_blocks; ++b) {
-    const Vec<T> upper = scratch[b];
-    for (Index v = 0; v < size; ++v) use((b << low) | v, upper + lower[v]);
-  }
-}
+};
 
 // ------------------------------------------------------------------------------------------------ diagonals
 
@@ -440,7 +464,7 @@ void apply_diagonal(const BoundStage<T>& stage, Index n, bool was_complex, State
 // was real before the diagonal, only the real parts are kept: nothing upstream depends on the bra's imaginary part.
 template <class T>
 void unwind_diagonal(const BoundPlan<T>& p, const BoundStage<T>& stage, bool is_complex, bool was_complex,
-                     const Workspace<T>& work, double* slots) {
+                     const Workspace<T>& work) {
   const State<T> ket = work.ket, bra = work.bra;
   if (stage.real) {
     for (Index i = 0; i < p.n_amplitudes; ++i) {
@@ -472,42 +496,44 @@ void unwind_diagonal(const BoundPlan<T>& p, const BoundStage<T>& stage, bool is_
     for (Index i = 0; i < p.n_amplitudes; ++i) undo(i);
     return;
   }
-  auto add_sums = [&](const SumTree& tree, const Vec<T>* sums) {
+  auto add_sums = [&](const SumTree& tree, const Vec<T>* sums, double scale) {
     for (std::uint32_t j = 0; j <= p.n_wires; ++j) {
-      if (tree.slots[j] != Tree::unused) slots[stage.first_slot + tree.slots[j]] += lane_sum<T>(sums[j]);
+      if (tree.slots[j] != Tree::unused) work.add_to_slot(stage.first_slot + tree.slots[j], sums[j], scale);
     }
   };
   Vec<T> sums[max_sums];
   if (stage.n_trees == 1) {
     const Index* order = stage.trees[0].order;
     tree_sums<T>(p.n_wires, [&](Index b) { return undo(order[b]); }, work.scratch, sums);
-    add_sums(stage.trees[0], sums);
+    add_sums(stage.trees[0], sums, 1);
     return;
   }
   // More masks than wires: the overlaps first, where every tree can read them.
   for (std::uint32_t t = 0; t < stage.n_trees; ++t) {
     const Index* order = stage.trees[t].order;
-    if (t + 1 < stage.n_trees) {
-      const double scale = stage.overlap_scale;
+    const bool last = t + 1 == stage.n_trees;
+    if (!last) {
       tree_sums<T>(p.n_wires, [&](Index b) {
         const Index i = order[b];
         return bra.re[i] * ket.im[i] - bra.im[i] * ket.re[i];
       }, work.scratch, sums);
-      for (auto& sum : sums) sum *= T(scale);
     } else {
       tree_sums<T>(p.n_wires, [&](Index b) { return undo(order[b]); }, work.scratch, sums);
     }
-    add_sums(stage.trees[t], sums);
+    add_sums(stage.trees[t], sums, last ? 1 : stage.overlap_scale);
   }
 }
 
 // ------------------------------------------------------------------------------------------------ observables
 
-template <class T, int radix>
-void flip_values(const FlipPass& shared, const Vec<T>* state, Vec<T>* values) {
+// values[k] += <state| flip by mask k |state>; with `apply` also bra += sum over k of weights[k] (state flipped by mask k).
+template <class T, int radix, bool apply>
+void flip_pass(const FlipPass& shared, const Vec<T>* state, Vec<T>* values, const Vec<T>* weights,
+               Vec<T>* bra) {
   const FlipPass pass = shared;
   const Block<T, radix> in(pass.offsets);
-  Vec<T> sum[radix] = {};
+  Vec<T> sum[radix][2] = {}, weight[radix];  // two chains each: one would wait for its own last result
+  for (int k = 0; apply && k < radix; ++k) weight[k] = weights[pass.first + k];
   for (std::uint32_t r = 0; r < pass.n_representatives; ++r) {
     const std::size_t base = in.base(pass.representatives[r]);
     Vec<T> block[1 << radix];
@@ -517,33 +543,24 @@ void flip_values(const FlipPass& shared, const Vec<T>* state, Vec<T>* values) {
     for (int k = 0; k < radix; ++k) {
 #pragma GCC unroll 16
       for (int v = 0; v < (1 << radix); ++v) {
-        if (!(v & (1 << k))) sum[k] += block[v] * block[v | (1 << k)];
+        if (!(v & (1 << k))) sum[k][(v >> (k == 0)) & 1] += block[v] * block[v | (1 << k)];
+      }
+    }
+    if constexpr (apply) {
+#pragma GCC unroll 16
+      for (int v = 0; v < (1 << radix); ++v) {
+        Vec<T> out = in.at(bra, base, v);
+#pragma GCC unroll 4
+        for (int k = 0; k < radix; ++k) out += weight[k] * block[v ^ (1 << k)];
+        in.at(bra, base, v) = out;
       }
     }
   }
-  for (int k = 0; k < radix; ++k) values[pass.first + k] += sum[k] + sum[k];
+  for (int k = 0; k < radix; ++k) values[pass.first + k] += 2 * (sum[k][0] + sum[k][1]);
 }
-
-// bra += sum over k of weight_k (ket flipped by mask k)
-template <class T, int radix>
-void flip_apply(const FlipPass& shared, const Vec<T>* weights, const Vec<T>* ket, Vec<T>* bra) {
-  const FlipPass pass = shared;
-  const Block<T, radix> in(pass.offsets);
-  Vec<T> weight[radix];
-  for (int k = 0; k < radix; ++k) weight[k] = weights[pass.first + k];
-  for (std::uint32_t r = 0; r < pass.n_representatives; ++r) {
-    const std::size_t base = in.base(pass.representatives[r]);
-    Vec<T> block[1 << radix];
-#pragma GCC unroll 16
-    for (int v = 0; v < (1 << radix); ++v) block[v] = in.at(ket, base, v);
-#pragma GCC unroll 16
-    for (int v = 0; v < (1 << radix); ++v) {
-      Vec<T> sum = in.at(bra, base, v);
-#pragma GCC unroll 4
-      for (int k = 0; k < radix; ++k) sum += weight[k] * block[v ^ (1 << k)];
-      in.at(bra, base, v) = sum;
-    }
-  }
+template <class T, bool apply>
+void flip(const FlipPass& pass, const Vec<T>* state, Vec<T>* values, const Vec<T>* weights, Vec<T>* bra) {
+  with_radix(pass.radix, [&](auto radix) { flip_pass<T, radix.value, apply>(pass, state, values, weights, bra); });
 }
 
 // Calls f(i, j, sign) for every pair j = i ^ x, with the sign of index i.
@@ -588,69 +605,55 @@ void general_apply(const GeneralString& s, Index n, bool complex, Vec<T> weight,
   });
 }
 
-// work.strings[s] = <stored ket| string s |stored ket>
-template <class T>
-void string_values(const BoundPlan<T>& p, bool complex, const Workspace<T>& work) {
+// work.strings[s] = <stored ket| string s |stored ket>; with `apply` also bra = (sum over s of weights[s] string s) ket.
+template <class T, bool apply>
+void measure_strings(const BoundPlan<T>& p, bool complex, const Vec<T>* weights, const Workspace<T>& work) {
   Vec<T>* values = work.strings;
-  const State<T> ket = work.ket;
+  const State<T> ket = work.ket, bra = work.bra;
   for (std::uint32_t s = 0; s < p.n_strings; ++s) values[s] = Vec<T>{};
   for (std::uint32_t t = 0; t < p.n_trees; ++t) {
     const SumTree& tree = p.trees[t];
-    Vec<T> sums[max_sums];
-    if (complex) {
+    const Index* order = tree.order;
+    Vec<T> sums[max_sums], tree_weight[max_sums];
+    for (std::uint32_t j = 0; apply && j <= p.n_wires; ++j) {
+      tree_weight[j] = tree.slots[j] != Tree::unused ? weights[tree.slots[j]] : Vec<T>{};
+    }
+    auto measure = [&](auto is_complex, auto first, auto&& weight) {
       tree_sums<T>(p.n_wires, [&](Index b) {
-        const Index i = tree.order[b];
-        return ket.re[i] * ket.re[i] + ket.im[i] * ket.im[i];
-      }, work.scratch, sums);
-    } else {
-      tree_sums<T>(p.n_wires, [&](Index b) {
-        const Vec<T> re = ket.re[tree.order[b]];
+        const Index i = order[b];
+        const Vec<T> re = ket.re[i], im = is_complex.value ? ket.im[i] : Vec<T>{};
+        if constexpr (apply) {
+          const Vec<T> w = weight(b);
+          bra.re[i] = first.value ? w * re : bra.re[i] + w * re;
+          if constexpr (is_complex.value) bra.im[i] = first.value ? w * im : bra.im[i] + w * im;
+        }
+        if constexpr (is_complex.value) return re * re + im * im;
         return re * re;
       }, work.scratch, sums);
-    }
+    };
+    with_flags(complex, t == 0, [&](auto is_complex, auto first) {
+      if constexpr (apply) {
+        measure(is_complex, first, TreeWeights<T>(p.n_wires, tree_weight, work.scratch + work.scratch_size(p)));
+      } else {
+        measure(is_complex, first, 0);
+      }
+    });
     for (std::uint32_t j = 0; j <= p.n_wires; ++j) {
       if (tree.slots[j] != Tree::unused) values[tree.slots[j]] = sums[j];
     }
   }
-  for (std::uint32_t f = 0; f < p.n_flips; ++f) {
-    with_radix(p.flips[f].radix, [&](auto radix) {
-      flip_values<T, radix.value>(p.flips[f], ket.re, values);
-      if (complex) flip_values<T, radix.value>(p.flips[f], ket.im, values);
-    });
-  }
-  for (std::uint32_t g = 0; g < p.n_general; ++g) {
-    values[p.general[g].string] = general_value<T>(p.general[g], p.n_amplitudes, complex, ket);
-  }
-}
-
-// bra = (sum over s of weights[s] string s) ket
-template <class T>
-void apply_strings(const BoundPlan<T>& p, bool complex, const Vec<T>* weights, const Workspace<T>& work) {
-  const State<T> ket = work.ket, bra = work.bra;
-  for (std::uint32_t t = 0; t < p.n_trees; ++t) {
-    const SumTree& tree = p.trees[t];
-    Vec<T> tree_weight[max_sums];
-    for (std::uint32_t j = 0; j <= p.n_wires; ++j) {
-      tree_weight[j] = tree.slots[j] != Tree::unused ? weights[tree.slots[j]] : Vec<T>{};
-    }
-    tree_weights<T>(p.n_wires, tree_weight, work.scratch, [&](Index b, Vec<T> w) {
-      const Index i = tree.order[b];
-      bra.re[i] = t == 0 ? w * ket.re[i] : bra.re[i] + w * ket.re[i];
-      if (complex) bra.im[i] = t == 0 ? w * ket.im[i] : bra.im[i] + w * ket.im[i];
-    });
-  }
-  if (p.n_trees == 0) {
+  if (apply && p.n_trees == 0) {
     for (Index i = 0; i < p.n_amplitudes; ++i) bra.re[i] = Vec<T>{};
     for (Index i = 0; complex && i < p.n_amplitudes; ++i) bra.im[i] = Vec<T>{};
   }
   for (std::uint32_t f = 0; f < p.n_flips; ++f) {
-    with_radix(p.flips[f].radix, [&](auto radix) {
-      flip_apply<T, radix.value>(p.flips[f], weights, ket.re, bra.re);
-      if (complex) flip_apply<T, radix.value>(p.flips[f], weights, ket.im, bra.im);
-    });
+    flip<T, apply>(p.flips[f], ket.re, values, weights, bra.re);
+    if (complex) flip<T, apply>(p.flips[f], ket.im, values, weights, bra.im);
   }
   for (std::uint32_t g = 0; g < p.n_general; ++g) {
-    general_apply<T>(p.general[g], p.n_amplitudes, complex, weights[p.general[g].string], ket, bra);
+    const GeneralString& string = p.general[g];
+    values[string.string] = general_value<T>(string, p.n_amplitudes, complex, ket);
+    if (apply) general_apply<T>(string, p.n_amplitudes, complex, weights[string.string], ket, bra);
   }
 }
 
@@ -682,7 +685,7 @@ void forward_group(const BoundPlan<T>& p, const ForwardCall& call, std::int64_t 
   const State<T> ket = work.ket;
   Vec<T>* columns = work.columns;
   if (p.readout == ReadoutKind::expval) {
-    string_values<T>(p, complex, work);
+    measure_strings<T, false>(p, complex, nullptr, work);
     for (std::uint32_t k = 0; k < p.n_outputs; ++k) columns[k] = Vec<T>{};
     for (std::uint32_t t = 0; t < p.n_terms; ++t) {
       columns[p.terms[t].output] += p.terms[t].coefficient * work.strings[p.terms[t].string];
@@ -705,26 +708,32 @@ void forward_group(const BoundPlan<T>& p, const ForwardCall& call, std::int64_t 
       columns[2 * k + 1] = complex ? ket.im[p.outputs[k]] * signed_scale : Vec<T>{};
     }
   }
-  store_matrix<T>(columns, InOrder{}, call.features, first_row, n_rows);
+  store_matrix<T>(call.features, first_row, n_rows, [=](std::int64_t c) { return columns[c]; });
 }
 
-// The bra M ket, in the ket's scale, where M is the readout weighted by the incoming gradient.
+// The bra M ket, in the ket's scale, where M is the readout weighted by the incoming gradient. Returns Re<bra|ket>,
+// which the adjoint does not change.
 template <class T>
-void start_bra(const BoundPlan<T>& p, bool complex, const Workspace<T>& work, double* slots) {
+Vec<T> start_bra(const BoundPlan<T>& p, bool complex, const Workspace<T>& work) {
   const State<T> ket = work.ket, bra = work.bra;
   const Vec<T>* grad = work.columns;
+  Vec<T> overlap{};
   if (p.readout == ReadoutKind::expval) {
-    string_values<T>(p, complex, work);
+    const Vec<T>* values = work.strings;
     Vec<T>* weights = work.strings + p.n_strings;
     for (std::uint32_t s = 0; s < p.n_strings; ++s) weights[s] = Vec<T>{};
-    const T scale = p.scale * p.scale;
+    for (std::uint32_t t = 0; t < p.n_terms; ++t) {
+      weights[p.terms[t].string] += p.terms[t].coefficient * grad[p.terms[t].output];
+    }
+    measure_strings<T, true>(p, complex, weights, work);
+    const double scale = double(p.scale) * double(p.scale);
     for (std::uint32_t t = 0; t < p.n_terms; ++t) {
       const BoundTerm<T>& term = p.terms[t];
-      weights[term.string] += term.coefficient * grad[term.output];
-      slots[p.first_term_slot + t] += lane_sum<T>(grad[term.output] * work.strings[term.string] * scale);
+      const Vec<T> product = grad[term.output] * values[term.string];
+      overlap += term.coefficient * product;
+      if (term.varies) work.add_to_slot(p.first_term_slot + t, product, scale);
     }
-    apply_strings<T>(p, complex, weights, work);
-    return;
+    return overlap;
   }
   for (Index i = 0; i < p.n_amplitudes; ++i) bra.re[i] = Vec<T>{};
   for (Index i = 0; complex && i < p.n_amplitudes; ++i) bra.im[i] = Vec<T>{};
@@ -738,18 +747,22 @@ void start_bra(const BoundPlan<T>& p, bool complex, const Workspace<T>& work, do
       bra.re[i] = grad[2 * k] * scale;
       if (complex) bra.im[i] = grad[2 * k + 1] * scale;
     }
+    overlap += bra.re[i] * ket.re[i];
+    if (complex) overlap += bra.im[i] * ket.im[i];
   }
+  return overlap;
 }
 
 template <class T>
 void backward_group(const BoundPlan<T>& p, const BackwardCall& call, std::int64_t first_row, int n_rows,
-                    const Workspace<T>& work, double* slots) {
+                    const Workspace<T>& work) {
   const Norms<T> norms = embed<T>(p, call.x, first_row, n_rows, work.ket);
   bool complex = run_stages<T>(p, work.ket);
   const Vec<T> inverse = inverse_norm<T>(p, norms);
-  load_matrix<T>(call.grad, first_row, n_rows, InOrder{}, work.columns);
-  for (std::uint32_t k = 0; k < p.n_columns; ++k) work.columns[k] *= inverse;
-  start_bra<T>(p, complex, work, slots);
+  Vec<T>* columns = work.columns;
+  load_matrix<T>(call.grad, first_row, n_rows,
+                 [=](std::int64_t c, const Vec<T>& column) { columns[c] = column * inverse; });
+  const Vec<T> overlap = start_bra<T>(p, complex, work);
 
   std::uint32_t first_complex = p.n_stages;  // the stage after which the state is complex
   for (std::uint32_t s = p.n_stages; s-- > 0;) {
@@ -759,7 +772,7 @@ void backward_group(const BoundPlan<T>& p, const BackwardCall& call, std::int64_
     const BoundStage<T>& stage = p.stages[s];
     if (stage.diagonal) {
       const bool was_complex = !p.starts_real || s > first_complex;
-      unwind_diagonal<T>(p, stage, complex, was_complex, work, slots);
+      unwind_diagonal<T>(p, stage, complex, was_complex, work);
       complex = was_complex;
       continue;
     }
@@ -769,7 +782,7 @@ void backward_group(const BoundPlan<T>& p, const BackwardCall& call, std::int64_
       unwind<T>(pass, work.ket.re, work.bra.re, overlaps);
       if (complex) unwind<T>(pass, work.ket.im, work.bra.im, overlaps);
       for (std::uint32_t r = 0; r < pass.radix; ++r) {
-        slots[pass.first_slot + r] += pass.overlap_scale * lane_sum<T>(overlaps[r]);
+        work.add_to_slot(pass.first_slot + r, overlaps[r], pass.overlap_scale);
       }
     }
   }
@@ -777,15 +790,15 @@ void backward_group(const BoundPlan<T>& p, const BackwardCall& call, std::int64_
 
   // d/dx of q(x) / |x|^2, or of phi(x) / |x|: what lies along x drops out.
   const Vec<T>*ket = work.ket.re, *bra = work.bra.re;
+  const Index* inputs = p.inputs;
   const Vec<T> outer = norms.rescale * (p.unwound_scale * (p.readout == ReadoutKind::state ? T(1) : T(2)));
   Vec<T> along{};
-  if (p.normalize) {
-    along = dot<T>(bra, ket, p.n_amplitudes);
-    for (int l = 0; l < width<T>; ++l) along[l] = norms.squared[l] == 0 ? T(0) : along[l] / norms.squared[l];
-    along *= p.unwound_scale * p.unwound_scale;
+  for (int l = 0; p.normalize && l < width<T>; ++l) {
+    along[l] = norms.squared[l] == 0 ? T(0) : overlap[l] * (p.scale * p.scale) / norms.squared[l];
   }
-  for (Index i = 0; i < p.n_amplitudes; ++i) work.ket.re[i] = outer * (bra[i] - along * ket[i]);
-  store_matrix<T>(work.ket.re, AsStored{p.inputs}, call.grad_x, first_row, n_rows);
+  store_matrix<T>(call.grad_x, first_row, n_rows, [=](std::int64_t c) {
+    return outer * (bra[inputs[c]] - along * ket[inputs[c]]);
+  });
 }
 
 }  // namespace qaa::QAA_ISA

@@ -20,18 +20,24 @@ typedef double vec_f64 __attribute__((vector_size(QAA_VECTOR_BYTES)));
 typedef std::uint32_t vec_u32 __attribute__((vector_size(QAA_VECTOR_BYTES)));
 typedef std::uint16_t vec_u16 __attribute__((vector_size(QAA_VECTOR_BYTES / 2)));
 
+typedef double vec_f64_of_f32 __attribute__((vector_size(2 * QAA_VECTOR_BYTES), aligned(QAA_VECTOR_BYTES)));
+
 template <class T>
 struct LaneTypes;
 template <>
 struct LaneTypes<float> {
   using Vec = vec_f32;
+  using Wide = vec_f64_of_f32;
 };
 template <>
 struct LaneTypes<double> {
   using Vec = vec_f64;
+  using Wide = vec_f64;
 };
 template <class T>
 using Vec = typename LaneTypes<T>::Vec;
+template <class T>
+using Wide = typename LaneTypes<T>::Wide;  // the same lanes in double
 template <class T>
 inline constexpr int width = QAA_VECTOR_BYTES / int(sizeof(T));
 
@@ -138,15 +144,37 @@ QAA_INLINE void transpose(Vec<T>* rows) {
   transpose_step<1, T>(rows);
 }
 
-// Sum over lanes, in double and always in the same order.
 template <class T>
-QAA_INLINE double lane_sum(const Vec<T>& values) {
+QAA_INLINE Wide<T> widen(const Vec<T>& values) {
+  return __builtin_convertvector(values, Wide<T>);
+}
+// Sum over lanes, always in the same order.
+template <class T>
+QAA_INLINE double lane_sum(const Wide<T>& values) {
   double sum[2] = {};
   for (int l = 0; l < width<T>; l += 2) {
-    sum[0] += double(values[l]);
-    sum[1] += double(values[l + 1]);
+    sum[0] += values[l];
+    sum[1] += values[l + 1];
   }
   return sum[0] + sum[1];
+}
+
+// out[k] = sum over the lanes of values[k], for n at a time as columns of a transpose.
+template <class T>
+QAA_INLINE void lane_sums(const Vec<T>* values, int n, T* out) {
+  constexpr int w = width<T>;
+  for (int first = 0; first < n; first += w) {
+    const int here = n - first < w ? n - first : w;
+    Vec<T> block[w];
+    for (int k = 0; k < w; ++k) block[k] = k < here ? values[first + k] : Vec<T>{};
+    transpose<T>(block);
+#pragma GCC unroll 4
+    for (int half = w / 2; half > 0; half /= 2) {
+#pragma GCC unroll 8
+      for (int k = 0; k < half; ++k) block[k] += block[k + half];
+    }
+    std::memcpy(out + first, &block[0], std::size_t(here) * sizeof(T));
+  }
 }
 
 }  // namespace qaa::QAA_ISA

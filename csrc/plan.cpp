@@ -653,6 +653,41 @@ Plan compile(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vecto
   return plan;
 }
 
+Operations count_operations(const Plan& plan, std::uint32_t columns) {
+  const double n = plan.n_amplitudes();
+  const double tree_sum = 3 * (n - 1);  // a sum, a difference and its accumulation for every pair of every level
+  const double rotation = plan.options.tangent ? 1 : 2;
+  double parts = plan.options.real ? 1 : 2;  // 2 where the state is complex
+  double forward = columns, back = 0;
+  for (const Stage& stage : plan.stages) {
+    if (!stage.is_diagonal()) {
+      const double turned = double(stage.rotations.size()) * n * parts;
+      forward += rotation * turned;
+      back += (1 + 2 * rotation) * turned;  // the overlap, then ket and bra
+    } else if (stage.real) {
+      forward += n * parts;
+      back += 2 * n * parts;
+    } else {
+      forward += 2 * n * parts;
+      back += (4 + 2 * parts) * n;  // the whole bra, as much of the ket as was there before
+      if (!stage.trees.empty()) back += double(stage.trees.size()) * (n * parts + tree_sum);
+      parts = 2;
+    }
+  }
+  double readout = 0;
+  if (plan.readout == ReadoutKind::expval) {
+    const double n_trees = double(plan.trees.size()), n_general = double(plan.general.size());
+    double n_flips = 0;
+    for (const Pass& pass : plan.flips) n_flips += pass.radix;
+    readout = n_trees * (n * parts + tree_sum) + n_flips * n / 2 * parts + n_general * (n / 2) * (2 * parts);
+    back += n_trees * n * (1 + parts) + n_flips * n * parts + n_general * n * (1 + 2 * parts);
+  } else {
+    readout = plan.n_outputs * 2 * parts;
+    back += plan.n_outputs * 2 * parts;
+  }
+  return {forward + readout, forward + readout + back + 2.0 * columns};
+}
+
 std::string Plan::str() const {
   std::ostringstream out;
   auto print_angle = [&](const Angle& angle) {

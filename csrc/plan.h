@@ -144,6 +144,13 @@ struct Plan {
   std::string str() const;
 };
 
+// Arithmetic of the kernels for one state whose row has `columns` numbers. A multiply-add counts as one operation, as
+// do a lone multiplication and a lone addition; loads, stores, conversions and transposes count as none.
+struct Operations {
+  double forward, backward;
+};
+Operations count_operations(const Plan& plan, std::uint32_t columns);
+
 // Throws std::invalid_argument with one sentence that names what was expected and what was received.
 Plan compile(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vector<GateCall>& gates,
              const ReadoutSpec& readout, bool normalize, const PlanOptions& options);

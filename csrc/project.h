@@ -22,144 +22,188 @@ struct Projection {
   const T* bias;  // (padded_columns), scaled
 };
 
-constexpr int project_rows = 4;
+// Tiles that keep their sums in registers.
+constexpr bool many_registers = QAA_VECTOR_BYTES == 64 || QAA_ROTATE_RADIX == 4;
+constexpr int tile_rows = 4, tile_vectors = many_registers ? 4 : 2, tile_features = many_registers ? 5 : 2;
 
-template <class T, int n_rows>
-void project_block(const Projection<T>& p, const T* const* features, const T* const* base, T* const* out) {
+// A whole vector, or the `n` numbers that are left of a row.
+template <bool part, class T>
+QAA_INLINE Vec<T> load(const T* row, std::int64_t n) {
+  if constexpr (!part) return load_row<T>(row);
+  Vec<T> out{};
+  std::memcpy(&out, row, std::size_t(n) * sizeof(T));
+  return out;
+}
+template <bool part, class T>
+QAA_INLINE void store(T* row, std::int64_t n, const Vec<T>& values) {
+  if constexpr (!part) return store_row<T>(row, values);
+  std::memcpy(row, &values, std::size_t(n) * sizeof(T));
+}
+
+// A matrix that is read row by row.
+template <class T>
+struct Rows {
+  T* data;
+  std::int64_t stride;
+  QAA_INLINE T* operator[](std::int64_t r) const { return data + r * stride; }
+};
+template <class T>
+Rows<const T> rows_of(const ConstMatrix& m) {
+  return {static_cast<const T*>(m.data), m.row_stride};
+}
+template <class T>
+Rows<T> rows_of(const Matrix& m) {
+  return {static_cast<T*>(m.data), m.row_stride};
+}
+
+template <int n>
+struct Constant {};
+
+// Calls f(Constant, row) for `size` rows at a time, then one by one.
+template <int size, class F>
+QAA_INLINE void row_tiles(std::int64_t first, std::int64_t last, F&& f) {
+  for (; first + size <= last; first += size) f(Constant<size>{}, first);
+  for (; first < last; ++first) f(Constant<1>{}, first);
+}
+
+// Calls f(Constant, part, column) for `size` vectors of columns at a time, then one by one, then for what is left.
+template <class T, int size, class F>
+QAA_INLINE void column_tiles(std::int64_t columns, F&& f) {
   constexpr int w = width<T>;
-  for (std::int64_t c = 0; c < p.columns; c += w) {
-    const bool whole = c + w <= p.columns;
-    const std::size_t bytes = std::size_t(whole ? w : p.columns - c) * sizeof(T);
-    Vec<T> sum[n_rows];
-    for (int r = 0; r < n_rows; ++r) {
-      sum[r] = Vec<T>{};
-      if (whole) {
-        std::memcpy(&sum[r], base[r] + c, sizeof(Vec<T>));
-      } else {
-        std::memcpy(&sum[r], base[r] + c, bytes);
-      }
-    }
-    const Vec<T> bias = load_row<T>(p.bias + c);
-    for (int r = 0; r < n_rows; ++r) sum[r] += bias;
-    const T* up = p.up + c;
-    for (std::int64_t k = 0; k < p.n_features; ++k, up += p.padded_columns) {
-      const Vec<T> weight = load_row<T>(up);
-#pragma GCC unroll 4
-      for (int r = 0; r < n_rows; ++r) sum[r] += features[r][k] * weight;
-    }
-    for (int r = 0; r < n_rows; ++r) {
-      if (whole) {
-        std::memcpy(out[r] + c, &sum[r], sizeof(Vec<T>));
-      } else {
-        std::memcpy(out[r] + c, &sum[r], bytes);
-      }
-    }
+  std::int64_t c = 0;
+  for (; c + size * w <= columns; c += size * w) f(Constant<size>{}, Constant<0>{}, c);
+  for (; c + w <= columns; c += w) f(Constant<1>{}, Constant<0>{}, c);
+  if (c < columns) f(Constant<1>{}, Constant<1>{}, c);
+}
+
+// Calls f(Constant, first) for groups of at most `size` of n, as even as they can be.
+template <int size, class F>
+QAA_INLINE void even_groups(std::int64_t n, F&& f) {
+  for (std::int64_t first = 0; first < n;) {
+    const std::int64_t left = n - first, groups = (left + size - 1) / size;
+    const int here = int((left + groups - 1) / groups);
+    auto call = [&]<int... k>(std::integer_sequence<int, k...>) {
+      ((here == k + 1 ? f(Constant<k + 1>{}, first) : void()), ...);
+    };
+    call(std::make_integer_sequence<int, size>{});
+    first += here;
   }
 }
 
 template <class T>
 void project_rows_forward(const Projection<T>& p, const ProjectCall& call, std::int64_t first, std::int64_t last) {
-  auto row = [](const auto& m, std::int64_t r) {
-    return static_cast<const T*>(static_cast<const void*>(m.data)) + r * m.row_stride;
-  };
-  for (std::int64_t r = first; r < last;) {
-    const T *features[project_rows], *base[project_rows];
-    T* out[project_rows];
-    const int n = last - r >= project_rows ? project_rows : 1;
-    for (int k = 0; k < n; ++k) {
-      features[k] = row(call.features, r + k);
-      base[k] = row(call.base, r + k);
-      out[k] = static_cast<T*>(call.out.data) + (r + k) * call.out.row_stride;
-    }
-    if (n == project_rows) {
-      project_block<T, project_rows>(p, features, base, out);
-    } else {
-      project_block<T, 1>(p, features, base, out);
-    }
-    r += n;
-  }
-}
-
-// A block of rows against all columns, `n_features` features at a time in registers:
-//   sums[r][k] += sum over columns of grad[r] up[k]        (grad_features)
-//   grad_up[k] += sum over rows of features[r][k] grad[r]
-template <class T, int n_rows, int n_features>
-QAA_INLINE void project_adjoint_block(const Projection<T>& p, const T* const* grad, const T* const* features,
-                                      std::int64_t first_feature, T* const* grad_features, T* grad_up) {
   constexpr int w = width<T>;
-  Vec<T> sum[n_rows][n_features] = {};
-  T feature[n_rows][n_features];
-  for (int r = 0; r < n_rows; ++r) {
-    for (int k = 0; k < n_features; ++k) feature[r][k] = features[r][first_feature + k];
-  }
-  const T* up = p.up + first_feature * p.padded_columns;
-  T* out = grad_up + first_feature * p.padded_columns;
-  for (std::int64_t c = 0; c < p.columns; c += w) {
+  const Rows<const T> features = rows_of<T>(call.features), base = rows_of<T>(call.base);
+  const Rows<T> out = rows_of<T>(call.out);
+  row_tiles<tile_rows>(first, last, [&]<int n_rows>(Constant<n_rows>, std::int64_t r) {
+    column_tiles<T, tile_vectors>(p.columns, [&]<int n_vectors, int part>(Constant<n_vectors>, Constant<part>,
+                                                                          std::int64_t c) {
+      Vec<T> sum[n_rows][n_vectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < n_vectors; ++v) {
+        const Vec<T> bias = load_row<T>(p.bias + c + v * w);
+#pragma GCC unroll 4
+        for (int i = 0; i < n_rows; ++i) sum[i][v] = load<part>(base[r + i] + c + v * w, p.columns - c) + bias;
+      }
+      for (std::int64_t k = 0; k < p.n_features; ++k) {
+#pragma GCC unroll 4
+        for (int v = 0; v < n_vectors; ++v) {
+          const Vec<T> weight = load_row<T>(p.up + k * p.padded_columns + c + v * w);
+#pragma GCC unroll 4
+          for (int i = 0; i < n_rows; ++i) sum[i][v] += features[r + i][k] * weight;
+        }
+      }
+#pragma GCC unroll 4
+      for (int i = 0; i < n_rows; ++i) {
+#pragma GCC unroll 4
+        for (int v = 0; v < n_vectors; ++v) store<part>(out[r + i] + c + v * w, p.columns - c, sum[i][v]);
+      }
+    });
+  });
+}
+
+// grad_features of n_rows rows and n of the features: sums over all columns.
+template <class T, int n_rows, int n>
+void project_grad_features(const Projection<T>& p, const Rows<const T>& grad, std::int64_t r, std::int64_t k,
+                           const Rows<T>& grad_features) {
+  Vec<T> sum[n_rows][n] = {};
+  column_tiles<T, 1>(p.columns, [&]<int part>(Constant<1>, Constant<part>, std::int64_t c) {
     Vec<T> g[n_rows];
-    if (c + w <= p.columns) {
 #pragma GCC unroll 4
-      for (int r = 0; r < n_rows; ++r) std::memcpy(&g[r], grad[r] + c, sizeof(Vec<T>));
-    } else {
-      for (int r = 0; r < n_rows; ++r) {
-        g[r] = Vec<T>{};
-        std::memcpy(&g[r], grad[r] + c, std::size_t(p.columns - c) * sizeof(T));
-      }
-    }
-#pragma GCC unroll 8
-    for (int k = 0; k < n_features; ++k) {
-      const Vec<T> weight = load_row<T>(up + k * p.padded_columns + c);
-      Vec<T> outer = load_row<T>(out + k * p.padded_columns + c);
+    for (int i = 0; i < n_rows; ++i) g[i] = load<part>(grad[r + i] + c, p.columns - c);
+#pragma GCC unroll 5
+    for (int j = 0; j < n; ++j) {
+      const Vec<T> weight = load_row<T>(p.up + (k + j) * p.padded_columns + c);
 #pragma GCC unroll 4
-      for (int r = 0; r < n_rows; ++r) {
-        sum[r][k] += g[r] * weight;
-        outer += feature[r][k] * g[r];
-      }
-      store_row<T>(out + k * p.padded_columns + c, outer);
+      for (int i = 0; i < n_rows; ++i) sum[i][j] += g[i] * weight;
     }
-  }
-  for (int r = 0; r < n_rows; ++r) {
-    for (int k = 0; k < n_features; ++k) grad_features[r][first_feature + k] = T(lane_sum<T>(sum[r][k]));
+  });
+  Vec<T> copy[n_rows * n];  // `sum` stays in registers, as its address is not taken
+#pragma GCC unroll 32
+  for (int q = 0; q < n_rows * n; ++q) copy[q] = sum[q / n][q % n];
+  T total[n_rows * n];
+  lane_sums<T>(copy, n_rows * n, total);
+  for (int i = 0; i < n_rows; ++i) {
+    for (int j = 0; j < n; ++j) grad_features[r + i][k + j] = total[i * n + j];
   }
 }
 
-template <class T, int n_rows>
-void project_adjoint_rows(const Projection<T>& p, const T* const* grad, const T* const* features,
-                          T* const* grad_features, T* grad_up, T* grad_bias) {
-  constexpr int together = QAA_VECTOR_BYTES == 64 || QAA_ROTATE_RADIX == 4 ? 5 : 2;  // sums that fit into registers
-  std::int64_t k = 0;
-  for (; k + together <= p.n_features; k += together) {
-    project_adjoint_block<T, n_rows, together>(p, grad, features, k, grad_features, grad_up);
+// grad_up of n of the features and n_vectors vectors of columns: += sums over n_rows rows.
+template <class T, int n_rows, int n, int n_vectors, int part>
+void project_grad_up(const Projection<T>& p, const Rows<const T>& grad, const Rows<const T>& features, std::int64_t r,
+                     std::int64_t k, std::int64_t c, T* grad_up) {
+  constexpr int w = width<T>;
+  T* out = grad_up + k * p.padded_columns + c;
+  Vec<T> sum[n][n_vectors];
+#pragma GCC unroll 5
+  for (int j = 0; j < n; ++j) {
+#pragma GCC unroll 4
+    for (int v = 0; v < n_vectors; ++v) sum[j][v] = load_row<T>(out + j * p.padded_columns + v * w);
   }
-  for (; k < p.n_features; ++k) {
-    project_adjoint_block<T, n_rows, 1>(p, grad, features, k, grad_features, grad_up);
+  for (int i = 0; i < n_rows; ++i) {
+    const T *g_row = grad[r + i] + c, *f_row = features[r + i] + k;
+    Vec<T> g[n_vectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < n_vectors; ++v) g[v] = load<part>(g_row + v * w, p.columns - c);
+#pragma GCC unroll 5
+    for (int j = 0; j < n; ++j) {
+#pragma GCC unroll 4
+      for (int v = 0; v < n_vectors; ++v) sum[j][v] += f_row[j] * g[v];
+    }
   }
-  if (grad_bias == nullptr) return;
-  for (std::int64_t c = 0; c < p.columns; ++c) {
-    for (int r = 0; r < n_rows; ++r) grad_bias[c] += grad[r][c];
+#pragma GCC unroll 5
+  for (int j = 0; j < n; ++j) {
+#pragma GCC unroll 4
+    for (int v = 0; v < n_vectors; ++v) store_row<T>(out + j * p.padded_columns + v * w, sum[j][v]);
   }
 }
 
-// grad_up and grad_bias are this chunk's own sums, (n_features, padded_columns) and (padded_columns).
+// grad_up and grad_bias are this chunk's own sums, (n_features, padded_columns) and (padded_columns). Rows are taken
+// some at a time, so that what the first product has read is in the cache for the second.
 template <class T>
 void project_rows_backward(const Projection<T>& p, const ProjectBackwardCall& call, std::int64_t first,
                            std::int64_t last, T* grad_up, T* grad_bias) {
-  auto row = [](const ConstMatrix& m, std::int64_t r) { return static_cast<const T*>(m.data) + r * m.row_stride; };
-  for (std::int64_t r = first; r < last;) {
-    const T *grad[project_rows], *features[project_rows];
-    T* grad_features[project_rows];
-    const int n = last - r >= project_rows ? project_rows : 1;
-    for (int k = 0; k < n; ++k) {
-      grad[k] = row(call.grad, r + k);
-      features[k] = row(call.features, r + k);
-      grad_features[k] = static_cast<T*>(call.grad_features.data) + (r + k) * call.grad_features.row_stride;
-    }
-    if (n == project_rows) {
-      project_adjoint_rows<T, project_rows>(p, grad, features, grad_features, grad_up, grad_bias);
-    } else {
-      project_adjoint_rows<T, 1>(p, grad, features, grad_features, grad_up, grad_bias);
-    }
-    r += n;
-  }
+  const Rows<const T> grad = rows_of<T>(call.grad), features = rows_of<T>(call.features);
+  const Rows<T> grad_features = rows_of<T>(call.grad_features);
+  row_tiles<2 * tile_rows>(first, last, [&]<int block>(Constant<block>, std::int64_t top) {
+    row_tiles<tile_rows>(top, top + block, [&]<int n_rows>(Constant<n_rows>, std::int64_t r) {
+      even_groups<tile_features>(p.n_features, [&]<int n>(Constant<n>, std::int64_t k) {
+        project_grad_features<T, n_rows, n>(p, grad, r, k, grad_features);
+      });
+    });
+    column_tiles<T, tile_vectors>(p.columns, [&]<int n_vectors, int part>(Constant<n_vectors>, Constant<part>,
+                                                                          std::int64_t c) {
+      even_groups<tile_features>(p.n_features, [&]<int n>(Constant<n>, std::int64_t k) {
+        project_grad_up<T, block, n, n_vectors, part>(p, grad, features, top, k, c, grad_up);
+      });
+      for (int v = 0; grad_bias != nullptr && v < n_vectors; ++v) {
+        T* out = grad_bias + c + v * width<T>;
+        Vec<T> sum = load_row<T>(out);
+        for (int i = 0; i < block; ++i) sum += load<part>(grad[top + i] + c + v * width<T>, p.columns - c);
+        store_row<T>(out, sum);
+      }
+    });
+  });
 }
 
 }  // namespace qaa::QAA_ISA
