@@ -18,12 +18,24 @@ QAA_INLINE int rows_of_group(std::int64_t group, std::int64_t rows, int w) {
   return left < w ? int(left) : w;
 }
 
+QAA_INLINE std::int64_t size_of(Scalar scalar) {
+  return scalar == Scalar::float64 ? 8 : scalar == Scalar::float32 ? 4 : 2;
+}
+template <class T>
+void expect_next(const ConstMatrix& x, std::int64_t group, std::int64_t last, const Workspace<T>& work) {
+  if (group == last) return;
+  const std::int64_t size = size_of(x.scalar), stride = x.row_stride * size;
+  work.soon.read(static_cast<const char*>(x.data) + group * width<T> * stride, stride, x.columns * size,
+                 rows_of_group(group, x.rows, width<T>));
+}
+
 template <class T>
 void forward_groups(const BoundPlan<T>& bound, const ForwardCall& call, std::int64_t first, std::int64_t last,
                     void* memory) {
   const Workspace<T> work(bound, memory);
   constexpr int w = width<T>;
   for (std::int64_t g = first; g < last; ++g) {
+    expect_next(call.x, g + 1, last, work);
     forward_group<T>(bound, call, g * w, rows_of_group(g, call.x.rows, w), work);
   }
 }
@@ -35,6 +47,12 @@ void backward_groups(const BoundPlan<T>& bound, const BackwardCall& call, std::i
   constexpr int w = width<T>;
   for (std::uint32_t k = 0; k < bound.n_slots; ++k) work.slots[k] = Wide<T>{};
   for (std::int64_t g = first; g < last; ++g) {
+    expect_next(call.x, g + 1, last, work);
+    if (call.grad_x.data != nullptr) {
+      const std::int64_t size = size_of(call.x.scalar), stride = call.grad_x.row_stride * size;
+      work.soon.write(static_cast<const char*>(call.grad_x.data) + g * w * stride, stride, call.x.columns * size,
+                      rows_of_group(g, call.x.rows, w));
+    }
     backward_group<T>(bound, call, g * w, rows_of_group(g, call.x.rows, w), work);
   }
   for (std::uint32_t k = 0; k < bound.n_slots; ++k) slots[k] = lane_sum<T>(work.slots[k]);

@@ -26,6 +26,7 @@ struct Workspace {
   Vec<T>* strings;  // values of the strings, then their weights: 2 * n_strings
   Vec<T>* columns;  // features, or their gradients: n_columns
   Wide<T>* slots;   // derivatives, lane by lane: n_slots
+  mutable Prefetch soon;
 
   static std::size_t scratch_size(const BoundPlan<T>& p) { return p.n_amplitudes / 8 + 8; }
   static std::size_t vectors(const BoundPlan<T>& p) {
@@ -256,12 +257,13 @@ QAA_INLINE void rotate_block(Vec<T>* block, const RotatePass<T>& pass) {
 }
 
 template <class T, int radix, bool tangent>
-void rotate_pass(const RotatePass<T>& shared, Vec<T>* state) {
+void rotate_pass(const RotatePass<T>& shared, Vec<T>* state, Prefetch& soon) {
   constexpr int size = 1 << radix;
   const RotatePass<T> pass = shared;  // a copy that stores to the state cannot alias
   const Block<T, radix> in(pass.offsets);
   for (std::uint32_t r = 0; r < pass.n_representatives; ++r) {
     const std::size_t base = in.base(pass.representatives[r]);
+    soon.step();
     Vec<T> block[size];
 #pragma GCC unroll 16
     for (int v = 0; v < size; ++v) block[v] = in.at(state, base, v);
@@ -274,13 +276,14 @@ void rotate_pass(const RotatePass<T>& shared, Vec<T>* state) {
 // Undoes the rotations on ket and bra; overlaps[k] += sum over pairs of bra_b ket_a - bra_a ket_b, which is the same
 // before and after (the rotations commute).
 template <class T, int radix, bool tangent>
-void unwind_pass(const RotatePass<T>& shared, Vec<T>* ket, Vec<T>* bra, Vec<T>* overlaps) {
+void unwind_pass(const RotatePass<T>& shared, Vec<T>* ket, Vec<T>* bra, Vec<T>* overlaps, Prefetch& soon) {
   constexpr int size = 1 << radix;
   const RotatePass<T> pass = shared;
   const Block<T, radix> in(pass.offsets);
   Vec<T> sum[radix][2] = {};
   for (std::uint32_t r = 0; r < pass.n_representatives; ++r) {
     const std::size_t base = in.base(pass.representatives[r]);
+    soon.step();
     Vec<T> a[size], b[size];
 #pragma GCC unroll 16
     for (int v = 0; v < size; ++v) {
@@ -339,22 +342,22 @@ QAA_INLINE void with_flags(bool a, bool b, F&& f) {
 }
 
 template <class T>
-void rotate(const RotatePass<T>& pass, Vec<T>* state) {
+void rotate(const RotatePass<T>& pass, Vec<T>* state, Prefetch& soon) {
   with_radix(pass.radix, [&](auto radix) {
     if (pass.tangent) {
-      rotate_pass<T, radix.value, true>(pass, state);
+      rotate_pass<T, radix.value, true>(pass, state, soon);
     } else {
-      rotate_pass<T, radix.value, false>(pass, state);
+      rotate_pass<T, radix.value, false>(pass, state, soon);
     }
   });
 }
 template <class T>
-void unwind(const RotatePass<T>& pass, Vec<T>* ket, Vec<T>* bra, Vec<T>* overlaps) {
+void unwind(const RotatePass<T>& pass, Vec<T>* ket, Vec<T>* bra, Vec<T>* overlaps, Prefetch& soon) {
   with_radix(pass.radix, [&](auto radix) {
     if (pass.tangent) {
-      unwind_pass<T, radix.value, true>(pass, ket, bra, overlaps);
+      unwind_pass<T, radix.value, true>(pass, ket, bra, overlaps, soon);
     } else {
-      unwind_pass<T, radix.value, false>(pass, ket, bra, overlaps);
+      unwind_pass<T, radix.value, false>(pass, ket, bra, overlaps, soon);
     }
   });
 }
@@ -529,13 +532,14 @@ void unwind_diagonal(const BoundPlan<T>& p, const BoundStage<T>& stage, bool is_
 // values[k] += <state| flip by mask k |state>; with `apply` also bra += sum over k of weights[k] (state flipped by mask k).
 template <class T, int radix, bool apply>
 void flip_pass(const FlipPass& shared, const Vec<T>* state, Vec<T>* values, const Vec<T>* weights,
-               Vec<T>* bra) {
+               Vec<T>* bra, Prefetch& soon) {
   const FlipPass pass = shared;
   const Block<T, radix> in(pass.offsets);
   Vec<T> sum[radix][2] = {}, weight[radix];  // two chains each: one would wait for its own last result
   for (int k = 0; apply && k < radix; ++k) weight[k] = weights[pass.first + k];
   for (std::uint32_t r = 0; r < pass.n_representatives; ++r) {
     const std::size_t base = in.base(pass.representatives[r]);
+    soon.step();
     Vec<T> block[1 << radix];
 #pragma GCC unroll 16
     for (int v = 0; v < (1 << radix); ++v) block[v] = in.at(state, base, v);
@@ -559,8 +563,10 @@ void flip_pass(const FlipPass& shared, const Vec<T>* state, Vec<T>* values, cons
   for (int k = 0; k < radix; ++k) values[pass.first + k] += 2 * (sum[k][0] + sum[k][1]);
 }
 template <class T, bool apply>
-void flip(const FlipPass& pass, const Vec<T>* state, Vec<T>* values, const Vec<T>* weights, Vec<T>* bra) {
-  with_radix(pass.radix, [&](auto radix) { flip_pass<T, radix.value, apply>(pass, state, values, weights, bra); });
+void flip(const FlipPass& pass, const Vec<T>* state, Vec<T>* values, const Vec<T>* weights, Vec<T>* bra,
+          Prefetch& soon) {
+  with_radix(pass.radix,
+             [&](auto radix) { flip_pass<T, radix.value, apply>(pass, state, values, weights, bra, soon); });
 }
 
 // Calls f(i, j, sign) for every pair j = i ^ x, with the sign of index i.
@@ -647,8 +653,8 @@ void measure_strings(const BoundPlan<T>& p, bool complex, const Vec<T>* weights,
     for (Index i = 0; complex && i < p.n_amplitudes; ++i) bra.im[i] = Vec<T>{};
   }
   for (std::uint32_t f = 0; f < p.n_flips; ++f) {
-    flip<T, apply>(p.flips[f], ket.re, values, weights, bra.re);
-    if (complex) flip<T, apply>(p.flips[f], ket.im, values, weights, bra.im);
+    flip<T, apply>(p.flips[f], ket.re, values, weights, bra.re, work.soon);
+    if (complex) flip<T, apply>(p.flips[f], ket.im, values, weights, bra.im, work.soon);
   }
   for (std::uint32_t g = 0; g < p.n_general; ++g) {
     const GeneralString& string = p.general[g];
@@ -661,7 +667,7 @@ void measure_strings(const BoundPlan<T>& p, bool complex, const Vec<T>* weights,
 
 // Runs all stages on the ket; returns whether the final state is complex.
 template <class T>
-bool run_stages(const BoundPlan<T>& p, State<T> ket) {
+bool run_stages(const BoundPlan<T>& p, State<T> ket, Prefetch& soon) {
   bool complex = !p.starts_real;
   for (std::uint32_t s = 0; s < p.n_stages; ++s) {
     const BoundStage<T>& stage = p.stages[s];
@@ -670,8 +676,8 @@ bool run_stages(const BoundPlan<T>& p, State<T> ket) {
       complex |= !stage.real;
       continue;
     }
-    for (std::uint32_t k = 0; k < stage.n_rotate; ++k) rotate<T>(stage.rotate[k], ket.re);
-    for (std::uint32_t k = 0; complex && k < stage.n_rotate; ++k) rotate<T>(stage.rotate[k], ket.im);
+    for (std::uint32_t k = 0; k < stage.n_rotate; ++k) rotate<T>(stage.rotate[k], ket.re, soon);
+    for (std::uint32_t k = 0; complex && k < stage.n_rotate; ++k) rotate<T>(stage.rotate[k], ket.im, soon);
   }
   return complex;
 }
@@ -680,7 +686,7 @@ template <class T>
 void forward_group(const BoundPlan<T>& p, const ForwardCall& call, std::int64_t first_row, int n_rows,
                    const Workspace<T>& work) {
   const Norms<T> norms = embed<T>(p, call.x, first_row, n_rows, work.ket);
-  const bool complex = run_stages<T>(p, work.ket);
+  const bool complex = run_stages<T>(p, work.ket, work.soon);
   const Vec<T> inverse = inverse_norm<T>(p, norms);
   const State<T> ket = work.ket;
   Vec<T>* columns = work.columns;
@@ -757,7 +763,7 @@ template <class T>
 void backward_group(const BoundPlan<T>& p, const BackwardCall& call, std::int64_t first_row, int n_rows,
                     const Workspace<T>& work) {
   const Norms<T> norms = embed<T>(p, call.x, first_row, n_rows, work.ket);
-  bool complex = run_stages<T>(p, work.ket);
+  bool complex = run_stages<T>(p, work.ket, work.soon);
   const Vec<T> inverse = inverse_norm<T>(p, norms);
   Vec<T>* columns = work.columns;
   load_matrix<T>(call.grad, first_row, n_rows,
@@ -779,8 +785,8 @@ void backward_group(const BoundPlan<T>& p, const BackwardCall& call, std::int64_
     for (std::uint32_t k = 0; k < stage.n_unwind; ++k) {
       const RotatePass<T>& pass = stage.unwind[k];
       Vec<T> overlaps[max_radix] = {};
-      unwind<T>(pass, work.ket.re, work.bra.re, overlaps);
-      if (complex) unwind<T>(pass, work.ket.im, work.bra.im, overlaps);
+      unwind<T>(pass, work.ket.re, work.bra.re, overlaps, work.soon);
+      if (complex) unwind<T>(pass, work.ket.im, work.bra.im, overlaps, work.soon);
       for (std::uint32_t r = 0; r < pass.radix; ++r) {
         work.add_to_slot(pass.first_slot + r, overlaps[r], pass.overlap_scale);
       }
