@@ -20,13 +20,17 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Task:
-    """One batch, with the angles and with the gradient at the features; the same numbers in every process."""
+    """One batch, with the angles and with the gradient at the features; the same numbers in every process.
+
+    ``in_parts`` lets a rival compute a part of the rows a call, if that is faster per row.
+    """
 
     n_wires: int = 10
     width: int = 768
     batch: int = 1024
     layers: int = 1
     seed: int = 0
+    in_parts: bool = True
 
     @cached_property
     def theta(self) -> Array:
@@ -47,7 +51,8 @@ class Task:
     @property
     def gates(self) -> list[tuple[str, tuple[int, ...], int]]:
         """``ring`` as ``(name, wires, position of the angle in theta.ravel())``; -1 for a CNOT."""
-        n, gates = self.n_wires, []
+        n = self.n_wires
+        gates: list[tuple[str, tuple[int, ...], int]] = []
         for layer in range(self.layers):
             first = [3 * (layer * n + w) for w in range(n)]
             for w in range(n):
@@ -55,6 +60,10 @@ class Task:
             gates += [("CNOT", (w, (w + 1) % n), -1) for w in range(n)]
             gates += [("RY", (w,), first[w] + 2) for w in range(n)]
         return gates
+
+    def rows(self, amplitudes: int) -> int:
+        """A part of the batch whose states have about so many amplitudes: small enough for the caches."""
+        return min(self.batch, max(1, amplitudes >> self.n_wires)) if self.in_parts else self.batch
 
     def __str__(self) -> str:
         return f"n = {self.n_wires}, d = {self.width}, L = {self.layers}, B = {self.batch}"

@@ -24,9 +24,23 @@ from benchmarks.task import Rival, Task
 
 PASSES = ("forward", "step")
 PACKAGES = (
-    "numpy torch jax jaxlib pennylane pennylane-lightning tensorcircuit-ng deepquantum pyqtorch qandle torchquantum "
-    "qulacs qiskit qiskit-aer transformers peft"
-).split()
+    "numpy",
+    "torch",
+    "jax",
+    "jaxlib",
+    "pennylane",
+    "pennylane-lightning",
+    "tensorcircuit-ng",
+    "deepquantum",
+    "pyqtorch",
+    "qandle",
+    "torchquantum",
+    "qulacs",
+    "qiskit",
+    "qiskit-aer",
+    "transformers",
+    "peft",
+)
 
 
 def seconds(call: Callable[[], Any], at_least: float) -> float:
@@ -88,7 +102,7 @@ def main() -> None:
         rival = RIVALS[request["rival"]].build(task)
         answer = answer_of(rival)
         if request["answer"] is not None:
-            np.savez(request["answer"], **answer)
+            np.savez(request["answer"], allow_pickle=False, **answer)
         built[task] = rival
         passes = [name for name in PASSES if getattr(rival, name) is not None]
         return {"rows": rival.rows, "note": rival.note, "passes": passes, "versions": versions()}

@@ -24,4 +24,4 @@ def build(task: Task) -> Rival:
         state = circuit.amplitude_encoding(x)
         return expectations(circuit(theta.reshape(-1)[order], state).squeeze(-1), signs)
 
-    return differentiable(task, features, rows=256)
+    return differentiable(task, features, rows=task.rows(2**18))

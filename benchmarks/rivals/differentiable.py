@@ -14,7 +14,7 @@ def differentiable(
     task: Task, features: Callable[[Tensor, Tensor], Tensor], note: str = "", rows: int | None = None
 ) -> Rival:
     """``features(theta, x)`` forward, and with the gradients of both arguments; of the first ``rows`` rows."""
-    rows = min(rows or task.batch, task.batch)
+    rows = rows or task.batch
     if rows < task.batch:
         note = f"{rows} rows at a time" + (f", {note}" if note else "")
     theta = torch.tensor(task.theta, requires_grad=True)

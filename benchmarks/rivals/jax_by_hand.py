@@ -45,24 +45,23 @@ def kronecker(task: Task) -> Rival:
     return jitted(task, features)
 
 
-def jitted(task: Task, features: Callable[[Any, Any], Any], note: str = "", rows: int | None = None) -> Rival:
+def jitted(task: Task, features: Callable[[Any, Any], Any], note: str = "") -> Rival:
     """A rival that is one differentiable JAX function of the angles and the rows."""
-    rows = min(rows or task.batch, task.batch)
+    rows = task.rows(2**17)
     if rows < task.batch:
         note = f"{rows} rows at a time" + (f", {note}" if note else "")
     theta, x, grad = jnp.asarray(task.theta), jnp.asarray(task.x[:rows]), jnp.asarray(task.grad[:rows])
 
-    @jax.jit
     def value_and_gradients(theta: Any, x: Any, grad: Any) -> Any:
         value, pull_back = jax.vjp(features, theta, x)
         return value, *pull_back(grad)
 
-    compiled = jax.jit(features)
+    compiled, compiled_step = jax.jit(features), jax.jit(value_and_gradients)
 
     def forward() -> Any:
         return jax.block_until_ready(compiled(theta, x))
 
     def step() -> Any:
-        return jax.block_until_ready(value_and_gradients(theta, x, grad))
+        return jax.block_until_ready(compiled_step(theta, x, grad))
 
     return Rival(forward, step, rows, note)

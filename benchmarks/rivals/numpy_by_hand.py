@@ -13,7 +13,8 @@ def kronecker(task: Task) -> Rival:
     The adjoint undoes the circuit on the state and on its cotangent; rotations commute within their layer, so that all
     derivatives of a layer of RY are read from one pair of arrays.
     """
-    n, theta, x, grad = task.n_wires, task.theta, task.x, task.grad
+    n, rows = task.n_wires, task.rows(2**16)
+    theta, x, grad = task.theta, task.x[:rows], task.grad[:rows]
     left = n // 2
     shape = (-1, 2**left, 2 ** (n - left))
     source, signs = ring_of_cnots(n), signs_of_z(n)
@@ -24,7 +25,8 @@ def kronecker(task: Task) -> Rival:
         rotations = np.stack((np.stack((c, -s), -1), np.stack((s, c), -1)), -2)
         total = [np.ones((1, 1), np.float32), np.ones((1, 1), np.float32)]
         for w, rotation in enumerate(rotations):
-            total[w >= left] = np.kron(total[w >= left], rotation)
+            side = 0 if w < left else 1
+            total[side] = np.kron(total[side], rotation)
         return total[0], total[1]
 
     def rotate(a: Array, b: Array, parts: Array) -> Array:
@@ -55,7 +57,7 @@ def kronecker(task: Task) -> Rival:
         gradients = np.empty(n, np.float32)
         for w in range(n):
             b, k = (v.reshape(-1, 2, 2 ** (n - 1 - w)) for v in (bra, ket))
-            gradients[w] = np.vdot(b[:, 1], k[:, 0]) - np.vdot(b[:, 0], k[:, 1])
+            gradients[w] = float(np.vdot(b[:, 1], k[:, 0])) - float(np.vdot(b[:, 0], k[:, 1]))
         return gradients / 2
 
     def forward() -> Array:
@@ -91,4 +93,5 @@ def kronecker(task: Task) -> Rival:
         grad_x = (grad_unit - unit * np.sum(unit * grad_unit, axis=1, keepdims=True)) / norm
         return value, grad_theta, grad_x
 
-    return Rival(forward, step, task.batch, "adjoint written out")
+    note = "adjoint written out" if rows == task.batch else f"{rows} rows at a time, adjoint written out"
+    return Rival(forward, step, rows, note)

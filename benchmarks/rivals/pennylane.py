@@ -36,7 +36,7 @@ def default_qubit(task: Task) -> Rival:
     def features(theta: Tensor, x: Tensor) -> Tensor:
         return torch.stack(node(theta.reshape(-1), x), -1)
 
-    return differentiable(task, features, "batch broadcast, backprop", rows=256)
+    return differentiable(task, features, "batch broadcast, backprop", rows=task.rows(2**18))
 
 
 def lightning_qubit(task: Task, rows: int = 32) -> Rival:

@@ -23,4 +23,4 @@ def build(task: Task) -> Rival:
         values = {f"angle {position}": angle for position, angle in enumerate(theta.reshape(-1, 1))}
         return expectations(pyqtorch.run(circuit, state, values).reshape(2**n, -1).T, signs)
 
-    return differentiable(task, features, rows=256)
+    return differentiable(task, features, rows=task.rows(2**20))

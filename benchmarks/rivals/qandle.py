@@ -10,7 +10,7 @@ from benchmarks.rivals.differentiable import differentiable, expectations, pad_a
 from benchmarks.task import Rival, Task, signs_of_z
 
 
-def build(task: Task, wires_of_a_part: int = 4) -> Rival:
+def build(task: Task, wires_of_a_part: int = 3) -> Rival:
     n, signs = task.n_wires, torch.from_numpy(signs_of_z(task.n_wires))
     layers = [
         qandle.CNOT(*wires) if name == "CNOT" else getattr(qandle, name)(wires[0], name=f"angle {position}")
@@ -22,4 +22,4 @@ def build(task: Task, wires_of_a_part: int = 4) -> Rival:
         values = {f"angle {position}": angle for position, angle in enumerate(theta.reshape(-1))}
         return expectations(circuit(pad_and_normalize(x, n).to(torch.complex64), **values), signs)
 
-    return differentiable(task, features, f"split into parts of {wires_of_a_part} wires", rows=256)
+    return differentiable(task, features, f"split into parts of {wires_of_a_part} wires", rows=task.rows(2**18))

@@ -31,7 +31,9 @@ def build(task: Task, rows: int = 16) -> Rival:
         built.save_probabilities()
         return built
 
-    circuits = transpile([circuit(psi) for psi in embed(task.x[:rows].astype(float), n)], simulator, optimization_level=0)
+    circuits = transpile(
+        [circuit(psi) for psi in embed(task.x[:rows].astype(float), n)], simulator, optimization_level=0
+    )
 
     def run(sets_of_angles: Array) -> Array:
         """Features ``(rows, sets, n)`` for sets of angles ``(sets, parameters)``."""

@@ -1,7 +1,8 @@
 """Qulacs: row by row in C++, complex128, with an adjoint sweep over its gates.
 
 Its own ``backprop`` starts from ``|0…0>`` and undoes every gate; a first gate that prepares a row would have to be a
-dense ``2**n x 2**n`` matrix, because its cheap ones have no inverse. The sweep below calls the same gates and needs none.
+dense ``2**n x 2**n`` matrix, because its cheap ones have no inverse. The sweep below calls the same gates and needs
+none.
 """
 
 from __future__ import annotations

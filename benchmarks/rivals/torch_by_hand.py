@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ def gate_by_gate(task: Task) -> Rival:
                 state = (tensor * phases[None, None, :, None]).reshape(x.shape[0], -1)
         return expectations(state, signs)
 
-    return differentiable(task, features)
+    return differentiable(task, features, rows=task.rows(2**18))
 
 
 class _Circuit:
@@ -78,19 +80,20 @@ def _kronecker_of_ry(angles: Tensor) -> Tensor:
 
 def kronecker(task: Task) -> Rival:
     """The fastest form that plain torch allows, but for the compiler."""
-    return differentiable(task, _kronecker(task))
+    return differentiable(task, _kronecker(task), rows=task.rows(2**17))
 
 
 def kronecker_compiled(task: Task) -> Rival:
-    return differentiable(task, torch.compile(_kronecker(task), dynamic=False))
+    return differentiable(task, torch.compile(_kronecker(task), dynamic=False), rows=task.rows(2**17))
 
 
-def _kronecker(task: Task):  # type: ignore[no-untyped-def]
+def _kronecker(task: Task) -> Callable[[Tensor, Tensor], Tensor]:
     circuit = _Circuit(task.n_wires)
 
     def features(theta: Tensor, x: Tensor) -> Tensor:
         re, im = circuit(theta, pad_and_normalize(x, task.n_wires))
-        return (re**2 + im**2) @ circuit.signs
+        value: Tensor = (re**2 + im**2) @ circuit.signs
+        return value
 
     return features
 
@@ -104,12 +107,13 @@ def dense_compiled(task: Task) -> Rival:
     return differentiable(task, torch.compile(_dense(task), dynamic=False))
 
 
-def _dense(task: Task):  # type: ignore[no-untyped-def]
+def _dense(task: Task) -> Callable[[Tensor, Tensor], Tensor]:
     circuit, identity = _Circuit(task.n_wires), torch.eye(task.width, 2**task.n_wires)
 
     def features(theta: Tensor, x: Tensor) -> Tensor:
         rows = circuit(theta, identity)  # row i: real and imaginary part of U |i>
         x = torch.nn.functional.normalize(x, dim=-1)
-        return ((x @ rows[0]) ** 2 + (x @ rows[1]) ** 2) @ circuit.signs
+        value: Tensor = ((x @ rows[0]) ** 2 + (x @ rows[1]) ** 2) @ circuit.signs
+        return value
 
     return features

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
-
-sys.modules["torchquantum.dataset"] = ModuleType("torchquantum.dataset")  # image data sets: they need torchvision
+from typing import Any
 
 import torch
-import torchquantum
-import torchquantum.functional
 from torch import Tensor
 
 from benchmarks.rivals.differentiable import differentiable, expectations, pad_and_normalize
 from benchmarks.task import Rival, Task, signs_of_z
 
 
+def _import() -> Any:
+    """The library without its image data sets, which would need torchvision."""
+    sys.modules["torchquantum.dataset"] = ModuleType("torchquantum.dataset")
+    import torchquantum.functional
+
+    return torchquantum
+
+
 def build(task: Task) -> Rival:
+    torchquantum = _import()
     n, gates, signs = task.n_wires, task.gates, torch.from_numpy(signs_of_z(task.n_wires))
 
     def features(theta: Tensor, x: Tensor) -> Tensor:
@@ -31,4 +37,4 @@ def build(task: Task) -> Rival:
                 gate(device, wires=list(wires), params=angles[position])
         return expectations(device.states.reshape(len(x), -1), signs)
 
-    return differentiable(task, features, rows=256)
+    return differentiable(task, features, rows=task.rows(2**18))
