@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     effort = Effort(repeats=options.repeats)
     if options.quick:
         cases = {name: made_small(case) for name, case in cases.items()}
-        effort = Effort(repeats=2, at_least=0.002, budget=0.5)
+        effort = Effort(repeats=2, at_least=0.002)
     thread_counts = options.threads or sorted({1, machine.processors()})
     found = run(cases, thread_counts, effort, options.output)
     return 1 if options.check and not all(goal.met for goal in found) else 0

@@ -35,13 +35,11 @@ class Effort:
     Args:
         repeats: interleaved repeats.
         at_least: seconds that one sample takes, at least.
-        budget: seconds after which one pass of one rival sits out the remaining repeats of a case.
         build_limit, time_limit: seconds after which a process that builds, or times one sample, is given up.
     """
 
     repeats: int = 7
     at_least: float = 0.03
-    budget: float = 2.0
     build_limit: float = 150.0
     time_limit: float = 30.0
 
@@ -170,7 +168,7 @@ class Driver:
         if case.timed:
             for repeat in range(self.effort.repeats):
                 for measurement in measurements:
-                    measurement.samples.append(self._sample(measurement, repeat))
+                    measurement.samples.append(self._sample(measurement, repeat, case.budget))
         for measurement in measurements:
             if measurement.rival in self.workers:
                 reply = self._ask(measurement.rival, measurement.task, {"do": "memory"}, self.effort.time_limit)
@@ -198,9 +196,9 @@ class Driver:
             for which in reply["passes"]
         ]
 
-    def _sample(self, m: Measurement, repeat: int) -> float | None:
+    def _sample(self, m: Measurement, repeat: int, budget: float) -> float | None:
         spent = sum(m.rows * sample for sample in m.samples if sample is not None)
-        if (repeat > 0 and spent > self.effort.budget) or m.rival not in self.workers:
+        if (repeat > 0 and spent > budget) or m.rival not in self.workers:
             return None
         request = {"do": "time", "which": m.which, "at_least": self.effort.at_least}
         reply = self._ask(m.rival, m.task, request, self.effort.time_limit, m.case)
