@@ -13,10 +13,13 @@ import select
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -89,16 +92,16 @@ class Worker:
         if threads == 1:
             variables["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
         self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
-        self.process = subprocess.Popen(
-            [str(python), "-m", "benchmarks.worker"],
-            cwd=ROOT,
-            env=variables,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self.log,
-            text=True,
-            preexec_fn=_hold_to(threads),
-        )
+        with _held_to(threads):
+            self.process = subprocess.Popen(
+                [str(python), "-m", "benchmarks.worker"],
+                cwd=ROOT,
+                env=variables,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self.log,
+                text=True,
+            )
 
     def ask(self, request: dict[str, Any], limit: float) -> dict[str, Any]:
         """The reply; ``LostError`` after ``limit`` seconds, when the process dies or when it reports an error."""
@@ -133,11 +136,18 @@ class Worker:
         return f"ended with {code}: {lines[-1][:200] if lines else 'no message'}"
 
 
-def _hold_to(threads: int) -> Callable[[], None] | None:
+@contextmanager
+def _held_to(threads: int) -> Iterator[None]:
+    """Processes started here have so many processors; on Linux this is about the calling thread and its children."""
     if not hasattr(os, "sched_setaffinity"):
-        return None
-    processors = sorted(os.sched_getaffinity(0))[:threads]
-    return lambda: os.sched_setaffinity(0, processors)
+        yield
+        return
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, sorted(allowed)[:threads])
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
 
 
 class Driver:
@@ -146,6 +156,7 @@ class Driver:
     def __init__(self, threads: int, effort: Effort) -> None:
         self.threads, self.effort = threads, effort
         self.workers: dict[str, Worker] = {}
+        self.turns: defaultdict[str, Lock] = defaultdict(Lock)  # tasks of one rival are built one after another
         self.versions: dict[str, dict[str, str]] = {}
         self.left_out: dict[str, str] = {}
 
@@ -159,7 +170,7 @@ class Driver:
     def run(self, name: str, case: Case) -> list[Measurement]:
         """Builds, checks and times every unit of a case that can run here."""
         print(f"{name}, {self.threads} thread{'s' if self.threads > 1 else ''}", file=sys.stderr, flush=True)
-        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(self.threads) as pool:
+        with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(min(self.threads, 4)) as pool:
             builds = [
                 pool.submit(self._build, name, rival, task, Path(folder) / f"{i}.npz")
                 for i, (rival, task) in enumerate(case.units)
@@ -208,15 +219,16 @@ class Driver:
         self, rival: str, task: Task, request: dict[str, Any], limit: float, case: str = ""
     ) -> dict[str, Any] | None:
         """The rival's reply; None after reporting why there is none and ending the process."""
-        try:
-            if rival not in self.workers:
-                self.workers[rival] = Worker(rival, self.threads)
-            return self.workers[rival].ask({**request, "task": asdict(task)}, limit)
-        except LostError as reason:
-            self._leave_out(rival, case, str(reason))
-            if worker := self.workers.pop(rival, None):
-                worker.close()
-            return None
+        with self.turns[rival]:
+            try:
+                if rival not in self.workers:
+                    self.workers[rival] = Worker(rival, self.threads)
+                return self.workers[rival].ask({**request, "task": asdict(task)}, limit)
+            except LostError as reason:
+                self._leave_out(rival, case, str(reason))
+                if worker := self.workers.pop(rival, None):
+                    worker.close()
+                return None
 
     def _leave_out(self, rival: str, case: str, reason: str) -> None:
         if self.left_out.get(rival) != reason:

@@ -40,7 +40,8 @@ def median(m: Measurement) -> float:
 def ratio(m: Measurement, reference: Measurement) -> float:
     """The median, over the repeats that both took part in, of one's time over the other's."""
     pairs = zip(m.samples, reference.samples, strict=True)
-    return statistics.median(a / b for a, b in pairs if a is not None and b is not None)
+    ratios = [a / b for a, b in pairs if a is not None and b is not None]
+    return statistics.median(ratios) if ratios else median(m) / median(reference)
 
 
 class Results:
