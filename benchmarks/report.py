@@ -12,6 +12,12 @@ from benchmarks.driver import Measurement
 from benchmarks.goals import PASSES, Goal, median, ratio
 from benchmarks.machine import Peak
 
+TIME = ", microseconds per state"
+LEGEND = """
+ratio: time / time of the case's first rival, the median over repeats. spread: (slowest - fastest) / median.
+error: largest difference to the float64 oracle, features and gradients, relative to the largest exact number.
+d theta: ||difference|| / ||exact|| of the angles' gradient."""
+
 
 def print_case(measurements: list[Measurement]) -> None:
     """The measurements of one case and one thread count: a table for each pass."""
@@ -19,12 +25,14 @@ def print_case(measurements: list[Measurement]) -> None:
         rows = [m for m in measurements if m.which == which]
         if not rows:
             continue
+        timed = bool(rows[0].samples)
+        if not timed and which == "forward":
+            continue  # errors are of both passes
         first, threads = rows[0], f"{rows[0].threads} thread{'s' if rows[0].threads > 1 else ''}"
         tasks = {m.task for m in rows}
         title = f"{first.case} ({first.task})" if len(tasks) == 1 else first.case
-        timed = bool(first.samples)
         unit = "" if not timed else ", microseconds per step" if first.errors is None and first.rows == 1 else TIME
-        print(f"\n{title}: {PASSES[which]}, {threads}{unit}")
+        print(f"\n{title}: {PASSES[which] if timed else 'errors'}, {threads}{unit}")
         print(f"  {'':31s} {'median':>9s} {'spread':>7s} {'ratio':>8s} {'error':>8s} {'d theta':>8s}")
         for m in sorted(rows, key=median) if timed and len(tasks) == 1 else rows:
             times = f"{1e6 * median(m):9.3g} {_spread(m):6.0%} {ratio(m, first):7.3g}x" if timed else f"{'':26s}"
@@ -32,13 +40,6 @@ def print_case(measurements: list[Measurement]) -> None:
             theta = "" if m.errors is None or m.errors.theta is None else f"{m.errors.theta:.1e}"
             note = m.note if len(tasks) == 1 else f"{m.task}; {m.note}"
             print(f"  {m.rival:31s} {times} {largest:>8s} {theta:>8s}  {note}".rstrip())
-
-
-TIME = ", microseconds per state"
-LEGEND = """
-ratio: time / time of the case's first rival, the median over repeats. spread: (slowest - fastest) / median.
-error: largest difference to the float64 oracle, features and gradients, relative to the largest exact number.
-d theta: ||difference|| / ||exact|| of the angles' gradient."""
 
 
 def _spread(m: Measurement) -> float:

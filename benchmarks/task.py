@@ -7,6 +7,7 @@ The task is one QAA adapter's circuit: ``n`` wires, rows of width ``d`` padded t
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -62,8 +63,11 @@ class Task:
         return gates
 
     def rows(self, amplitudes: int) -> int:
-        """A part of the batch whose states have about so many amplitudes: small enough for the caches."""
-        return min(self.batch, max(1, amplitudes >> self.n_wires)) if self.in_parts else self.batch
+        """A part of the batch whose states have about so many amplitudes a thread: small enough for the caches."""
+        if not self.in_parts:
+            return self.batch
+        threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
+        return min(self.batch, max(1, threads * amplitudes >> self.n_wires))
 
     def __str__(self) -> str:
         return f"n = {self.n_wires}, d = {self.width}, L = {self.layers}, B = {self.batch}"

@@ -1,6 +1,6 @@
 """The rivals of this environment under pytest-benchmark: ``pytest benchmarks --benchmark-only``.
 
-Times are of one call, see ``rows``; ``python -m benchmarks`` compares all rivals, in environments of their own.
+Times are of one call; see ``rows`` where rows are simulated one by one. ``python -m benchmarks`` compares all rivals, in environments of their own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from benchmarks.rivals import RIVALS, SIMULATORS
 from benchmarks.task import Rival, Task
 from benchmarks.worker import PASSES, answer_of
 
-TASK = Task()
+TASK = Task(in_parts=False)
 NAMES = [name for name in ("qaa", *SIMULATORS, "qaa adapter", "LoRA r = 8") if RIVALS[name].environment == "own"]
 
 

@@ -113,12 +113,15 @@ def test_cases_name_rivals_and_can_be_narrowed() -> None:
     assert set(SIMULATORS) < set(RIVALS)
 
 
-def test_helpers_of_the_rivals() -> None:
+def test_helpers_of_the_rivals(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ring_of_cnots(2).tolist() == [0, 2, 3, 1]
     assert signs_of_z(2).tolist() == [[1, 1], [1, -1], [-1, 1], [-1, -1]]
     theta = np.arange(12.0).reshape(2, 2, 3)
     assert [block.tolist() for block in blocks_of_ry(theta)] == [[0, 3], [2 + 6, 5 + 9], [8, 11]]
-    assert Task(10, batch=1024).rows(2**17) == 128 and Task(10, batch=1024, in_parts=False).rows(2**17) == 1024
+    for threads in (1, 2):
+        monkeypatch.setenv("OMP_NUM_THREADS", str(threads))
+        assert Task(10, batch=1024).rows(2**17) == 128 * threads
+        assert Task(10, batch=1024, in_parts=False).rows(2**17) == 1024
 
 
 def test_the_machine_is_measured_or_not_at_all() -> None:

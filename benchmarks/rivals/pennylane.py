@@ -70,5 +70,5 @@ def lightning_qubit(task: Task, rows: int = 32) -> Rival:
         grad_theta[order] = np.sum(np.array(products), axis=0)
         return np.array(value), grad_theta.reshape(task.theta.shape), None
 
-    note = f"{rows} rows one by one, adjoint, tapes built beforehand; gradient of the angles only"
+    note = f"rows one by one, {rows} of them, adjoint, tapes built beforehand; gradient of the angles only"
     return Rival(forward, step, rows, note)

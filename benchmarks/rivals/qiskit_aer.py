@@ -53,4 +53,4 @@ def build(task: Task, rows: int = 16) -> Rival:
         grad_theta = np.einsum("rk,rpk->p", grad, plus - minus) / 2
         return values[:, 0], grad_theta.reshape(task.theta.shape), None
 
-    return Rival(forward, step, rows, f"{rows} rows one by one, parameter shift; gradient of the angles only")
+    return Rival(forward, step, rows, f"rows one by one, {rows} of them, parameter shift; gradient of the angles only")

@@ -72,4 +72,4 @@ def build(task: Task, rows: int = 64) -> Rival:
         grad_x = (grad_unit - x * np.sum(x * grad_unit, axis=1, keepdims=True) / norm**2) / norm
         return np.abs(states) ** 2 @ signs, grad_theta.reshape(task.theta.shape), grad_x
 
-    return Rival(forward, step, rows, f"{rows} rows one by one, float64, adjoint sweep over its gates")
+    return Rival(forward, step, rows, f"rows one by one, {rows} of them, float64, adjoint sweep over its gates")
