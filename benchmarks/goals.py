@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from benchmarks.driver import Measurement
 from benchmarks.machine import Peak
 from benchmarks.rivals import RIVALS
+from benchmarks.task import Task
 from qaa import ansatz
 from qaa.program import program
 
@@ -159,15 +160,15 @@ def _threads(results: Results, threads: int) -> Iterator[Goal]:
 def _share_of_peak(results: Results, threads: int, peak: Peak) -> Iterator[Goal]:
     for which, text in PASSES.items():
         ours = results.find("adapter", "qaa", which)
-        if ours and (count := multiply_adds(ours.task.n_wires, ours.task.layers, which)):
+        if ours and (count := multiply_adds(ours.task, which)):
             share = count / median(ours) / peak.multiply_adds_per_second
             yield Goal(f"share of the multiply-add peak, {text}, n = 10", threads, 100 * share, 50, False, "%")
 
 
-def multiply_adds(n_wires: int, layers: int, which: str) -> float | None:
-    """That the plan counts for one state, or None if this core does not count."""
-    plan = program(ansatz("ring", n_wires, layers), "z", True).plan
+def multiply_adds(task: Task, which: str) -> float | None:
+    """That the plan counts for one state, or None if this core does not count; the backward pass repeats the forward."""
+    plan = program(ansatz("ring", task.n_wires, task.layers), "z", True).plan
     if not hasattr(plan, "operations"):
         return None
-    counts = plan.operations()
-    return float(counts["forward"] + (counts["backward"] if which == "step" else 0))
+    forward, backward = plan.operations(task.width)
+    return float(forward if which == "forward" else forward + backward)

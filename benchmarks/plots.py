@@ -60,7 +60,7 @@ def _roofline(peak: machine.Peak, axes: dict[str, Any]) -> Iterable[dict[str, An
     for axis, (_, tasks) in axes.items():
         for task in tasks:
             for which in PASSES:
-                count = multiply_adds(task.n_wires, task.layers, which) or 0.0
+                count = multiply_adds(task, which) or 0.0
                 # forward reads a row and writes its features; a step also reads the row again, the gradient at the
                 # features, and writes the gradient of the row
                 numbers = task.width + task.n_wires if which == "forward" else 3 * task.width + 2 * task.n_wires

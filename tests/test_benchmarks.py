@@ -6,6 +6,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -103,6 +104,21 @@ def test_ratios_and_goals() -> None:
     assert ratio(numpy, qaa) == 25
     (goal,) = goals([qaa, numpy], {})
     assert (goal.measured, goal.limit, goal.met, goal.detail) == (25, 20, True, "NumPy, Kronecker")
+
+
+def test_the_share_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counting:
+        def operations(self, columns: int) -> tuple[float, float]:
+            return 10.0 * columns, 30.0 * columns
+
+    measured = [
+        Measurement("adapter", "qaa", TASK, 1, which, 8, "", None, [1.0, 1.0, 1.0]) for which in ("forward", "step")
+    ]
+    monkeypatch.setattr("benchmarks.goals.program", lambda *_: SimpleNamespace(plan=Counting()))
+    forward, step = goals(measured, {1: machine.Peak(1300.0, 1.0, 1.0)})
+    assert (forward.measured, step.measured, step.unit) == (10, 40, "%")
+    monkeypatch.setattr("benchmarks.goals.program", lambda *_: SimpleNamespace(plan=object()))
+    assert goals(measured, {1: machine.Peak(1300.0, 1.0, 1.0)}) == []
 
 
 def test_cases_name_rivals_and_can_be_narrowed() -> None:
