@@ -166,7 +166,7 @@ def _share_of_peak(results: Results, threads: int, peak: Peak) -> Iterator[Goal]
 
 
 def multiply_adds(task: Task, which: str) -> float | None:
-    """That the plan counts for one state, or None if this core does not count; the backward pass repeats the forward."""
+    """That the plan counts for one state, or None if the core does not count; backward repeats forward."""
     plan = program(ansatz("ring", task.n_wires, task.layers), "z", True).plan
     if not hasattr(plan, "operations"):
         return None

@@ -1,7 +1,7 @@
 """The rivals of this environment under pytest-benchmark: ``pytest benchmarks --benchmark-only``.
 
-Times are of one call; see ``rows`` where rows are simulated one by one. ``python -m benchmarks`` compares all rivals, in
-environments of their own.
+Times are of one call; see ``rows`` where rows are simulated one by one. ``python -m benchmarks`` compares all rivals,
+in environments of their own.
 """
 
 from __future__ import annotations
