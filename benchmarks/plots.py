@@ -27,7 +27,7 @@ AXES = {
     "layers": ("layers L; n = 10, width 768, batch 256", [Task(10, 768, 256, layers) for layers in (1, 2, 4, 8)]),
     "batch": ("batch B; n = 10, width 768, one layer", [Task(10, 768, batch) for batch in (1, 8, 64, 512, 4096)]),
 }
-EFFORT = Effort(repeats=3, at_least=0.02, build_limit=60, time_limit=20)
+EFFORT = Effort(repeats=3, at_least=0.02, build_limit=120, time_limit=20)
 #: Seconds of one call, above which a rival sits out the rest of an axis.
 TOO_LONG = 1.0
 #: Every point compiles anew; the dense unitary gains little by that.
