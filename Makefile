@@ -7,11 +7,13 @@ OUTPUT ?= reports/compare
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc python -type f -not -name '*.pyc' -not -name '*.so') CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: help compare test bench lint stubs clean
+.PHONY: help compare test bench bench-environments bench-plots lint stubs clean
 help:
 	@echo "make compare   train QAA, LoRA, SoRA, Prefix and full fine-tuning on a real LLM; report in $(OUTPUT)"
 	@echo "make test      the test-suite"
-	@echo "make bench     kernels against simulators; results in reports/bench"
+	@echo "make bench     kernels against simulators and LoRA, and the goals; results in reports/bench"
+	@echo "make bench-environments   environments for simulators that do not fit into the project's own"
+	@echo "make bench-plots          cost per state against wires, layers and batch; figures in reports/bench"
 	@echo "make lint      ruff and mypy"
 
 # torch comes first and alone: it is no build requirement, and the constraint keeps every later step from replacing it.
@@ -38,6 +40,13 @@ test: $(VENV)/.dev
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks
 
+# Rivals that need versions of their own; `make bench` leaves out what is not installed.
+bench-environments: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.environments
+
+bench-plots: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.plots --sweep
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
@@ -47,4 +56,4 @@ stubs: $(VENV)/.dev
 	cp build/stubs/qaa/_core.pyi python/qaa/_core.pyi && $(BIN)/ruff format python/qaa/_core.pyi
 
 clean:
-	rm -rf build dist reports $(VENV)
+	rm -rf build dist reports $(VENV) .venv-bench

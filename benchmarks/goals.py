@@ -1,0 +1,174 @@
+"""What the project promises about speed, as a list that reads the measurements."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from benchmarks.driver import Measurement
+from benchmarks.machine import Peak
+from benchmarks.rivals import RIVALS
+from benchmarks.task import Task
+from qaa import ansatz
+from qaa.program import program
+
+PASSES = {"forward": "forward", "step": "forward + backward"}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A promise and what was measured."""
+
+    name: str
+    threads: int
+    measured: float
+    limit: float
+    at_most: bool
+    unit: str = ""
+    detail: str = ""
+
+    @property
+    def met(self) -> bool:
+        return self.measured <= self.limit if self.at_most else self.measured >= self.limit
+
+
+def median(m: Measurement) -> float:
+    """Seconds per state."""
+    return statistics.median(s for s in m.samples if s is not None)
+
+
+def ratio(m: Measurement, reference: Measurement) -> float:
+    """The median, over the repeats that both took part in, of one's time over the other's."""
+    pairs = zip(m.samples, reference.samples, strict=True)
+    ratios = [a / b for a, b in pairs if a is not None and b is not None]
+    return statistics.median(ratios) if ratios else median(m) / median(reference)
+
+
+class Results:
+    """Measurements of one thread count, found by case, rival and pass."""
+
+    def __init__(self, measurements: list[Measurement], threads: int) -> None:
+        self.measurements = [m for m in measurements if m.threads == threads]
+
+    def find(self, case: str, rival: str, which: str, layers: int | None = None) -> Measurement | None:
+        for m in self.measurements:
+            if (m.case, m.rival, m.which) == (case, rival, which) and layers in (None, m.task.layers):
+                return m
+        return None
+
+    def of_kind(self, case: str, which: str, kind: str) -> list[Measurement]:
+        return [m for m in self.measurements if (m.case, m.which, RIVALS[m.rival].kind) == (case, which, kind)]
+
+
+def goals(measurements: list[Measurement], peaks: dict[int, Peak | None]) -> list[Goal]:
+    """Every goal that the measurements can decide."""
+    found: list[Goal] = []
+    for threads in sorted({m.threads for m in measurements}):
+        results = Results(measurements, threads)
+        for section in (_lora, _layers, _rivals, _precision, _square, _finetuning, _overhead, _threads):
+            found += section(results, threads)
+        if peak := peaks.get(threads):
+            found += _share_of_peak(results, threads, peak)
+    return found
+
+
+def _lora(results: Results, threads: int) -> Iterator[Goal]:
+    kernel, lora = (results.find("adapter", name, "forward") for name in ("qaa", "LoRA r = 8"))
+    if kernel and lora:
+        yield Goal("kernel forward / LoRA forward, n = 10", threads, ratio(kernel, lora), 0.8, True, "x")
+    for case in ("adapter", "adapter, 11 wires", "adapter, 12 wires"):
+        ours, lora = (results.find(case, name, "step") for name in ("qaa adapter", "LoRA r = 8"))
+        if ours and lora:
+            name = f"adapter / LoRA, forward + backward, n = {ours.task.n_wires}"
+            yield Goal(name, threads, ratio(ours, lora), 0.75, True, "x")
+
+
+def _layers(results: Results, threads: int) -> Iterator[Goal]:
+    for which, text in PASSES.items():
+        first = results.find("layers", "qaa", which, layers=1)
+        for layers in (2, 4):
+            more = results.find("layers", "qaa", which, layers=layers)
+            if first and more:
+                further = (ratio(more, first) - 1) / (layers - 1)
+                yield Goal(f"each further layer / first, {text}, L = {layers}", threads, further, 1.2, True, "x")
+
+
+def _rivals(results: Results, threads: int) -> Iterator[Goal]:
+    for case in ("rivals", "rivals, 11 wires", "rivals, 12 wires"):
+        limits = (("by hand", 20.0), ("library", 50.0))
+        for which, text in PASSES.items():
+            ours = results.find(case, "qaa", which)
+            if ours is None:
+                continue
+            where = f"{text}, n = {ours.task.n_wires}"
+            for kind, limit in limits:
+                if others := results.of_kind(case, which, kind):
+                    fastest = min(others, key=median)
+                    name = f"fastest {kind} / qaa, {where}"
+                    yield Goal(name, threads, ratio(fastest, ours), limit, False, "x", fastest.rival)
+            if pennylane := results.find(case, "PennyLane default.qubit", which):
+                yield Goal(f"default.qubit / qaa, {where}", threads, ratio(pennylane, ours), 250, False, "x")
+    for case in ("rivals, one state", "rivals, 4 wires"):
+        for which, text in PASSES.items():
+            ours = results.find(case, "qaa", which)
+            others = [m for kind in ("by hand", "library") for m in results.of_kind(case, which, kind)]
+            if ours and others:
+                fastest = min(others, key=median)
+                where = f"{text}, n = {ours.task.n_wires}, B = {ours.task.batch}"
+                yield Goal(f"fastest rival / qaa, {where}", threads, ratio(fastest, ours), 1, False, "x", fastest.rival)
+
+
+def _precision(results: Results, threads: int) -> Iterator[Goal]:
+    ours = results.find("precision", "qaa", "step")
+    if ours and ours.errors and ours.errors.theta is not None:
+        name = f"relative error of the angles' gradient, B = {ours.task.batch}"
+        yield Goal(name, threads, ours.errors.theta, 1e-6, True)
+
+
+def _square(results: Results, threads: int) -> Iterator[Goal]:
+    ours, mlp = (results.find("SQUARE", f"SQUARE, {name}", "step") for name in ("qaa", "MLP"))
+    if ours and mlp:
+        yield Goal("SQUARE's training step / MLP's", threads, ratio(ours, mlp), 1.0, True, "x")
+
+
+def _finetuning(results: Results, threads: int) -> Iterator[Goal]:
+    lora = results.find("fine-tuning", "fine-tuning, LoRA r = 8", "step")
+    for name in ("QAA paper", "QAA best"):
+        ours = results.find("fine-tuning", f"fine-tuning, {name}", "step")
+        if ours and lora:
+            yield Goal(f"fine-tuning step, {name} / LoRA", threads, ratio(ours, lora), 1.05, True, "x")
+            memory = ours.peak_bytes / lora.peak_bytes
+            yield Goal(f"fine-tuning memory, {name} / LoRA", threads, memory, 1.0, True, "x")
+
+
+def _overhead(results: Results, threads: int) -> Iterator[Goal]:
+    small, kernel = (results.find("overhead", name, "step") for name in ("qaa", "qaa kernel"))
+    if small and kernel:
+        overhead = small.task.batch * (median(small) - median(kernel)) * 1e6
+        where = f"n = {small.task.n_wires}, B = {small.task.batch}"
+        yield Goal(f"forward + backward beside the kernels, {where}", threads, overhead, 60, True, "µs")
+
+
+def _threads(results: Results, threads: int) -> Iterator[Goal]:
+    for which, text in PASSES.items():
+        one, all_ = (results.find("threads", f"qaa kernel{name}", which) for name in (" on one thread", ""))
+        if one and all_ and threads == 2:
+            yield Goal(f"two threads / one, {text}", threads, ratio(one, all_), 1.8, False, "x")
+
+
+def _share_of_peak(results: Results, threads: int, peak: Peak) -> Iterator[Goal]:
+    for which, text in PASSES.items():
+        ours = results.find("adapter", "qaa", which)
+        if ours and (count := multiply_adds(ours.task, which)):
+            share = count / median(ours) / peak.multiply_adds_per_second
+            yield Goal(f"share of the multiply-add peak, {text}, n = 10", threads, 100 * share, 50, False, "%")
+
+
+def multiply_adds(task: Task, which: str) -> float | None:
+    """That the plan counts for one state, or None if the core does not count; backward repeats forward."""
+    plan = program(ansatz("ring", task.n_wires, task.layers), "z", True).plan
+    if not hasattr(plan, "operations"):
+        return None
+    forward, backward = plan.operations(task.width)
+    return float(forward if which == "forward" else forward + backward)

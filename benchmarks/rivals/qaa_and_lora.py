@@ -1,0 +1,82 @@
+"""This library, and the yardstick that a user would otherwise run: LoRA, which simulates nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import qaa
+import qaa.ops
+from benchmarks.rivals.differentiable import differentiable
+from benchmarks.task import Rival, Task
+
+
+def features(task: Task) -> Rival:
+    """The circuit through its torch op."""
+    circuit = qaa.ansatz("ring", task.n_wires, task.layers)
+    return differentiable(task, lambda theta, x: qaa.ops.quantum_features(circuit, theta, x))
+
+
+def kernel(task: Task) -> Rival:
+    """The circuit through its NumPy functions, with as many threads as the process has: no autograd."""
+    return _kernel(task, None)
+
+
+def kernel_on_one_thread(task: Task) -> Rival:
+    return _kernel(task, 1)
+
+
+def _kernel(task: Task, threads: int | None) -> Rival:
+    circuit = qaa.ansatz("ring", task.n_wires, task.layers)
+    theta, x, grad = task.theta, task.x, task.grad
+
+    def forward() -> Any:
+        return qaa.arrays.forward(circuit, theta, x, threads=threads)
+
+    def step() -> tuple[Any, Any, Any]:
+        return forward(), *qaa.arrays.backward(circuit, theta, x, grad, threads=threads)
+
+    return Rival(forward, step, task.batch, "NumPy entry points")
+
+
+def adapter(task: Task) -> Rival:
+    """The features, projected to width d and added to the frozen layer's output: all that LoRA does, and a bias."""
+    circuit = qaa.ansatz("ring", task.n_wires, task.layers)
+    random = torch.Generator().manual_seed(2)
+    up, bias = torch.randn(task.width, task.n_wires, generator=random), torch.randn(task.width, generator=random)
+
+    def function(base: Tensor, x: Tensor, theta: Tensor, up: Tensor, bias: Tensor) -> Tensor:
+        return qaa.ops.project(base, qaa.ops.quantum_features(circuit, theta, x), up, bias)
+
+    note = f"features, {task.n_wires} → {task.width}, bias, added; gradients of x, theta, V, c"
+    return _adapter(task, function, (torch.from_numpy(task.theta), up, bias), note)
+
+
+def lora(task: Task, rank: int = 8) -> Rival:
+    """Two GEMMs, ``d → rank → d``, the second of them onto the frozen layer's output."""
+    random = torch.Generator().manual_seed(2)
+    weights = [torch.randn(*shape, generator=random) for shape in ((task.width, rank), (rank, task.width))]
+    note = f"yardstick, no simulator: {task.width} → {rank} → {task.width}, added; gradients of x, A, B"
+    return _adapter(task, lambda base, x, a, b: torch.addmm(base, x @ a, b), weights, note)
+
+
+def _adapter(task: Task, function: Callable[..., Tensor], weights: Any, note: str) -> Rival:
+    """A whole adapter ``(base, x, *weights) → base + delta`` at width d, differentiated in all but the base."""
+    leaves = [torch.tensor(np.array(w), requires_grad=True) for w in (task.x, *weights)]
+    random = torch.Generator().manual_seed(1)
+    base, grad = (torch.randn(task.x.shape, generator=random) for _ in range(2))
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return function(base, *leaves)
+
+    def step() -> tuple[Any, Any, Any]:
+        value = function(base, *leaves)
+        gradients = torch.autograd.grad(value, leaves, grad)
+        return value, gradients[1], gradients[0]
+
+    return Rival(forward, step, task.batch, note)
