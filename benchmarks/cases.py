@@ -26,7 +26,7 @@ class Case:
 
 
 def _adapters(task: Task, *others: str) -> Case:
-    return Case(tuple((rival, task) for rival in ("LoRA r = 8", "qaa adapter", *others)))
+    return Case(tuple((rival, task) for rival in ("LoRA r = 8", "LoRA r = 8, addmm_", "qaa adapter", *others)))
 
 
 def _rivals(task: Task, threads: str = "each") -> Case:

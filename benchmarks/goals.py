@@ -74,14 +74,15 @@ def goals(measurements: list[Measurement], peaks: dict[int, Peak | None]) -> lis
 
 
 def _lora(results: Results, threads: int) -> Iterator[Goal]:
-    kernel, lora = (results.find("adapter", name, "forward") for name in ("qaa", "LoRA r = 8"))
-    if kernel and lora:
-        yield Goal("kernel forward / LoRA forward, n = 10", threads, ratio(kernel, lora), 0.8, True, "x")
-    for case in ("adapter", "adapter, 11 wires", "adapter, 12 wires"):
-        ours, lora = (results.find(case, name, "step") for name in ("qaa adapter", "LoRA r = 8"))
-        if ours and lora:
-            name = f"adapter / LoRA, forward + backward, n = {ours.task.n_wires}"
-            yield Goal(name, threads, ratio(ours, lora), 0.75, True, "x")
+    for lora, name in (("LoRA r = 8", "LoRA"), ("LoRA r = 8, addmm_", "LoRA by addmm_")):
+        kernel, theirs = (results.find("adapter", rival, "forward") for rival in ("qaa", lora))
+        if kernel and theirs:
+            yield Goal(f"kernel / {name}, forward, n = 10", threads, ratio(kernel, theirs), 0.8, True, "x")
+        for case in ("adapter", "adapter, 11 wires", "adapter, 12 wires"):
+            ours, theirs = (results.find(case, rival, "step") for rival in ("qaa adapter", lora))
+            if ours and theirs:
+                where = f"forward + backward, n = {ours.task.n_wires}"
+                yield Goal(f"adapter / {name}, {where}", threads, ratio(ours, theirs), 0.75, True, "x")
 
 
 def _layers(results: Results, threads: int) -> Iterator[Goal]:

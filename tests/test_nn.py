@@ -227,3 +227,24 @@ def test_a_layer_that_is_too_wide_is_refused():
 def test_quadratic_adapters_have_no_rows():
     with pytest.raises(ValueError, match="expected the readout 'state', which is linear in x, received"):
         Adapter.create(8).down(torch.zeros(1, 3, 3))
+
+
+def test_an_adapter_writes_over_its_layers_output_unless_a_hook_may_have_kept_it() -> None:
+    layer, x = QAALinear(nn.Linear(12, 5)), torch.randn(3, 12)
+    with torch.no_grad():
+        layer.up.normal_()
+    outputs: list[torch.Tensor] = []
+    handle = layer.base.register_forward_hook(lambda module, args, output: outputs.append(output))
+    hooked = layer(x)
+    assert torch.equal(outputs[0], layer.base(x)) and not torch.equal(outputs[0], hooked)
+    handle.remove()
+    assert torch.equal(layer(x), hooked)
+
+    class Keeps(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.kept = super().forward(x)
+            return self.kept
+
+    layer.base = Keeps(12, 5)
+    layer(x)
+    assert torch.equal(layer.base.kept, nn.functional.linear(x, layer.base.weight, layer.base.bias))

@@ -234,6 +234,41 @@ def test_project_leaves_its_base_alone_and_does_not_depend_on_threads() -> None:
             assert torch.equal(ours, expected)
 
 
+def test_project_in_place_is_the_same_function_written_over_its_base() -> None:
+    arguments = project_arguments((3, 7), 10, 64, torch.float32, True)
+    value = project(*arguments, scale=0.5)
+    expected = gradients(value, *arguments)
+    leaf = arguments[0]
+    base = leaf * 1.0  # as a frozen layer's output: no leaf
+    over = project(base, *arguments[1:], scale=0.5, in_place=True)
+    assert over.data_ptr() == base.data_ptr() and torch.equal(over, value)
+    for ours, theirs in zip(gradients(over, *arguments), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    with torch.no_grad():
+        base = leaf * 1.0
+        assert project(base, *arguments[1:], scale=0.5, in_place=True).data_ptr() == base.data_ptr()
+        assert torch.equal(base, value)
+
+
+def test_project_in_place_spares_a_base_that_it_must_not_or_cannot_write_over() -> None:
+    base, *others = project_arguments((12,), 5, 6, torch.float32, True)
+    expected = project(base, *others)
+    for spared in (base, base.detach().repeat(2, 1)[::2], base.detach().double(), base.detach().T.contiguous().T):
+        kept = spared.detach().clone()
+        value = project(spared, *others, in_place=True)
+        assert torch.equal(spared, kept) and value.dtype == spared.dtype
+        torch.testing.assert_close(value.float(), project(kept, *others).float())
+    assert torch.equal(project(base, *others, in_place=True), expected)
+
+
+def test_project_in_place_over_what_a_backward_pass_needs_is_an_error() -> None:
+    base, *others = project_arguments((12,), 5, 6, torch.float32, True)
+    saved = base.exp()  # saves its result
+    value = project(saved, *others, in_place=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.sum().backward()
+
+
 @pytest.mark.parametrize("base_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("weight_dtype", [torch.bfloat16, torch.float32], ids=str)
 def test_project_of_mixed_dtypes_returns_that_of_the_base(weight_dtype: Any, base_dtype: Any) -> None:

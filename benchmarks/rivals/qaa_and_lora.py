@@ -50,18 +50,29 @@ def adapter(task: Task) -> Rival:
     up, bias = torch.randn(task.width, task.n_wires, generator=random), torch.randn(task.width, generator=random)
 
     def function(base: Tensor, x: Tensor, theta: Tensor, up: Tensor, bias: Tensor) -> Tensor:
-        return qaa.ops.project(base, qaa.ops.quantum_features(circuit, theta, x), up, bias)
+        return qaa.ops.project(base, qaa.ops.quantum_features(circuit, theta, x), up, bias, in_place=True)
 
-    note = f"features, {task.n_wires} → {task.width}, bias, added; gradients of x, theta, V, c"
+    note = f"features, {task.n_wires} → {task.width}, bias, added in place; gradients of x, theta, V, c"
     return _adapter(task, function, (torch.from_numpy(task.theta), up, bias), note)
 
 
-def lora(task: Task, rank: int = 8) -> Rival:
-    """Two GEMMs, ``d → rank → d``, the second of them onto the frozen layer's output."""
+def lora(task: Task) -> Rival:
+    """LoRA written as tightly as torch allows: two GEMMs, the second of them over the frozen layer's output."""
+    weights, note = _lora_weights(task)
+    return _adapter(task, lambda base, x, a, b: base.addmm_(x @ a.T, b.T), weights, f"{note}, addmm_")
+
+
+def lora_in_peft(task: Task) -> Rival:
+    """LoRA as PEFT's linear layer computes it: ``result + lora_B(lora_A(x)) * scaling``."""
+    weights, note = _lora_weights(task)
+    linear = torch.nn.functional.linear
+    return _adapter(task, lambda base, x, a, b: base + linear(linear(x, a), b) * 2.0, weights, f"{note}, as in PEFT")
+
+
+def _lora_weights(task: Task, rank: int = 8) -> tuple[list[Tensor], str]:
     random = torch.Generator().manual_seed(2)
-    weights = [torch.randn(*shape, generator=random) for shape in ((task.width, rank), (rank, task.width))]
-    note = f"yardstick, no simulator: {task.width} → {rank} → {task.width}, added; gradients of x, A, B"
-    return _adapter(task, lambda base, x, a, b: torch.addmm(base, x @ a, b), weights, note)
+    weights = [torch.randn(*shape, generator=random) for shape in ((rank, task.width), (task.width, rank))]
+    return weights, f"yardstick, no simulator: {task.width} → {rank} → {task.width}; gradients of x, A, B"
 
 
 def _adapter(task: Task, function: Callable[..., Tensor], weights: Any, note: str) -> Rival:
@@ -72,10 +83,10 @@ def _adapter(task: Task, function: Callable[..., Tensor], weights: Any, note: st
 
     def forward() -> Tensor:
         with torch.no_grad():
-            return function(base, *leaves)
+            return function(base.detach(), *leaves)
 
     def step() -> tuple[Any, Any, Any]:
-        value = function(base, *leaves)
+        value = function(base.detach(), *leaves)  # some write over it, as they may over a layer's output
         gradients = torch.autograd.grad(value, leaves, grad)
         return value, gradients[1], gradients[0]
 

@@ -116,10 +116,29 @@ class Adapter:
         return F.linear(self.features(theta, x, channels), up, bias) * self.scaling
 
     def add_to(
-        self, base: Tensor, x: Tensor, theta: Tensor, up: Tensor, bias: Tensor | None, channels: Tensor | None = None
+        self,
+        base: Tensor,
+        x: Tensor,
+        theta: Tensor,
+        up: Tensor,
+        bias: Tensor | None,
+        channels: Tensor | None = None,
+        *,
+        in_place: bool = False,
     ) -> Tensor:
-        """``base + delta(x, ...)`` in the dtype of ``base``, in one pass over memory in either direction."""
-        return ops.project(base, self.features(theta, x, channels), up, bias, self.scaling)
+        """``base + delta(x, ...)`` in the dtype of ``base``, in one pass over memory in either direction.
+
+        With ``in_place`` the result may be written over ``base``.
+        """
+        return ops.project(base, self.features(theta, x, channels), up, bias, self.scaling, in_place=in_place)
+
+
+def is_private_result(layer: nn.Module) -> bool:
+    """Whether nobody but the caller sees what ``layer`` returns, so that it may be written over: a plain linear layer
+    saves its input for the backward pass and not its output, but a hook may keep that."""
+    return type(layer) is nn.Linear and not (
+        layer._forward_hooks or layer._backward_hooks or nn.modules.module._global_forward_hooks
+    )
 
 
 class QuantumLayer(nn.Module):
@@ -223,7 +242,8 @@ class QAALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.base(x)
-        return self.adapter.add_to(result, x.to(self.up.dtype), self.theta, self.up, self.bias)
+        in_place = is_private_result(self.base)
+        return self.adapter.add_to(result, x.to(self.up.dtype), self.theta, self.up, self.bias, in_place=in_place)
 
 
 def draw_angles(theta: Tensor, name: str) -> Tensor:

@@ -125,7 +125,15 @@ def amplitude_rows(circuit: Circuit, theta: Tensor, k: int, *, width: int | None
     return torch.ops.qaa.rows(theta, str(what), width, real)
 
 
-def project(base: Tensor, features: Tensor, up: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Tensor:
+def project(
+    base: Tensor,
+    features: Tensor,
+    up: Tensor,
+    bias: Tensor | None = None,
+    scale: float = 1.0,
+    *,
+    in_place: bool = False,
+) -> Tensor:
     r"""Features back to the width of a layer, added to the layer's own output; differentiable in every tensor.
 
     .. math:: y = \mathrm{base} + s\, (V f + c)
@@ -135,11 +143,13 @@ def project(base: Tensor, features: Tensor, up: Tensor, bias: Tensor | None = No
     features' dtype and returned in that of ``base``.
 
     Args:
-        base: shape ``(..., d_out)``, for example the output of a frozen linear layer; left as it is.
+        base: shape ``(..., d_out)``, for example the output of a frozen linear layer.
         features: f, shape ``(..., K)`` with the same leading dimensions.
         up: V, shape ``(d_out, K)``.
         bias: c, shape ``(d_out,)``, or None.
         scale: s.
+        in_place: whether the result may be written over ``base``, which must not be read afterwards; it is where that
+            is possible: contiguous, in eager mode, and not a leaf that requires a gradient.
 
     Returns:
         The shape and dtype of ``base``.
@@ -174,11 +184,11 @@ def project(base: Tensor, features: Tensor, up: Tensor, bias: Tensor | None = No
         weight = up.to(features.dtype)
         delta = torch.nn.functional.linear(features, weight, None if bias is None else bias.to(features.dtype))
         return (base + scale * delta).to(base.dtype)
-    rows, flat = base.reshape(-1, base.shape[-1]), features.reshape(-1, features.shape[-1])
+    flat = features.reshape(-1, features.shape[-1])
     if _is_plain(*all_tensors):
-        out = _Project.apply(rows, flat, up, bias, float(scale))
-    else:
-        out = torch.ops.qaa.project(rows, flat, up, bias, float(scale))
+        in_place = in_place and base.is_contiguous() and not (base.is_leaf and base.requires_grad)
+        return _Project.apply(base, flat, up, bias, float(scale), in_place)
+    out = torch.ops.qaa.project(base.reshape(-1, base.shape[-1]), flat, up, bias, float(scale))
     return out.reshape(base.shape)
 
 
@@ -307,10 +317,12 @@ def _rows_backward(what: Program, theta: Tensor, grad: Tensor, real: bool) -> Te
 _NO_MATRIX = (0, 0, 0, 0, _core.Scalar.float32)
 
 
-def _project(base: Tensor, features: Tensor, up: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+def _project(
+    base: Tensor, features: Tensor, up: Tensor, bias: Tensor | None, scale: float, in_place: bool = False
+) -> Tensor:
     base, features, up = _readable(base), _readable(features), _readable(up)
     bias = None if bias is None else _readable(bias[None])
-    out = torch.empty(base.shape, dtype=base.dtype)
+    out = base if in_place else torch.empty(base.shape, dtype=base.dtype)
     _core.project(
         _core.ConstMatrix(*_layout(features)),
         _core.ConstMatrix(*_layout(up)),
@@ -380,17 +392,25 @@ class _Rows(torch.autograd.Function):
 
 class _Project(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, base: Tensor, features: Tensor, up: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    def forward(
+        ctx: Any, base: Tensor, features: Tensor, up: Tensor, bias: Tensor | None, scale: float, in_place: bool
+    ) -> Tensor:
         ctx.save_for_backward(features, up)
         ctx.with_bias, ctx.scale = bias is not None, scale
-        return _project(base, features, up, bias, scale)
+        rows = base.reshape(-1, base.shape[-1])
+        if in_place:
+            ctx.mark_dirty(base)
+            _project(rows, features, up, bias, scale, in_place)
+            return base
+        return _project(rows, features, up, bias, scale).reshape(base.shape)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         features, up = ctx.saved_tensors
         adjoint = torch.ops.qaa.project_backward if torch.is_grad_enabled() else _project_backward
-        grad_features, grad_up, grad_bias = adjoint(grad, features, up, ctx.with_bias, ctx.scale)
-        return grad, grad_features, grad_up, grad_bias if ctx.with_bias else None, None
+        rows = grad.reshape(-1, grad.shape[-1])
+        grad_features, grad_up, grad_bias = adjoint(rows, features, up, ctx.with_bias, ctx.scale)
+        return grad, grad_features, grad_up, grad_bias if ctx.with_bias else None, None, None
 
 
 # ------------------------------------------------------------------------------------------------ dispatcher

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qaa.nn import Adapter, draw_angles
+from qaa.nn import Adapter, draw_angles, is_private_result
 
 from .tuner import AdditiveLayer
 
@@ -53,7 +53,9 @@ class QaaLayer(AdditiveLayer):
 
     def add_to(self, base: Tensor, adapter_name: str, x: Tensor) -> Tensor:
         parameters = self._parameters_of(adapter_name)
-        return self.qaa_adapter[adapter_name].add_to(base, self._cast_input_dtype(x, parameters[1].dtype), *parameters)
+        x = self._cast_input_dtype(x, parameters[1].dtype)
+        in_place = is_private_result(self.base_layer)
+        return self.qaa_adapter[adapter_name].add_to(base, x, *parameters, in_place=in_place)
 
     def lora_factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor | None]:
         adapter = self.qaa_adapter[adapter_name]
