@@ -43,37 +43,46 @@ RotatePass<T> rotate_pass(const Pass& pass, const std::vector<double>& angles, b
   return out;
 }
 
+using Complex = std::complex<double>;
+Complex times(Complex a, Complex b) {  // the operator of std::complex also looks after infinities
+  return {a.real() * b.real() - a.imag() * b.imag(), a.real() * b.imag() + a.imag() * b.real()};
+}
+
 // The diagonal of a stage at every index.
-void fill_diagonal(const Stage& stage, const double* theta, std::vector<std::complex<double>>& table,
-                   std::vector<std::complex<double>>& product) {
+void fill_diagonal(const Stage& stage, const double* theta, std::vector<Complex>& table,
+                   std::vector<Complex>& product) {
   const std::size_t size = table.size();
   if (stage.constant.empty()) {
     std::fill(table.begin(), table.end(), 1.0);
   } else {
     table = stage.constant;
   }
+  product.resize(size);
   for (const Tree& tree : stage.trees) {
-    product.assign(size, 0);
-    auto phase_of = [&](std::uint32_t slot) -> std::complex<double> {
+    auto phase_of = [&](std::uint32_t slot) -> Complex {
       return slot == Tree::unused ? 1.0 : std::polar(1.0, -stage.phases[slot].angle.value(theta) / 2);
     };
     const std::size_t n_wires = tree.slots.size() - 1;
     product[0] = phase_of(tree.slots[n_wires]);
     for (std::size_t j = 0; j < n_wires; ++j) {
-      const std::complex<double> even = phase_of(tree.slots[j]);
-      for (std::size_t b = 0; b < (std::size_t{1} << j); ++b) {
-        product[b | (std::size_t{1} << j)] = product[b] * std::conj(even);
-        product[b] *= even;
+      const Complex even = phase_of(tree.slots[j]);
+      const std::size_t half = std::size_t{1} << j;
+      for (std::size_t b = 0; b < half; ++b) {
+        product[b | half] = times(product[b], std::conj(even));
+        product[b] = times(product[b], even);
       }
     }
-    for (std::size_t b = 0; b < size; ++b) table[tree.order[b]] *= product[b];
+    for (std::size_t b = 0; b < size; ++b) table[tree.order[b]] = times(table[tree.order[b]], product[b]);
   }
 }
 
+// Real parts, then imaginary parts.
 template <class T>
-void append(std::vector<T>& out, const std::vector<std::complex<double>>& table, double scale, bool conjugate) {
-  for (const auto& entry : table) out.push_back(T(scale * entry.real()));
-  for (const auto& entry : table) out.push_back(T((conjugate ? -scale : scale) * entry.imag()));
+void store(T* out, const std::vector<Complex>& table, double scale, bool conjugate) {
+  const std::size_t size = table.size();
+  const double imaginary = conjugate ? -scale : scale;
+  for (std::size_t i = 0; i < size; ++i) out[i] = T(scale * table[i].real());
+  for (std::size_t i = 0; i < size; ++i) out[size + i] = T(imaginary * table[i].imag());
 }
 
 double coefficient(const Plan& plan, const Term& term, const double* theta, std::size_t derivative_of = SIZE_MAX) {
@@ -108,10 +117,11 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta) : p
   stages_.resize(n_stages);
   passes_.reserve(n_passes);
   trees_.reserve(n_trees);
-  tables_.reserve(4 * size * n_tables);
+  tables_.resize(4 * size * n_tables);
+  T* next_table = tables_.data();
   // The diagonals are computed once and stored twice, with the scales owed in either direction.
-  std::vector<std::vector<std::complex<double>>> diagonals(n_stages);
-  std::vector<std::complex<double>> product;
+  std::vector<std::vector<Complex>> diagonals(n_stages);
+  std::vector<Complex> product;
   std::vector<double> angles;
 
   auto stage_angles = [&](const Stage& stage) {
@@ -135,9 +145,10 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta) : p
     if (stage.is_diagonal()) {
       diagonals[s].resize(size);
       fill_diagonal(stage, theta, diagonals[s], product);
-      out.re = tables_.data() + tables_.size();
-      out.im = out.re + size;
-      append(tables_, diagonals[s], scale, false);
+      out.re = next_table;
+      out.im = next_table + size;
+      store(next_table, diagonals[s], scale, false);
+      next_table += 2 * size;
       scale = 1;
       out.trees = add_trees(stage.trees);
       out.n_trees = std::uint32_t(stage.trees.size());
@@ -157,10 +168,11 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta) : p
     const Stage& stage = plan.stages[s];
     BoundStage<T>& out = stages_[s];
     if (stage.is_diagonal()) {
-      out.back_re = tables_.data() + tables_.size();
-      out.back_im = out.back_re + size;
+      out.back_re = next_table;
+      out.back_im = next_table + size;
       out.overlap_scale = scale * scale;
-      append(tables_, diagonals[s], scale, true);
+      store(next_table, diagonals[s], scale, true);
+      next_table += 2 * size;
       scale = 1;
     } else {
       stage_angles(stage);
