@@ -3,6 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <stdexcept>
+
 #include "gates.h"
 #include "qaa.h"
 
@@ -39,16 +42,45 @@ M matrix(std::uintptr_t data, std::int64_t rows, std::int64_t columns, std::int6
   return m;
 }
 
-void run_forward(const Plan& plan, std::uintptr_t theta, const ConstMatrix& x, const Matrix& features, int threads) {
+// Angles as the core wants them, from float32 or float64.
+class Angles {
+ public:
+  Angles(std::uintptr_t address, Scalar scalar, std::size_t n) {
+    if (scalar == Scalar::float64) {
+      data_ = reinterpret_cast<const double*>(address);
+    } else if (scalar == Scalar::float32) {
+      const float* first = reinterpret_cast<const float*>(address);
+      copy_.assign(first, first + n);
+      data_ = copy_.data();
+    } else {
+      throw std::invalid_argument("expected angles of float32 or float64, received a narrower type");
+    }
+  }
+  const double* data() const { return data_; }
+
+ private:
+  std::vector<double> copy_;
+  const double* data_ = nullptr;
+};
+
+void run_forward(const Plan& plan, std::uintptr_t theta, Scalar theta_scalar, const ConstMatrix& x,
+                 const Matrix& features, int threads) {
   const py::gil_scoped_release release;
-  forward({plan, reinterpret_cast<const double*>(theta), x, features, threads});
+  const Angles angles(theta, theta_scalar, plan.n_parameters);
+  forward({plan, angles.data(), x, features, threads});
 }
 
-void run_backward(const Plan& plan, std::uintptr_t theta, const ConstMatrix& x, const ConstMatrix& grad,
-                  std::uintptr_t grad_theta, const Matrix& grad_x, int threads) {
+// The gradient of the angles is written in the angles' type.
+void run_backward(const Plan& plan, std::uintptr_t theta, Scalar theta_scalar, const ConstMatrix& x,
+                  const ConstMatrix& grad, std::uintptr_t grad_theta, const Matrix& grad_x, int threads) {
   const py::gil_scoped_release release;
-  backward({plan, reinterpret_cast<const double*>(theta), x, grad, reinterpret_cast<double*>(grad_theta), grad_x,
-            threads});
+  const Angles angles(theta, theta_scalar, plan.n_parameters);
+  if (theta_scalar == Scalar::float64) {
+    return backward({plan, angles.data(), x, grad, reinterpret_cast<double*>(grad_theta), grad_x, threads});
+  }
+  std::vector<double> result(plan.n_parameters);
+  backward({plan, angles.data(), x, grad, result.data(), grad_x, threads});
+  std::copy(result.begin(), result.end(), reinterpret_cast<float*>(grad_theta));
 }
 
 void run_project(const ConstMatrix& features, const ConstMatrix& up, const ConstMatrix& bias, const ConstMatrix& base,
@@ -99,9 +131,9 @@ PYBIND11_MODULE(_core, m) {
           py::arg("columns"), "Arithmetic operations for one state, (forward, backward); a multiply-add counts as one.")
       .def("__str__", &Plan::str);
 
-  m.def("forward", &run_forward, py::arg("plan"), py::arg("theta_address"), py::arg("x"), py::arg("features"),
+  m.def("forward", &run_forward, py::arg("plan"), py::arg("theta_address"), py::arg("theta_scalar"), py::arg("x"), py::arg("features"),
         py::arg("threads"), "features = readout(U(theta) x); releases the GIL.");
-  m.def("backward", &run_backward, py::arg("plan"), py::arg("theta_address"), py::arg("x"), py::arg("grad"),
+  m.def("backward", &run_backward, py::arg("plan"), py::arg("theta_address"), py::arg("theta_scalar"), py::arg("x"), py::arg("grad"),
         py::arg("grad_theta_address"), py::arg("grad_x"), py::arg("threads"),
         "The vector-Jacobian product of forward; releases the GIL.");
   m.def("project", &run_project, py::arg("features"), py::arg("up"), py::arg("bias"), py::arg("base"),

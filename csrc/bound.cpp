@@ -43,46 +43,63 @@ RotatePass<T> rotate_pass(const Pass& pass, const std::vector<double>& angles, b
   return out;
 }
 
-using Complex = std::complex<double>;
-Complex times(Complex a, Complex b) {  // the operator of std::complex also looks after infinities
-  return {a.real() * b.real() - a.imag() * b.imag(), a.real() * b.imag() + a.imag() * b.real()};
+// A diagonal, its real and imaginary parts apart so that compilers vectorize what is done with it.
+struct Diagonal {
+  std::vector<double> re, im;
+  explicit Diagonal(std::size_t size) : re(size, 1.0), im(size, 0.0) {}
+};
+
+// product[b] = product over j of the phase of slot j, or its conjugate where bit j of b is set.
+void multiply_out(const Stage& stage, const Tree& tree, const double* theta, Diagonal& product) {
+  auto phase_of = [&](std::uint32_t slot) -> std::complex<double> {
+    return slot == Tree::unused ? 1.0 : std::polar(1.0, -stage.phases[slot].angle.value(theta) / 2);
+  };
+  const std::size_t n_wires = tree.slots.size() - 1;
+  const std::complex<double> all = phase_of(tree.slots[n_wires]);
+  double *re = product.re.data(), *im = product.im.data();
+  re[0] = all.real();
+  im[0] = all.imag();
+  for (std::size_t j = 0; j < n_wires; ++j) {
+    const std::complex<double> even = phase_of(tree.slots[j]);
+    const double c = even.real(), s = even.imag();
+    const std::size_t half = std::size_t{1} << j;
+    for (std::size_t b = 0; b < half; ++b) {
+      const double cr = c * re[b], si = s * im[b], ci = c * im[b], sr = s * re[b];
+      re[half + b] = cr + si;
+      im[half + b] = ci - sr;
+      re[b] = cr - si;
+      im[b] = ci + sr;
+    }
+  }
 }
 
 // The diagonal of a stage at every index.
-void fill_diagonal(const Stage& stage, const double* theta, std::vector<Complex>& table,
-                   std::vector<Complex>& product) {
-  const std::size_t size = table.size();
-  if (stage.constant.empty()) {
-    std::fill(table.begin(), table.end(), 1.0);
-  } else {
-    table = stage.constant;
+void fill(const Stage& stage, const double* theta, Diagonal& table, Diagonal& product) {
+  const std::size_t size = table.re.size();
+  for (std::size_t i = 0; i < stage.constant.size(); ++i) {
+    table.re[i] = stage.constant[i].real();
+    table.im[i] = stage.constant[i].imag();
   }
-  product.resize(size);
   for (const Tree& tree : stage.trees) {
-    auto phase_of = [&](std::uint32_t slot) -> Complex {
-      return slot == Tree::unused ? 1.0 : std::polar(1.0, -stage.phases[slot].angle.value(theta) / 2);
-    };
-    const std::size_t n_wires = tree.slots.size() - 1;
-    product[0] = phase_of(tree.slots[n_wires]);
-    for (std::size_t j = 0; j < n_wires; ++j) {
-      const Complex even = phase_of(tree.slots[j]);
-      const std::size_t half = std::size_t{1} << j;
-      for (std::size_t b = 0; b < half; ++b) {
-        product[b | half] = times(product[b], std::conj(even));
-        product[b] = times(product[b], even);
-      }
+    multiply_out(stage, tree, theta, product);
+    const bool first = &tree == &stage.trees.front() && stage.constant.empty();
+    for (std::size_t b = 0; b < size; ++b) {
+      const double re = product.re[b], im = product.im[b];
+      double &to_re = table.re[tree.order[b]], &to_im = table.im[tree.order[b]];
+      const double new_re = first ? re : to_re * re - to_im * im;
+      to_im = first ? im : to_re * im + to_im * re;
+      to_re = new_re;
     }
-    for (std::size_t b = 0; b < size; ++b) table[tree.order[b]] = times(table[tree.order[b]], product[b]);
   }
 }
 
 // Real parts, then imaginary parts.
 template <class T>
-void store(T* out, const std::vector<Complex>& table, double scale, bool conjugate) {
-  const std::size_t size = table.size();
+void store(T* out, const Diagonal& table, double scale, bool conjugate) {
+  const std::size_t size = table.re.size();
   const double imaginary = conjugate ? -scale : scale;
-  for (std::size_t i = 0; i < size; ++i) out[i] = T(scale * table[i].real());
-  for (std::size_t i = 0; i < size; ++i) out[size + i] = T(imaginary * table[i].imag());
+  for (std::size_t i = 0; i < size; ++i) out[i] = T(scale * table.re[i]);
+  for (std::size_t i = 0; i < size; ++i) out[size + i] = T(imaginary * table.im[i]);
 }
 
 double coefficient(const Plan& plan, const Term& term, const double* theta, std::size_t derivative_of = SIZE_MAX) {
@@ -120,8 +137,8 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta) : p
   tables_.resize(4 * size * n_tables);
   T* next_table = tables_.data();
   // The diagonals are computed once and stored twice, with the scales owed in either direction.
-  std::vector<std::vector<Complex>> diagonals(n_stages);
-  std::vector<Complex> product;
+  std::vector<Diagonal> diagonals(n_stages, Diagonal(0));
+  Diagonal product(n_tables > 0 ? size : 0);
   std::vector<double> angles;
 
   auto stage_angles = [&](const Stage& stage) {
@@ -143,8 +160,8 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta) : p
     out.real = stage.real;
     out.first_slot = slot;
     if (stage.is_diagonal()) {
-      diagonals[s].resize(size);
-      fill_diagonal(stage, theta, diagonals[s], product);
+      diagonals[s] = Diagonal(size);
+      fill(stage, theta, diagonals[s], product);
       out.re = next_table;
       out.im = next_table + size;
       store(next_table, diagonals[s], scale, false);

@@ -18,9 +18,12 @@ namespace qaa {
 QAA_DECLARE_ISA(baseline)
 #ifdef QAA_HAS_AVX2
 QAA_DECLARE_ISA(avx2)
+QAA_DECLARE_ISA(avx2_128)
 #endif
 #ifdef QAA_HAS_AVX512
 QAA_DECLARE_ISA(avx512)
+QAA_DECLARE_ISA(avx512_256)
+QAA_DECLARE_ISA(avx512_128)
 #endif
 #ifdef QAA_HAS_NEON
 QAA_DECLARE_ISA(neon)
@@ -28,55 +31,64 @@ QAA_DECLARE_ISA(neon)
 
 namespace {
 
+// An instruction set at one or more widths, narrowest first.
 struct Candidate {
-  const InstructionSet* set;
+  std::vector<const InstructionSet*> widths;
   bool runs_here;
+  const InstructionSet& widest() const { return *widths.back(); }
 };
 
 // Best first.
 std::vector<Candidate> candidates() {
   std::vector<Candidate> out;
 #ifdef QAA_HAS_AVX512
-  out.push_back({&avx512::instruction_set, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-                                               __builtin_cpu_supports("avx512bw") &&
-                                               __builtin_cpu_supports("avx512vl")});
+  out.push_back({{&avx512_128::instruction_set, &avx512_256::instruction_set, &avx512::instruction_set},
+                 __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                     __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")});
 #endif
 #ifdef QAA_HAS_AVX2
-  out.push_back({&avx2::instruction_set, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
+  out.push_back({{&avx2_128::instruction_set, &avx2::instruction_set},
+                 __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
 #endif
 #ifdef QAA_HAS_NEON
-  out.push_back({&neon::instruction_set, true});
+  out.push_back({{&neon::instruction_set}, true});
 #endif
-  out.push_back({&baseline::instruction_set, true});
+  out.push_back({{&baseline::instruction_set}, true});
   return out;
 }
 
-const InstructionSet& choose() {
+Candidate choose() {
   const char* wanted = std::getenv("QAA_ISA");
   const std::vector<Candidate> all = candidates();
-  if (wanted == nullptr || *wanted == '\0') {
-    return *std::ranges::find_if(all, &Candidate::runs_here)->set;
-  }
+  if (wanted == nullptr || *wanted == '\0') return *std::ranges::find_if(all, &Candidate::runs_here);
   std::string names;
   for (const Candidate& c : all) {
     if (!c.runs_here) continue;
-    if (std::string(wanted) == c.set->name) return *c.set;
-    names += (names.empty() ? "" : ", ") + std::string(c.set->name);
+    if (std::string(wanted) == c.widest().name) return c;
+    names += (names.empty() ? "" : ", ") + std::string(c.widest().name);
   }
   throw std::runtime_error("expected QAA_ISA to be one of " + names + " on this machine, received '" + wanted + "'");
 }
 
-const InstructionSet& chosen() {
-  static const InstructionSet& set = choose();
-  return set;
+const Candidate& chosen() {
+  static const Candidate candidate = choose();
+  return candidate;
 }
 template <class T>
-const CpuKernels<T>& kernels() {
+const CpuKernels<T>& kernels_of(const InstructionSet& set) {
   if constexpr (sizeof(T) == 8) {
-    return chosen().f64;
+    return set.f64;
   } else {
-    return chosen().f32;
+    return set.f32;
   }
+}
+// The narrowest width that holds so many rows at once: a group takes its time however few of its lanes are in use.
+template <class T>
+const InstructionSet& set_for(std::int64_t rows) {
+  for (const InstructionSet* set : chosen().widths) {
+    if (rows <= kernels_of<T>(*set).width) return *set;
+  }
+  return chosen().widest();
 }
 
 // Aligned memory that a thread keeps between calls, so that a call neither allocates nor touches fresh pages.
@@ -101,9 +113,9 @@ class Scratch {
   std::size_t size_ = 0;
 };
 template <class T>
-void* scratch(const BoundPlan<T>& bound) {
+void* scratch(const InstructionSet& set, const BoundPlan<T>& bound) {
   thread_local Scratch memory;
-  return memory.at_least(kernels<T>().workspace_vectors(bound) * std::size_t(chosen().vector_bytes));
+  return memory.at_least(kernels_of<T>(set).workspace_vectors(bound) * std::size_t(set.vector_bytes));
 }
 
 // The batch is cut into chunks of whole groups. Their number depends on the batch alone, never on the number of
@@ -150,10 +162,11 @@ template <class T>
 void forward_as(const ForwardCall& call) {
   const BoundPlanStorage<T> storage(call.plan, call.theta);
   const BoundPlan<T>& bound = storage.bound();
-  const CpuKernels<T>& kernel = kernels<T>();
+  const InstructionSet& set = set_for<T>(call.x.rows);
+  const CpuKernels<T>& kernel = kernels_of<T>(set);
   const Chunks chunks(call.x.rows, kernel.width);
   parallel_for(int(chunks.n_chunks), useful_threads(call.threads, call.plan, call.x.rows), [&](int c) {
-    kernel.forward(bound, call, chunks.first(c), chunks.first(c + 1), scratch(bound));
+    kernel.forward(bound, call, chunks.first(c), chunks.first(c + 1), scratch(set, bound));
   });
 }
 
@@ -161,12 +174,13 @@ template <class T>
 void backward_as(const BackwardCall& call) {
   const BoundPlanStorage<T> storage(call.plan, call.theta);
   const BoundPlan<T>& bound = storage.bound();
-  const CpuKernels<T>& kernel = kernels<T>();
+  const InstructionSet& set = set_for<T>(call.x.rows);
+  const CpuKernels<T>& kernel = kernels_of<T>(set);
   const Chunks chunks(call.x.rows, kernel.width);
   const std::size_t n_slots = bound.n_slots;
   std::vector<double> partial(n_slots * std::size_t(chunks.n_chunks), 0.0);
   parallel_for(int(chunks.n_chunks), useful_threads(call.threads, call.plan, call.x.rows), [&](int c) {
-    kernel.backward(bound, call, chunks.first(c), chunks.first(c + 1), scratch(bound),
+    kernel.backward(bound, call, chunks.first(c), chunks.first(c + 1), scratch(set, bound),
                     partial.data() + n_slots * std::size_t(c));
   });
   std::vector<double> slots(n_slots, 0.0);
@@ -197,7 +211,7 @@ int useful_projection_threads(int threads, std::int64_t rows, std::int64_t colum
 
 template <class T>
 void project_as(const ProjectCall& call) {
-  const CpuKernels<T>& kernel = kernels<T>();
+  const CpuKernels<T>& kernel = kernels_of<T>(chosen().widest());
   const std::vector<T> up = transposed<T>(call.up, call.scale, kernel.width);
   std::vector<T> bias(up.size() / std::size_t(call.up.columns), T(0));
   if (call.bias.data != nullptr) {
@@ -212,7 +226,7 @@ void project_as(const ProjectCall& call) {
 
 template <class T>
 void project_backward_as(const ProjectBackwardCall& call) {
-  const CpuKernels<T>& kernel = kernels<T>();
+  const CpuKernels<T>& kernel = kernels_of<T>(chosen().widest());
   const std::vector<T> up = transposed<T>(call.up, call.scale, kernel.width);
   const std::int64_t rows = call.features.rows, columns = call.up.rows, k = call.up.columns;
   const std::size_t n_chunks = std::size_t(n_projection_chunks(rows)), padded = up.size() / std::size_t(k);
@@ -240,12 +254,12 @@ void project_backward_as(const ProjectBackwardCall& call) {
 
 }  // namespace
 
-const char* instruction_set() { return chosen().name; }
+const char* instruction_set() { return chosen().widest().name; }
 
 PlanOptions default_options() {
   PlanOptions options;
-  options.rotate_radix = chosen().rotate_radix;
-  options.unwind_radix = chosen().unwind_radix;
+  options.rotate_radix = chosen().widest().rotate_radix;
+  options.unwind_radix = chosen().widest().unwind_radix;
   return options;
 }
 

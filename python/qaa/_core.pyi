@@ -152,6 +152,11 @@ class Plan:
         tangent: bool = True,
     ) -> None: ...
     def __str__(self) -> str: ...
+    def operations(self, columns: typing.SupportsInt | typing.SupportsIndex) -> tuple[float, float]:
+        """
+        Arithmetic operations for one state, (forward, backward); a multiply-add counts as one.
+        """
+
     @property
     def n_columns(self) -> int:
         """
@@ -161,6 +166,7 @@ class Plan:
 def backward(
     plan: Plan,
     theta_address: typing.SupportsInt | typing.SupportsIndex,
+    theta_scalar: Scalar,
     x: ConstMatrix,
     grad: ConstMatrix,
     grad_theta_address: typing.SupportsInt | typing.SupportsIndex,
@@ -174,6 +180,7 @@ def backward(
 def forward(
     plan: Plan,
     theta_address: typing.SupportsInt | typing.SupportsIndex,
+    theta_scalar: Scalar,
     x: ConstMatrix,
     features: Matrix,
     threads: typing.SupportsInt | typing.SupportsIndex,

@@ -65,7 +65,9 @@ def forward(
     angles, x = _angles(what, theta), _rows(what, x)
     dtype = _feature_dtype(what, x.dtype)
     features = np.empty((x.shape[0], what.n_outputs), dtype)
-    _core.forward(what.plan, angles.ctypes.data, _const_matrix(x), _matrix(features), _threads(threads))
+    _core.forward(
+        what.plan, angles.ctypes.data, _core.Scalar.float64, _const_matrix(x), _matrix(features), _threads(threads)
+    )
     return features
 
 
@@ -115,6 +117,7 @@ def backward(
     _core.backward(
         what.plan,
         angles.ctypes.data,
+        _core.Scalar.float64,
         _const_matrix(x),
         _const_matrix(grad),
         grad_angles.ctypes.data,

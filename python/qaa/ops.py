@@ -72,12 +72,12 @@ def quantum_features(
     what = program(circuit, readout, normalize)
     _check_theta(what, theta)
     _check_x(what, x)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     if _is_plain(theta, x):
         features = _Features.apply(theta, rows, what)
     else:
         features = torch.ops.qaa.forward(theta, rows, str(what))
-    return features.reshape(*x.shape[:-1], what.n_outputs)
+    return features if x.ndim == 2 else features.reshape(*x.shape[:-1], what.n_outputs)
 
 
 def amplitude_rows(circuit: Circuit, theta: Tensor, k: int, *, width: int | None = None, real: bool = False) -> Tensor:
@@ -259,7 +259,10 @@ def _layout(t: Tensor) -> tuple[int, int, int, int, _core.Scalar]:
 
 
 def _angles(theta: Tensor) -> Tensor:
-    return theta.detach().to(torch.float64).resolve_neg().contiguous()
+    """Adjacent numbers in float32 or float64; copies only where that is needed."""
+    if theta.dtype not in (torch.float32, torch.float64):
+        theta = theta.to(torch.float32)
+    return theta.resolve_neg().contiguous()
 
 
 def _forward(what: Program, theta: Tensor, x: Tensor) -> Tensor:
@@ -269,6 +272,7 @@ def _forward(what: Program, theta: Tensor, x: Tensor) -> Tensor:
     _core.forward(
         what.plan,
         angles.data_ptr(),
+        _SCALARS[angles.dtype],
         _core.ConstMatrix(*_layout(x)),
         _core.Matrix(*_layout(out)),
         torch.get_num_threads(),
@@ -278,18 +282,19 @@ def _forward(what: Program, theta: Tensor, x: Tensor) -> Tensor:
 
 def _backward(what: Program, theta: Tensor, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     angles, x, grad = _angles(theta), _readable(x), _readable(grad)
-    grad_angles = torch.empty_like(angles)
+    grad_angles = torch.empty(angles.shape, dtype=angles.dtype)
     grad_x = torch.empty(x.shape, dtype=x.dtype)
     _core.backward(
         what.plan,
         angles.data_ptr(),
+        _SCALARS[angles.dtype],
         _core.ConstMatrix(*_layout(x)),
         _core.ConstMatrix(*_layout(grad)),
         grad_angles.data_ptr(),
         _core.Matrix(*_layout(grad_x)),
         torch.get_num_threads(),
     )
-    return grad_angles.to(theta.dtype), grad_x
+    return grad_angles if grad_angles.dtype == theta.dtype else grad_angles.to(theta.dtype), grad_x
 
 
 def _unit_gradients(what: Program, theta: Tensor, real: bool) -> tuple[Tensor, torch.dtype]:
