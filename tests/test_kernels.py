@@ -478,6 +478,24 @@ def sweep(seeds: range = range(20)) -> int:
     return count
 
 
+@pytest.mark.parametrize("readout", ["z", "probs", "state[:4]"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_does_not_depend_on_how_many_come_with_it(dtype: Any, readout: str) -> None:
+    """Small batches run in narrower vectors; only the compiler's choice of multiply-adds may differ."""
+    rng = np.random.default_rng(7)
+    for n_wires, d in ((3, 7), (6, 50)):
+        circuit = ansatz("ring", n_wires, 2)
+        theta, x = rng.uniform(-3, 3, circuit.parameter_shape), rng.standard_normal((40, d)).astype(dtype)
+        features = arrays.forward(circuit, theta, x, readout)
+        grad = rng.standard_normal(features.shape).astype(features.dtype)
+        _, grad_x = arrays.backward(circuit, theta, x, grad, readout)
+        for batch in (1, 2, 3, 4, 5, 8, 9, 16, 17, 33):
+            few = arrays.forward(circuit, theta, x[:batch], readout)
+            _, few_grad_x = arrays.backward(circuit, theta, x[:batch], grad[:batch], readout)
+            np.testing.assert_allclose(few, features[:batch], rtol=0, atol=4 * np.finfo(dtype).eps)
+            np.testing.assert_allclose(few_grad_x, grad_x[:batch], rtol=0, atol=32 * np.finfo(dtype).eps)
+
+
 def runs_here(isa: str) -> bool:
     """Whether the core offers an instruction set on this machine, from the error that names those it does."""
     code = "import qaa; print(qaa._core.instruction_set())"
