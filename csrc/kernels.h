@@ -203,22 +203,40 @@ Vec<T> inverse_norm(const BoundPlan<T>& p, const Norms<T>& norms) {
 
 // ------------------------------------------------------------------------------------------------ passes
 
-// The amplitudes that a pass works on together: those at base ^ offsets[v]. Kept as byte offsets, so that an address
-// is one xor.
+// The amplitudes that a pass works on together: those at base ^ offsets[v], where v is a subset of the masks. They are
+// visited in the order of a Gray code, so that each address is the one before it xor one mask that is in a register.
 template <class T, int radix>
 struct Block {
   static constexpr int size = 1 << radix;
-  std::size_t offsets[size];
+  std::size_t masks[radix];  // in bytes
 
   explicit Block(const Index* index_offsets) {
-    for (int v = 0; v < size; ++v) offsets[v] = std::size_t{index_offsets[v]} * sizeof(Vec<T>);
+    for (int k = 0; k < radix; ++k) masks[k] = base(index_offsets[1 << k]);
   }
   static std::size_t base(Index representative) { return std::size_t{representative} * sizeof(Vec<T>); }
-  QAA_INLINE Vec<T>& at(Vec<T>* state, std::size_t base, int v) const {
-    return *reinterpret_cast<Vec<T>*>(reinterpret_cast<char*>(state) + (base ^ offsets[v]));
+
+  // Calls f(v, address of amplitude v in bytes).
+  template <class F>
+  QAA_INLINE void each(std::size_t address, F&& f) const {
+    f(0, address);
+#pragma GCC unroll 16
+    for (int i = 1; i < size; ++i) {
+      address ^= masks[__builtin_ctz(unsigned(i))];
+      asm("" : "+r"(address));  // no compiler keeps them all, which would take more registers than there are
+      f(i ^ (i >> 1), address);
+    }
   }
-  QAA_INLINE const Vec<T>& at(const Vec<T>* state, std::size_t base, int v) const {
-    return *reinterpret_cast<const Vec<T>*>(reinterpret_cast<const char*>(state) + (base ^ offsets[v]));
+  QAA_INLINE void load(const Vec<T>* state, std::size_t base, Vec<T>* block) const {
+    each(base, [&](int v, std::size_t address) { block[v] = at(state, address); });
+  }
+  QAA_INLINE void store(Vec<T>* state, std::size_t base, const Vec<T>* block) const {
+    each(base, [&](int v, std::size_t address) { at(state, address) = block[v]; });
+  }
+  QAA_INLINE static Vec<T>& at(Vec<T>* state, std::size_t address) {
+    return *reinterpret_cast<Vec<T>*>(reinterpret_cast<char*>(state) + address);
+  }
+  QAA_INLINE static const Vec<T>& at(const Vec<T>* state, std::size_t address) {
+    return *reinterpret_cast<const Vec<T>*>(reinterpret_cast<const char*>(state) + address);
   }
 };
 
@@ -265,11 +283,9 @@ void rotate_pass(const RotatePass<T>& shared, Vec<T>* state, Prefetch& soon) {
     const std::size_t base = in.base(pass.representatives[r]);
     soon.step();
     Vec<T> block[size];
-#pragma GCC unroll 16
-    for (int v = 0; v < size; ++v) block[v] = in.at(state, base, v);
+    in.load(state, base, block);
     rotate_block<T, radix, tangent, false>(block, pass);
-#pragma GCC unroll 16
-    for (int v = 0; v < size; ++v) in.at(state, base, v) = block[v];
+    in.store(state, base, block);
   }
 }
 
@@ -285,11 +301,10 @@ void unwind_pass(const RotatePass<T>& shared, Vec<T>* ket, Vec<T>* bra, Vec<T>* 
     const std::size_t base = in.base(pass.representatives[r]);
     soon.step();
     Vec<T> a[size], b[size];
-#pragma GCC unroll 16
-    for (int v = 0; v < size; ++v) {
-      a[v] = in.at(ket, base, v);
-      b[v] = in.at(bra, base, v);
-    }
+    in.each(base, [&](int v, std::size_t address) {
+      a[v] = in.at(ket, address);
+      b[v] = in.at(bra, address);
+    });
 #pragma GCC unroll 4
     for (int k = 0; k < radix; ++k) {
 #pragma GCC unroll 16
@@ -302,11 +317,10 @@ void unwind_pass(const RotatePass<T>& shared, Vec<T>* ket, Vec<T>* bra, Vec<T>* 
     }
     rotate_block<T, radix, tangent, true>(a, pass);
     rotate_block<T, radix, tangent, true>(b, pass);
-#pragma GCC unroll 16
-    for (int v = 0; v < size; ++v) {
-      in.at(ket, base, v) = a[v];
-      in.at(bra, base, v) = b[v];
-    }
+    in.each(base, [&](int v, std::size_t address) {
+      in.at(ket, address) = a[v];
+      in.at(bra, address) = b[v];
+    });
   }
   for (int k = 0; k < radix; ++k) overlaps[k] += sum[k][0] - sum[k][1];
 }
@@ -541,8 +555,7 @@ void flip_pass(const FlipPass& shared, const Vec<T>* state, Vec<T>* values, cons
     const std::size_t base = in.base(pass.representatives[r]);
     soon.step();
     Vec<T> block[1 << radix];
-#pragma GCC unroll 16
-    for (int v = 0; v < (1 << radix); ++v) block[v] = in.at(state, base, v);
+    in.load(state, base, block);
 #pragma GCC unroll 4
     for (int k = 0; k < radix; ++k) {
 #pragma GCC unroll 16
@@ -551,13 +564,12 @@ void flip_pass(const FlipPass& shared, const Vec<T>* state, Vec<T>* values, cons
       }
     }
     if constexpr (apply) {
-#pragma GCC unroll 16
-      for (int v = 0; v < (1 << radix); ++v) {
-        Vec<T> out = in.at(bra, base, v);
+      in.each(base, [&](int v, std::size_t address) {
+        Vec<T> out = in.at(bra, address);
 #pragma GCC unroll 4
         for (int k = 0; k < radix; ++k) out += weight[k] * block[v ^ (1 << k)];
-        in.at(bra, base, v) = out;
-      }
+        in.at(bra, address) = out;
+      });
     }
   }
   for (int k = 0; k < radix; ++k) values[pass.first + k] += 2 * (sum[k][0] + sum[k][1]);
