@@ -130,7 +130,7 @@ struct Chunks {
 
 // Small batches are not worth waking other threads for.
 int useful_threads(int threads, const Plan& plan, std::int64_t rows) {
-  constexpr std::int64_t amplitudes_per_thread = 1 << 15;
+  constexpr std::int64_t amplitudes_per_thread = 1 << 16;
   const std::int64_t useful = 1 + rows * std::int64_t{plan.n_amplitudes()} / amplitudes_per_thread;
   return int(std::min<std::int64_t>(threads, useful));
 }
@@ -206,7 +206,7 @@ std::vector<T> transposed(const ConstMatrix& m, double factor, int width) {
 std::int64_t n_projection_chunks(std::int64_t rows) { return std::clamp<std::int64_t>(rows / 64, 1, 16); }
 
 int useful_projection_threads(int threads, std::int64_t rows, std::int64_t columns) {
-  return int(std::min<std::int64_t>(threads, 1 + rows * columns / (1 << 16)));
+  return int(std::min<std::int64_t>(threads, 1 + rows * columns / (1 << 18)));
 }
 
 template <class T>
@@ -268,6 +268,7 @@ void forward(const ForwardCall& call) {
   const bool is_double = call.x.scalar == Scalar::float64;
   check(call.features, "features", call.x.rows, call.plan.n_columns(), is_double);
   if (call.x.rows == 0) return;
+  if (call.x.data == nullptr) throw std::invalid_argument("expected x with data, received a null pointer");
   is_double ? forward_as<double>(call) : forward_as<float>(call);
 }
 
@@ -275,6 +276,14 @@ void backward(const BackwardCall& call) {
   check_x(call.plan, call.x);
   const bool is_double = call.x.scalar == Scalar::float64;
   check(call.grad, "grad", call.x.rows, call.plan.n_columns(), is_double);
+  if (call.x.rows > 0 && call.x.data == nullptr) {
+    if (call.plan.is_quadratic() || call.plan.normalize) {
+      throw std::invalid_argument("expected x with data for a readout that is not linear in x, received a null pointer");
+    }
+    if (call.grad_x.data == nullptr) {
+      throw std::invalid_argument("expected grad_x with data where x has none, received a null pointer");
+    }
+  }
   if (call.grad_x.data != nullptr) check(call.grad_x, "grad_x", call.x.rows, call.x.columns, is_double);
   if (call.x.rows == 0) {
     std::fill_n(call.grad_theta, call.plan.n_parameters, 0.0);

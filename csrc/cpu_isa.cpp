@@ -47,6 +47,10 @@ void backward_groups(const BoundPlan<T>& bound, const BackwardCall& call, std::i
   constexpr int w = width<T>;
   for (std::uint32_t k = 0; k < bound.n_slots; ++k) work.slots[k] = Wide<T>{};
   for (std::int64_t g = first; g < last; ++g) {
+    if (call.x.data == nullptr) {
+      backward_linear_group<T>(bound, call, g * w, rows_of_group(g, call.x.rows, w), work);
+      continue;
+    }
     expect_next(call.x, g + 1, last, work);
     if (call.grad_x.data != nullptr) {
       const std::int64_t size = size_of(call.x.scalar), stride = call.grad_x.row_stride * size;

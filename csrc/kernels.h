@@ -274,7 +274,7 @@ QAA_INLINE void rotate_block(Vec<T>* block, const RotatePass<T>& pass) {
   }
 }
 
-template <class T, int radix, bool tangent>
+template <class T, int radix, bool tangent, bool inverse>
 void rotate_pass(const RotatePass<T>& shared, Vec<T>* state, Prefetch& soon) {
   constexpr int size = 1 << radix;
   const RotatePass<T> pass = shared;  // a copy that stores to the state cannot alias
@@ -284,7 +284,7 @@ void rotate_pass(const RotatePass<T>& shared, Vec<T>* state, Prefetch& soon) {
     soon.step();
     Vec<T> block[size];
     in.load(state, base, block);
-    rotate_block<T, radix, tangent, false>(block, pass);
+    rotate_block<T, radix, tangent, inverse>(block, pass);
     in.store(state, base, block);
   }
 }
@@ -355,13 +355,13 @@ QAA_INLINE void with_flags(bool a, bool b, F&& f) {
   }
 }
 
-template <class T>
+template <class T, bool inverse>
 void rotate(const RotatePass<T>& pass, Vec<T>* state, Prefetch& soon) {
   with_radix(pass.radix, [&](auto radix) {
     if (pass.tangent) {
-      rotate_pass<T, radix.value, true>(pass, state, soon);
+      rotate_pass<T, radix.value, true, inverse>(pass, state, soon);
     } else {
-      rotate_pass<T, radix.value, false>(pass, state, soon);
+      rotate_pass<T, radix.value, false, inverse>(pass, state, soon);
     }
   });
 }
@@ -688,8 +688,8 @@ bool run_stages(const BoundPlan<T>& p, State<T> ket, Prefetch& soon) {
       complex |= !stage.real;
       continue;
     }
-    for (std::uint32_t k = 0; k < stage.n_rotate; ++k) rotate<T>(stage.rotate[k], ket.re, soon);
-    for (std::uint32_t k = 0; complex && k < stage.n_rotate; ++k) rotate<T>(stage.rotate[k], ket.im, soon);
+    for (std::uint32_t k = 0; k < stage.n_rotate; ++k) rotate<T, false>(stage.rotate[k], ket.re, soon);
+    for (std::uint32_t k = 0; complex && k < stage.n_rotate; ++k) rotate<T, false>(stage.rotate[k], ket.im, soon);
   }
   return complex;
 }
@@ -817,6 +817,61 @@ void backward_group(const BoundPlan<T>& p, const BackwardCall& call, std::int64_
   store_matrix<T>(call.grad_x, first_row, n_rows, [=](std::int64_t c) {
     return outer * (bra[inputs[c]] - along * ket[inputs[c]]);
   });
+}
+
+// Undoes a diagonal on one state.
+template <class T>
+void undo_diagonal(const BoundStage<T>& stage, Index n, bool is_complex, bool was_complex, State<T> s) {
+  for (Index i = 0; i < n; ++i) {
+    const Vec<T> re = s.re[i];
+    const T back = stage.back_re[i];
+    if (stage.real) {
+      s.re[i] = re * back;
+      if (is_complex) s.im[i] *= back;
+    } else {
+      const Vec<T> im = s.im[i];
+      s.re[i] = re * back - im * stage.back_im[i];
+      if (was_complex) s.im[i] = re * stage.back_im[i] + im * back;
+    }
+  }
+}
+
+// grad_x alone, of the readout "state" without normalization: the adjoint of a linear map does not need the rows.
+template <class T>
+void backward_linear_group(const BoundPlan<T>& p, const BackwardCall& call, std::int64_t first_row, int n_rows,
+                           const Workspace<T>& work) {
+  Vec<T>* columns = work.columns;
+  const State<T> bra = work.bra;
+  load_matrix<T>(call.grad, first_row, n_rows, [=](std::int64_t c, const Vec<T>& column) { columns[c] = column; });
+  std::uint32_t first_complex = p.n_stages;
+  for (std::uint32_t s = p.n_stages; s-- > 0;) {
+    if (!p.stages[s].real) first_complex = s;
+  }
+  bool complex = !p.starts_real || first_complex < p.n_stages;
+  for (Index i = 0; i < p.n_amplitudes; ++i) bra.re[i] = Vec<T>{};
+  for (Index i = 0; complex && i < p.n_amplitudes; ++i) bra.im[i] = Vec<T>{};
+  for (std::uint32_t k = 0; k < p.n_outputs; ++k) {
+    const T scale = p.signs[k] / p.scale;
+    bra.re[p.outputs[k]] = columns[2 * k] * scale;
+    if (complex) bra.im[p.outputs[k]] = columns[2 * k + 1] * scale;
+  }
+  for (std::uint32_t s = p.n_stages; s-- > 0;) {
+    const BoundStage<T>& stage = p.stages[s];
+    if (stage.diagonal) {
+      const bool was_complex = !p.starts_real || s > first_complex;
+      undo_diagonal<T>(stage, p.n_amplitudes, complex, was_complex, bra);
+      complex = was_complex;
+      continue;
+    }
+    for (std::uint32_t k = 0; k < stage.n_unwind; ++k) {
+      rotate<T, true>(stage.unwind[k], bra.re, work.soon);
+      if (complex) rotate<T, true>(stage.unwind[k], bra.im, work.soon);
+    }
+  }
+  const Index* inputs = p.inputs;
+  const Vec<T>* re = bra.re;
+  const T scale = p.unwound_scale;
+  store_matrix<T>(call.grad_x, first_row, n_rows, [=](std::int64_t c) { return scale * re[inputs[c]]; });
 }
 
 }  // namespace qaa::QAA_ISA

@@ -254,7 +254,10 @@ def _readable(t: Tensor) -> Tensor:
     return t if t.shape[1] <= 1 or t.stride(1) == 1 else t.contiguous()
 
 
-def _layout(t: Tensor) -> tuple[int, int, int, int, _core.Scalar]:
+_Layout = tuple[int, int, int, int, _core.Scalar]  # address, rows, columns, row stride, type
+
+
+def _layout(t: Tensor) -> _Layout:
     return t.data_ptr(), t.shape[0], t.shape[1], t.stride(0), _SCALARS[t.dtype]
 
 
@@ -282,19 +285,23 @@ def _forward(what: Program, theta: Tensor, x: Tensor) -> Tensor:
 
 def _backward(what: Program, theta: Tensor, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     angles, x, grad = _angles(theta), _readable(x), _readable(grad)
-    grad_angles = torch.empty(angles.shape, dtype=angles.dtype)
     grad_x = torch.empty(x.shape, dtype=x.dtype)
+    return _call_backward(what, theta, angles, _layout(x), grad, _layout(grad_x)), grad_x
+
+
+def _call_backward(what: Program, theta: Tensor, angles: Tensor, x: _Layout, grad: Tensor, grad_x: _Layout) -> Tensor:
+    grad_angles = torch.empty(angles.shape, dtype=angles.dtype)
     _core.backward(
         what.plan,
         angles.data_ptr(),
         _SCALARS[angles.dtype],
-        _core.ConstMatrix(*_layout(x)),
+        _core.ConstMatrix(*x),
         _core.ConstMatrix(*_layout(grad)),
         grad_angles.data_ptr(),
-        _core.Matrix(*_layout(grad_x)),
+        _core.Matrix(*grad_x),
         torch.get_num_threads(),
     )
-    return grad_angles if grad_angles.dtype == theta.dtype else grad_angles.to(theta.dtype), grad_x
+    return grad_angles if grad_angles.dtype == theta.dtype else grad_angles.to(theta.dtype)
 
 
 def _unit_gradients(what: Program, theta: Tensor, real: bool) -> tuple[Tensor, torch.dtype]:
@@ -307,16 +314,16 @@ def _unit_gradients(what: Program, theta: Tensor, real: bool) -> tuple[Tensor, t
 def _rows(what: Program, theta: Tensor, width: int, real: bool) -> Tensor:
     # The readout is linear in x, so the gradient of Re phi_b with respect to x is row b of Re U, whatever x is.
     units, dtype = _unit_gradients(what, theta, real)
-    x = torch.zeros(1, width, dtype=dtype).expand(len(units), -1)
-    _, grad_x = _backward(what, theta, x, units)
+    grad_x = torch.empty(len(units), width, dtype=dtype)
+    layout = _layout(grad_x)
+    _call_backward(what, theta, _angles(theta), (0, *layout[1:]), _readable(units), layout)
     return grad_x if real else torch.complex(*grad_x.chunk(2))
 
 
 def _rows_backward(what: Program, theta: Tensor, grad: Tensor, real: bool) -> Tensor:
     units, dtype = _unit_gradients(what, theta, real)
-    x = grad if real else torch.cat([grad.real, grad.imag])
-    grad_theta, _ = _backward(what, theta, x.to(dtype), units)
-    return grad_theta
+    x = _readable((grad if real else torch.cat([grad.real, grad.imag])).to(dtype))
+    return _call_backward(what, theta, _angles(theta), _layout(x), _readable(units), _NO_MATRIX)
 
 
 _NO_MATRIX = (0, 0, 0, 0, _core.Scalar.float32)
