@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 
 import oracle
 import qaa
-from qaa import Circuit, Readout, ansatz
+from qaa import Circuit, Readout, _core, ansatz
 from qaa.program import Program, program
 from strategies import Array, circuits, random_grad, readouts
 
@@ -368,3 +368,31 @@ def test_random_grad_matches_the_features() -> None:
         value = arrays.forward(CIRCUIT, THETA, X, readout)
         grad = random_grad(np.random.default_rng(0), parsed, len(X))
         assert grad.shape == value.shape and grad.dtype == value.dtype
+
+
+def test_the_core_needs_rows_unless_the_readout_is_linear_in_them() -> None:
+    circuit = qaa.ansatz("ring", 3, 1)
+    theta, grad_theta = np.linspace(-1, 1, circuit.n_parameters), np.empty(circuit.n_parameters)
+    out, grad = np.empty((2, 8)), np.ones((2, 8))
+    scalar = _core.Scalar.float64
+    nothing = _core.ConstMatrix(0, 2, 8, 8, scalar)
+    for readout, normalize, message in (("state[:4]", True, "not linear in x"), ("probs", False, "not linear in x")):
+        plan = program(circuit, readout, normalize).plan
+        incoming = _core.ConstMatrix(grad.ctypes.data, 2, plan.n_columns, 8, scalar)
+        features = _core.Matrix(out.ctypes.data, 2, plan.n_columns, 8, scalar)
+        grad_x = _core.Matrix(out.ctypes.data, 2, 8, 8, scalar)
+        with pytest.raises(ValueError, match="expected x with data, received a null pointer"):
+            _core.forward(plan, theta.ctypes.data, scalar, nothing, features, 1)
+        with pytest.raises(ValueError, match=message):
+            _core.backward(plan, theta.ctypes.data, scalar, nothing, incoming, grad_theta.ctypes.data, grad_x, 1)
+    plan = program(circuit, "state[:4]", False).plan
+    with pytest.raises(ValueError, match="expected grad_x with data"):
+        no_grad_x = _core.Matrix(0, 0, 0, 0, scalar)
+        _core.backward(plan, theta.ctypes.data, scalar, nothing, incoming, grad_theta.ctypes.data, no_grad_x, 1)
+    _core.backward(plan, theta.ctypes.data, scalar, nothing, incoming, grad_theta.ctypes.data, grad_x, 1)
+    _, expected = qaa.arrays.backward(circuit, theta, np.zeros((2, 8)), np.full((2, 4), 1 + 1j), "state[:4]",
+                                      normalize=False)  # fmt: skip
+    np.testing.assert_allclose(out, expected, rtol=0, atol=1e-15)
+    assert np.all(grad_theta == 0)
+    with pytest.raises(ValueError, match="angles of float32 or float64"):
+        _core.forward(plan, theta.ctypes.data, _core.Scalar.bfloat16, nothing, features, 1)
