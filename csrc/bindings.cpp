@@ -131,10 +131,10 @@ PYBIND11_MODULE(_core, m) {
           py::arg("columns"), "Arithmetic operations for one state, (forward, backward); a multiply-add counts as one.")
       .def("__str__", &Plan::str);
 
-  m.def("forward", &run_forward, py::arg("plan"), py::arg("theta_address"), py::arg("theta_scalar"), py::arg("x"), py::arg("features"),
-        py::arg("threads"), "features = readout(U(theta) x); releases the GIL.");
-  m.def("backward", &run_backward, py::arg("plan"), py::arg("theta_address"), py::arg("theta_scalar"), py::arg("x"), py::arg("grad"),
-        py::arg("grad_theta_address"), py::arg("grad_x"), py::arg("threads"),
+  m.def("forward", &run_forward, py::arg("plan"), py::arg("theta_address"), py::arg("theta_scalar"), py::arg("x"),
+        py::arg("features"), py::arg("threads"), "features = readout(U(theta) x); releases the GIL.");
+  m.def("backward", &run_backward, py::arg("plan"), py::arg("theta_address"), py::arg("theta_scalar"), py::arg("x"),
+        py::arg("grad"), py::arg("grad_theta_address"), py::arg("grad_x"), py::arg("threads"),
         "The vector-Jacobian product of forward; releases the GIL.");
   m.def("project", &run_project, py::arg("features"), py::arg("up"), py::arg("bias"), py::arg("base"),
         py::arg("scale"), py::arg("out"), py::arg("threads"),

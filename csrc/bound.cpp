@@ -1,5 +1,6 @@
 #include "bound.h"
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 
@@ -10,20 +11,13 @@ namespace {
 constexpr double min_cosine = 1.0 / 64;
 constexpr double min_scale = 1.0 / (1 << 24);
 
-void fill_offsets(Index* offsets, const std::vector<Index>& masks) {
-  offsets[0] = 0;
-  for (std::size_t k = 0; k < masks.size(); ++k) {
-    for (std::size_t v = 0; v < (std::size_t{1} << k); ++v) offsets[v | (std::size_t{1} << k)] = offsets[v] ^ masks[k];
-  }
-}
-
 template <class T>
 RotatePass<T> rotate_pass(const Pass& pass, const std::vector<double>& angles, bool allow_tangent, double& scale) {
   RotatePass<T> out{};
   out.radix = pass.radix;
   out.representatives = pass.representatives.data();
   out.n_representatives = std::uint32_t(pass.representatives.size());
-  fill_offsets(out.offsets, pass.masks);
+  std::copy(pass.masks.begin(), pass.masks.end(), out.masks);
   out.overlap_scale = scale * scale;
   double product = 1;
   bool tangent = allow_tangent;
@@ -205,7 +199,7 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta) : p
 
   for (const Pass& pass : plan.flips) {
     FlipPass flip{pass.first, pass.radix, std::uint32_t(pass.representatives.size()), pass.representatives.data(), {}};
-    fill_offsets(flip.offsets, pass.masks);
+    std::copy(pass.masks.begin(), pass.masks.end(), flip.masks);
     flips_.push_back(flip);
   }
   for (const std::uint32_t s : plan.general) {

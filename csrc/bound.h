@@ -1,7 +1,7 @@
 // Plan and angles -> bound plan: the numbers that the kernels read, computed in double once per call.
 //
-// Everything here is plain pointers and values, so that the kernels, which are compiled once per instruction set,
-// share no inline library code with the rest (and a GPU could read the same arrays).
+// Everything here is plain pointers and values, so that the kernels, which are compiled once per instruction set and
+// width, share no inline library code with the rest (and a GPU could read the same arrays).
 //
 // Scale. A rotation [c -s; s c] = c [1 -t; t 1] is applied without its cosine. The bound plan keeps the product of the
 // cosines that are still owed, `scale`: true amplitude = scale * stored amplitude, the same for every state of the
@@ -21,7 +21,7 @@ struct RotatePass {
   std::uint32_t radix;
   std::uint32_t n_representatives;
   const Index* representatives;
-  Index offsets[1 << max_radix];  // xor of the masks chosen by each subset
+  Index masks[max_radix];
   bool tangent;                   // a - mix b, b + mix a; else keep a - mix b, keep b + mix a
   T keep[max_radix], mix[max_radix];
   std::uint32_t first_slot;  // where the derivatives with respect to the angles go
@@ -49,7 +49,7 @@ struct BoundStage {
 struct FlipPass {
   std::uint32_t first, radix, n_representatives;
   const Index* representatives;
-  Index offsets[1 << max_radix];
+  Index masks[max_radix];
 };
 
 struct GeneralString {

@@ -70,10 +70,12 @@ Candidate choose() {
   throw std::runtime_error("expected QAA_ISA to be one of " + names + " on this machine, received '" + wanted + "'");
 }
 
+// Leaked on purpose: other threads may outlive static destructors.
 const Candidate& chosen() {
-  static const Candidate candidate = choose();
+  static const Candidate& candidate = *new Candidate(choose());
   return candidate;
 }
+
 template <class T>
 const CpuKernels<T>& kernels_of(const InstructionSet& set) {
   if constexpr (sizeof(T) == 8) {
@@ -82,6 +84,7 @@ const CpuKernels<T>& kernels_of(const InstructionSet& set) {
     return set.f32;
   }
 }
+
 // The narrowest width that holds so many rows at once: a group takes its time however few of its lanes are in use.
 template <class T>
 const InstructionSet& set_for(std::int64_t rows) {
@@ -112,6 +115,7 @@ class Scratch {
   void* data_ = nullptr;
   std::size_t size_ = 0;
 };
+
 template <class T>
 void* scratch(const InstructionSet& set, const BoundPlan<T>& bound) {
   thread_local Scratch memory;
@@ -278,7 +282,8 @@ void backward(const BackwardCall& call) {
   check(call.grad, "grad", call.x.rows, call.plan.n_columns(), is_double);
   if (call.x.rows > 0 && call.x.data == nullptr) {
     if (call.plan.is_quadratic() || call.plan.normalize) {
-      throw std::invalid_argument("expected x with data for a readout that is not linear in x, received a null pointer");
+      throw std::invalid_argument("expected x with data for a readout that is not linear in x, received a null "
+                                  "pointer");
     }
     if (call.grad_x.data == nullptr) {
       throw std::invalid_argument("expected grad_x with data where x has none, received a null pointer");

@@ -1,4 +1,4 @@
-// What each instruction set's translation unit exports: the kernels over a range of groups of states.
+// What the translation unit of each instruction set and width exports: the kernels over a range of groups of states.
 #pragma once
 
 #include "bound.h"

@@ -1,4 +1,5 @@
-// Compiled once per instruction set, with QAA_ISA (a name), QAA_VECTOR_BYTES and the radices defined by the build.
+// Compiled once per instruction set and width, with QAA_ISA (a name), QAA_VECTOR_BYTES and the radices defined by the
+// build.
 #include <limits>
 
 #include "cpu.h"

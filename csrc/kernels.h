@@ -166,8 +166,8 @@ Norms<T> embed(const BoundPlan<T>& p, const ConstMatrix& x, std::int64_t first_r
   if (!p.normalize) return norms;
 
   constexpr T tiny = sizeof(T) == 8 ? T(1e-250) : T(1e-24), huge = sizeof(T) == 8 ? T(1e300) : T(1e30);
-  bool extreme[width<T>], any = false;
-  for (int l = 0; l < width<T>; ++l) any |= extreme[l] = squared[l] > huge || squared[l] < tiny;
+  bool extreme[width<T>] = {}, any = false;
+  for (int l = 0; l < n_rows; ++l) any |= extreme[l] = squared[l] > huge || squared[l] < tiny;
   if (!any) return norms;
   Vec<T> largest{};
   for (Index i = 0; i < p.n_amplitudes; ++i) {
@@ -203,15 +203,15 @@ Vec<T> inverse_norm(const BoundPlan<T>& p, const Norms<T>& norms) {
 
 // ------------------------------------------------------------------------------------------------ passes
 
-// The amplitudes that a pass works on together: those at base ^ offsets[v], where v is a subset of the masks. They are
+// The amplitudes that a pass works on together: base xor every subset v of the masks. They are
 // visited in the order of a Gray code, so that each address is the one before it xor one mask that is in a register.
 template <class T, int radix>
 struct Block {
   static constexpr int size = 1 << radix;
   std::size_t masks[radix];  // in bytes
 
-  explicit Block(const Index* index_offsets) {
-    for (int k = 0; k < radix; ++k) masks[k] = base(index_offsets[1 << k]);
+  explicit Block(const Index* index_masks) {
+    for (int k = 0; k < radix; ++k) masks[k] = base(index_masks[k]);
   }
   static std::size_t base(Index representative) { return std::size_t{representative} * sizeof(Vec<T>); }
 
@@ -278,7 +278,7 @@ template <class T, int radix, bool tangent, bool inverse>
 void rotate_pass(const RotatePass<T>& shared, Vec<T>* state, Prefetch& soon) {
   constexpr int size = 1 << radix;
   const RotatePass<T> pass = shared;  // a copy that stores to the state cannot alias
-  const Block<T, radix> in(pass.offsets);
+  const Block<T, radix> in(pass.masks);
   for (std::uint32_t r = 0; r < pass.n_representatives; ++r) {
     const std::size_t base = in.base(pass.representatives[r]);
     soon.step();
@@ -295,7 +295,7 @@ template <class T, int radix, bool tangent>
 void unwind_pass(const RotatePass<T>& shared, Vec<T>* ket, Vec<T>* bra, Vec<T>* overlaps, Prefetch& soon) {
   constexpr int size = 1 << radix;
   const RotatePass<T> pass = shared;
-  const Block<T, radix> in(pass.offsets);
+  const Block<T, radix> in(pass.masks);
   Vec<T> sum[radix][2] = {};
   for (std::uint32_t r = 0; r < pass.n_representatives; ++r) {
     const std::size_t base = in.base(pass.representatives[r]);
@@ -311,8 +311,9 @@ void unwind_pass(const RotatePass<T>& shared, Vec<T>* ket, Vec<T>* bra, Vec<T>* 
       for (int v = 0; v < size; ++v) {
         if (v & (1 << k)) continue;
         const int u = v | (1 << k);
-        sum[k][0] += b[u] * a[v];
-        sum[k][1] += b[v] * a[u];
+        Vec<T>& chain = sum[k][(v >> (k == 0)) & 1];
+        chain += b[u] * a[v];
+        chain -= b[v] * a[u];
       }
     }
     rotate_block<T, radix, tangent, true>(a, pass);
@@ -322,7 +323,7 @@ void unwind_pass(const RotatePass<T>& shared, Vec<T>* ket, Vec<T>* bra, Vec<T>* 
       in.at(bra, address) = b[v];
     });
   }
-  for (int k = 0; k < radix; ++k) overlaps[k] += sum[k][0] - sum[k][1];
+  for (int k = 0; k < radix; ++k) overlaps[k] += sum[k][0] + sum[k][1];
 }
 
 // Calls f with the pass's radix and form as compile-time constants.
@@ -543,12 +544,13 @@ void unwind_diagonal(const BoundPlan<T>& p, const BoundStage<T>& stage, bool is_
 
 // ------------------------------------------------------------------------------------------------ observables
 
-// values[k] += <state| flip by mask k |state>; with `apply` also bra += sum over k of weights[k] (state flipped by mask k).
+// values[k] += <state| flip by mask k |state>; with `apply` also bra += sum over k of weights[k] (state flipped by
+// mask k).
 template <class T, int radix, bool apply>
 void flip_pass(const FlipPass& shared, const Vec<T>* state, Vec<T>* values, const Vec<T>* weights,
                Vec<T>* bra, Prefetch& soon) {
   const FlipPass pass = shared;
-  const Block<T, radix> in(pass.offsets);
+  const Block<T, radix> in(pass.masks);
   Vec<T> sum[radix][2] = {}, weight[radix];  // two chains each: one would wait for its own last result
   for (int k = 0; apply && k < radix; ++k) weight[k] = weights[pass.first + k];
   for (std::uint32_t r = 0; r < pass.n_representatives; ++r) {
@@ -623,7 +625,8 @@ void general_apply(const GeneralString& s, Index n, bool complex, Vec<T> weight,
   });
 }
 
-// work.strings[s] = <stored ket| string s |stored ket>; with `apply` also bra = (sum over s of weights[s] string s) ket.
+// work.strings[s] = <stored ket| string s |stored ket>; with `apply` also bra = (sum over s of weights[s] string s)
+// ket.
 template <class T, bool apply>
 void measure_strings(const BoundPlan<T>& p, bool complex, const Vec<T>* weights, const Workspace<T>& work) {
   Vec<T>* values = work.strings;

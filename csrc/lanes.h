@@ -1,6 +1,6 @@
 // Lanes: W states side by side. Amplitude i of W states is one vector, so every gate is vertical arithmetic and the
-// only shuffles are in the transposes at the ends. Compiled once per instruction set, in a namespace of its own:
-// nothing here may be shared with code that another instruction set compiles.
+// only shuffles are in the transposes at the ends. Compiled once per instruction set and width, in a
+// namespace of its own: nothing here may be shared with code that another instruction set compiles.
 #pragma once
 
 #include <cstdint>

@@ -1,11 +1,11 @@
 // The other end of an adapter: features up to the width of the layer, added to the frozen output, and the adjoint of
-// that in one pass over the incoming gradient.
+// that in one pass over the incoming gradient, a few rows at a time.
 //
 //   forward   out = base + scale (features up^T + bias)
 //   backward  grad_features = scale grad up,  grad_up = scale grad^T features,  grad_bias = scale sum over rows of grad
 //
-// features are few (K of about 4 to 64), rows and columns many: both directions move far more bytes than they compute,
-// so the weight is kept transposed, K rows of adjacent columns, and every number of `base` and `grad` is touched once.
+// features are few (K of about 4 to 64), rows and columns many, so the weight is kept transposed, K rows of adjacent
+// columns. The adjoint reads its rows of `grad` several times, from the cache.
 #pragma once
 
 #include "lanes.h"

@@ -372,7 +372,8 @@ def test_random_grad_matches_the_features() -> None:
 
 def test_the_core_needs_rows_unless_the_readout_is_linear_in_them() -> None:
     circuit = qaa.ansatz("ring", 3, 1)
-    theta, grad_theta = np.linspace(-1, 1, circuit.n_parameters), np.empty(circuit.n_parameters)
+    theta = np.linspace(-1, 1, circuit.n_parameters).reshape(circuit.parameter_shape)
+    grad_theta = np.empty_like(theta)
     out, grad = np.empty((2, 8)), np.ones((2, 8))
     scalar = _core.Scalar.float64
     nothing = _core.ConstMatrix(0, 2, 8, 8, scalar)

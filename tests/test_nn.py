@@ -240,6 +240,14 @@ def test_an_adapter_writes_over_its_layers_output_unless_a_hook_may_have_kept_it
     handle.remove()
     assert torch.equal(layer(x), hooked)
 
+    ones: list[torch.Tensor] = []
+    layer.base.forward = lambda x: ones[-1]  # type: ignore[method-assign]
+    ones.append(torch.ones(3, 5))
+    layer(x)
+    assert torch.equal(ones[0], torch.ones(3, 5))
+    del layer.base.forward
+    assert torch.equal(layer(x), hooked)
+
     class Keeps(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             self.kept = super().forward(x)
@@ -248,3 +256,40 @@ def test_an_adapter_writes_over_its_layers_output_unless_a_hook_may_have_kept_it
     layer.base = Keeps(12, 5)
     layer(x)
     assert torch.equal(layer.base.kept, nn.functional.linear(x, layer.base.weight, layer.base.bias))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(6, 12), (2, 3, 12)])
+def test_an_adapted_layer_with_and_without_hooks_has_the_same_gradients(shape: tuple[int, ...], bias: bool) -> None:
+    layer = QAALinear(nn.Linear(12, 5, bias=bias))
+    with torch.no_grad():
+        layer.up.normal_()
+
+    def gradients() -> list[torch.Tensor]:
+        x = torch.linspace(-1, 1, 72).reshape(shape).requires_grad_()
+        return list(torch.autograd.grad(nn.functional.relu(layer(x)).sum(), (x, layer.theta, layer.up)))
+
+    expected = gradients()
+    base = layer.base
+    register = nn.modules.module
+    for hook in (
+        lambda: base.register_full_backward_pre_hook(lambda module, grad: None),
+        lambda: base.register_full_backward_hook(lambda module, grad_in, grad_out: None),
+        lambda: base.register_forward_hook(lambda module, args, output: None),
+        lambda: register.register_module_full_backward_hook(lambda module, grad_in, grad_out: None),
+        lambda: register.register_module_full_backward_pre_hook(lambda module, grad: None),
+        lambda: register.register_module_forward_hook(lambda module, args, output: None),
+    ):
+        handle = hook()
+        try:
+            for ours, theirs in zip(gradients(), expected, strict=True):
+                torch.testing.assert_close(ours, theirs)
+        finally:
+            handle.remove()
+
+
+def test_an_adapted_layer_can_be_traced() -> None:
+    layer, x = QAALinear(nn.Linear(12, 5)), torch.randn(3, 12)
+    with torch.no_grad():
+        layer.up.normal_()
+    torch.testing.assert_close(torch.jit.trace(layer, x, check_trace=False)(x), layer(x))  # type: ignore[no-untyped-call]

@@ -261,6 +261,38 @@ def test_project_in_place_spares_a_base_that_it_must_not_or_cannot_write_over() 
     assert torch.equal(project(base, *others, in_place=True), expected)
 
 
+def test_project_in_place_falls_back_where_autograd_would_object() -> None:
+    base, *others = project_arguments((2, 6), 5, 6, torch.float32, True)
+    expected = project(base, *others)
+    with torch.inference_mode():
+        inference = base.detach().clone()
+        assert project(inference.clone(), *(t.detach() for t in others), in_place=True).shape == base.shape
+    leaf = base.detach().clone().requires_grad_()
+    kept = leaf.detach().clone()
+    negative = torch._neg_view(-base.detach())
+    for awkward in (
+        inference,
+        leaf.view(2, 6, 6),
+        leaf.unsqueeze(0).unbind(0)[0],
+        (leaf * 1.0).view(2, 6, 6),
+        negative,
+    ):
+        features = others[0].reshape(*awkward.shape[:-1], 5)
+        value = project(awkward, features, *others[1:], in_place=True)
+        torch.testing.assert_close(value.reshape(expected.shape), expected)
+        value.sum().backward()
+    assert torch.equal(leaf.detach(), kept) and torch.equal(inference, base)
+
+
+def test_what_project_returns_can_be_changed_in_place() -> None:
+    for in_place in (False, True):
+        base, *others = project_arguments((2, 6), 5, 6, torch.float32, True)
+        value = project(base * 1.0, *others, in_place=in_place)
+        value += 1
+        value.relu_().sum().backward()
+        assert base.grad is not None and torch.equal(base.grad, (value > 0).float())
+
+
 def test_project_in_place_over_what_a_backward_pass_needs_is_an_error() -> None:
     base, *others = project_arguments((12,), 5, 6, torch.float32, True)
     saved = base.exp()  # saves its result

@@ -126,19 +126,23 @@ class Adapter:
         *,
         in_place: bool = False,
     ) -> Tensor:
-        """``base + delta(x, ...)`` in the dtype of ``base``, in one pass over memory in either direction.
-
-        With ``in_place`` the result may be written over ``base``.
-        """
+        """``base + delta(x, ...)`` in the dtype of ``base``; with ``in_place`` it may be written over ``base``."""
         return ops.project(base, self.features(theta, x, channels), up, bias, self.scaling, in_place=in_place)
 
 
+_HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def is_private_result(layer: nn.Module) -> bool:
-    """Whether nobody but the caller sees what ``layer`` returns, so that it may be written over: a plain linear layer
-    saves its input for the backward pass and not its output, but a hook may keep that."""
-    return type(layer) is nn.Linear and not (
-        layer._forward_hooks or layer._backward_hooks or nn.modules.module._global_forward_hooks
-    )
+    """Whether nobody but the caller sees what ``layer`` returns, so that it may be written over.
+
+    A plain linear layer saves its input for the backward pass and not its output; a hook, or a ``forward`` that was
+    put in place of its own, may keep that.
+    """
+    if type(layer) is not nn.Linear or "forward" in vars(layer):
+        return False
+    everywhere = vars(nn.modules.module)
+    return not any(getattr(layer, name) or everywhere["_global" + name] for name in _HOOKS)
 
 
 class QuantumLayer(nn.Module):

@@ -1,4 +1,4 @@
-"""torch custom ops: ``torch.ops.qaa.forward``, ``backward``, ``rows`` and ``rows_backward``, and what users call.
+"""torch custom ops: ``torch.ops.qaa.forward``, ``rows`` and ``project`` with their adjoints, and what users call.
 
 The ops carry fakes and autograd, so that ``torch.compile``, ``torch.export`` and ``opcheck`` see them. In eager mode
 the same code is called through an ``autograd.Function``, which costs a fraction of a dispatcher round trip.
@@ -138,9 +138,9 @@ def project(
 
     .. math:: y = \mathrm{base} + s\, (V f + c)
 
-    The adjoint reads the incoming gradient once for all of the gradients of f, V and c, and allocates nothing of its
-    size. Tensors that are not all float32 or all float64 on the CPU take the same path in plain torch, computed in the
-    features' dtype and returned in that of ``base``.
+    The adjoint goes once over the incoming gradient, some rows at a time, for all of the gradients of f, V and c, and
+    allocates nothing of its size. Tensors that are not all float32 or all float64 on the CPU take the same path in
+    plain torch, computed in the features' dtype and returned in that of ``base``.
 
     Args:
         base: shape ``(..., d_out)``, for example the output of a frozen linear layer.
@@ -148,8 +148,8 @@ def project(
         up: V, shape ``(d_out, K)``.
         bias: c, shape ``(d_out,)``, or None.
         scale: s.
-        in_place: whether the result may be written over ``base``, which must not be read afterwards; it is where that
-            is possible: contiguous, in eager mode, and not a leaf that requires a gradient.
+        in_place: whether the result may be written over ``base``, which must not be read afterwards. It is, unless
+            autograd, tracing or the layout of ``base`` is against it; then the result is a new tensor.
 
     Returns:
         The shape and dtype of ``base``.
@@ -186,8 +186,7 @@ def project(
         return (base + scale * delta).to(base.dtype)
     flat = features.reshape(-1, features.shape[-1])
     if _is_plain(*all_tensors):
-        in_place = in_place and base.is_contiguous() and not (base.is_leaf and base.requires_grad)
-        return _Project.apply(base, flat, up, bias, float(scale), in_place)
+        return _Project.apply(base, flat, up, bias, float(scale), in_place and _may_write_over(base))
     out = torch.ops.qaa.project(base.reshape(-1, base.shape[-1]), flat, up, bias, float(scale))
     return out.reshape(base.shape)
 
@@ -329,12 +328,21 @@ def _rows_backward(what: Program, theta: Tensor, grad: Tensor, real: bool) -> Te
 _NO_MATRIX = (0, 0, 0, 0, _core.Scalar.float32)
 
 
+def _may_write_over(base: Tensor) -> bool:
+    """Whether autograd lets a custom function write over ``base``, and does so without copies of its gradient."""
+    if not base.is_contiguous() or base.is_neg() or torch._C._get_tracing_state() is not None:
+        return False
+    if torch._C._len_torch_function_stack() > 0 or (base.is_inference() and not torch.is_inference_mode_enabled()):
+        return False
+    return not ((base.is_leaf and base.requires_grad) or (base._is_view() and torch.is_grad_enabled()))
+
+
 def _project(
-    base: Tensor, features: Tensor, up: Tensor, bias: Tensor | None, scale: float, in_place: bool = False
+    base: Tensor, features: Tensor, up: Tensor, bias: Tensor | None, scale: float, out: Tensor | None = None
 ) -> Tensor:
     base, features, up = _readable(base), _readable(features), _readable(up)
     bias = None if bias is None else _readable(bias[None])
-    out = base if in_place else torch.empty(base.shape, dtype=base.dtype)
+    out = torch.empty(base.shape, dtype=base.dtype) if out is None else out
     _core.project(
         _core.ConstMatrix(*_layout(features)),
         _core.ConstMatrix(*_layout(up)),
@@ -409,12 +417,12 @@ class _Project(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(features, up)
         ctx.with_bias, ctx.scale = bias is not None, scale
-        rows = base.reshape(-1, base.shape[-1])
         if in_place:
             ctx.mark_dirty(base)
-            _project(rows, features, up, bias, scale, in_place)
-            return base
-        return _project(rows, features, up, bias, scale).reshape(base.shape)
+        out = base if in_place else torch.empty(base.shape, dtype=base.dtype)
+        width = base.shape[-1]
+        _project(base.reshape(-1, width), features, up, bias, scale, out.view(-1, width))
+        return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
