@@ -84,7 +84,14 @@ def kronecker(task: Task) -> Rival:
 
 
 def kronecker_compiled(task: Task) -> Rival:
-    return differentiable(task, torch.compile(_kronecker(task), dynamic=False), rows=task.rows(2**17))
+    return differentiable(task, _compiled(_kronecker(task)), rows=task.rows(2**17))
+
+
+def _compiled(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
+    """For one shape. Tasks share the function's code, which the compiler would leave to Python after eight of them."""
+    torch._dynamo.config.recompile_limit = 1000
+    compiled: Callable[[Tensor, Tensor], Tensor] = torch.compile(function, dynamic=False)
+    return compiled
 
 
 def _kronecker(task: Task) -> Callable[[Tensor, Tensor], Tensor]:
@@ -104,7 +111,7 @@ def dense(task: Task) -> Rival:
 
 
 def dense_compiled(task: Task) -> Rival:
-    return differentiable(task, torch.compile(_dense(task), dynamic=False))
+    return differentiable(task, _compiled(_dense(task)))
 
 
 def _dense(task: Task) -> Callable[[Tensor, Tensor], Tensor]:
