@@ -69,6 +69,11 @@ class Task:
         threads = int(os.environ.get("OMP_NUM_THREADS", "1"))
         return min(self.batch, max(1, threads * amplitudes >> self.n_wires))
 
+    def note(self, rows: int, text: str = "") -> str:
+        """What a reader of the table must know of a rival that computes so many rows at a time."""
+        parts = [f"{rows} rows at a time"] if rows < self.batch else []
+        return ", ".join([*parts, text] if text else parts)
+
     def __str__(self) -> str:
         return f"n = {self.n_wires}, d = {self.width}, L = {self.layers}, B = {self.batch}"
 

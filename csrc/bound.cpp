@@ -147,11 +147,14 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta) : p
 
   double scale = 1;
   std::uint32_t slot = 0;
+  bool complex = !plan.options.real;
   for (std::size_t s = 0; s < n_stages; ++s) {
     const Stage& stage = plan.stages[s];
     BoundStage<T>& out = stages_[s];
     out.diagonal = stage.is_diagonal();
     out.real = stage.real;
+    out.from_complex = complex;
+    complex |= !stage.real;
     out.first_slot = slot;
     if (stage.is_diagonal()) {
       diagonals[s] = Diagonal(size);
@@ -217,6 +220,7 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta) : p
   bound_.n_outputs = plan.n_outputs;
   bound_.n_columns = plan.n_columns();
   bound_.starts_real = plan.options.real;
+  bound_.ends_complex = complex;
   bound_.inputs = plan.inputs.data();
   bound_.stages = stages_.data();
   bound_.n_stages = std::uint32_t(n_stages);

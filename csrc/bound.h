@@ -36,6 +36,7 @@ struct SumTree {
 template <class T>
 struct BoundStage {
   bool diagonal, real;
+  bool from_complex;  // the state is complex before this stage
   const RotatePass<T>*rotate, *unwind;
   std::uint32_t n_rotate, n_unwind;
   const T *re, *im;            // the diagonal times the scale owed in the forward direction
@@ -73,7 +74,7 @@ struct BoundPlan {
   bool normalize;
   ReadoutKind readout;
   std::uint32_t n_outputs, n_columns;
-  bool starts_real;
+  bool starts_real, ends_complex;
   const Index* inputs;  // column of x -> where its amplitude is stored
   const BoundStage<T>* stages;
   std::uint32_t n_stages;

@@ -22,12 +22,11 @@ QAA_INLINE int rows_of_group(std::int64_t group, std::int64_t rows, int w) {
 QAA_INLINE std::int64_t size_of(Scalar scalar) {
   return scalar == Scalar::float64 ? 8 : scalar == Scalar::float32 ? 4 : 2;
 }
-template <class T>
-void expect_next(const ConstMatrix& x, std::int64_t group, std::int64_t last, const Workspace<T>& work) {
-  if (group == last) return;
-  const std::int64_t size = size_of(x.scalar), stride = x.row_stride * size;
-  work.soon.read(static_cast<const char*>(x.data) + group * width<T> * stride, stride, x.columns * size,
-                 rows_of_group(group, x.rows, width<T>));
+template <class T, class M>
+Lines lines_of(const M& m, std::int64_t group) {
+  const std::int64_t size = size_of(m.scalar), stride = m.row_stride * size;
+  return {static_cast<const char*>(m.data) + group * width<T> * stride, stride, m.columns * size, 0,
+          rows_of_group(group, m.rows, width<T>)};
 }
 
 template <class T>
@@ -36,7 +35,7 @@ void forward_groups(const BoundPlan<T>& bound, const ForwardCall& call, std::int
   const Workspace<T> work(bound, memory);
   constexpr int w = width<T>;
   for (std::int64_t g = first; g < last; ++g) {
-    expect_next(call.x, g + 1, last, work);
+    if (g + 1 < last) work.soon.read(lines_of<T>(call.x, g + 1));
     forward_group<T>(bound, call, g * w, rows_of_group(g, call.x.rows, w), work);
   }
 }
@@ -52,12 +51,8 @@ void backward_groups(const BoundPlan<T>& bound, const BackwardCall& call, std::i
       backward_linear_group<T>(bound, call, g * w, rows_of_group(g, call.x.rows, w), work);
       continue;
     }
-    expect_next(call.x, g + 1, last, work);
-    if (call.grad_x.data != nullptr) {
-      const std::int64_t size = size_of(call.x.scalar), stride = call.grad_x.row_stride * size;
-      work.soon.write(static_cast<const char*>(call.grad_x.data) + g * w * stride, stride, call.x.columns * size,
-                      rows_of_group(g, call.x.rows, w));
-    }
+    if (g + 1 < last) work.soon.read(lines_of<T>(call.x, g + 1));
+    if (call.grad_x.data != nullptr) work.soon.write(lines_of<T>(call.grad_x, g));
     backward_group<T>(bound, call, g * w, rows_of_group(g, call.x.rows, w), work);
   }
   for (std::uint32_t k = 0; k < bound.n_slots; ++k) slots[k] = lane_sum<T>(work.slots[k]);

@@ -326,33 +326,25 @@ void unwind_pass(const RotatePass<T>& shared, Vec<T>* ket, Vec<T>* bra, Vec<T>* 
   for (int k = 0; k < radix; ++k) overlaps[k] += sum[k][0] + sum[k][1];
 }
 
-// Calls f with the pass's radix and form as compile-time constants.
-template <int radix>
-struct Radix {
-  static constexpr int value = radix;
-};
+// Calls f with the pass's radix as a compile-time constant.
 template <class F>
 QAA_INLINE void with_radix(std::uint32_t radix, F&& f) {
   switch (radix) {
-    case 1: return f(Radix<1>{});
-    case 2: return f(Radix<2>{});
-    case 3: return f(Radix<3>{});
-    case 4: return f(Radix<4>{});
+    case 1: return f(Constant<1>{});
+    case 2: return f(Constant<2>{});
+    case 3: return f(Constant<3>{});
+    case 4: return f(Constant<4>{});
   }
   __builtin_unreachable();
 }
 
 // Calls f with two truths as compile-time constants.
-template <bool truth>
-struct Flag {
-  static constexpr bool value = truth;
-};
 template <class F>
 QAA_INLINE void with_flags(bool a, bool b, F&& f) {
   if (a) {
-    b ? f(Flag<true>{}, Flag<true>{}) : f(Flag<true>{}, Flag<false>{});
+    b ? f(Constant<true>{}, Constant<true>{}) : f(Constant<true>{}, Constant<false>{});
   } else {
-    b ? f(Flag<false>{}, Flag<true>{}) : f(Flag<false>{}, Flag<false>{});
+    b ? f(Constant<false>{}, Constant<true>{}) : f(Constant<false>{}, Constant<false>{});
   }
 }
 
@@ -456,24 +448,25 @@ struct TreeWeights {
 
 // ------------------------------------------------------------------------------------------------ diagonals
 
+// Multiplies by a stage's table or by that of the other direction; the state is complex before it or not.
 template <class T>
-void apply_diagonal(const BoundStage<T>& stage, Index n, bool was_complex, State<T> s) {
-  if (stage.real) {
-    for (Index i = 0; i < n; ++i) s.re[i] *= stage.re[i];
-    if (was_complex) {
-      for (Index i = 0; i < n; ++i) s.im[i] *= stage.re[i];
+void multiply_diagonal(const T* table_re, const T* table_im, bool real, bool from_complex, Index n, State<T> s) {
+  if (real) {
+    for (Index i = 0; i < n; ++i) s.re[i] *= table_re[i];
+    if (from_complex) {
+      for (Index i = 0; i < n; ++i) s.im[i] *= table_re[i];
     }
-  } else if (!was_complex) {
+  } else if (!from_complex) {
     for (Index i = 0; i < n; ++i) {
       const Vec<T> re = s.re[i];
-      s.re[i] = re * stage.re[i];
-      s.im[i] = re * stage.im[i];
+      s.re[i] = re * table_re[i];
+      s.im[i] = re * table_im[i];
     }
   } else {
     for (Index i = 0; i < n; ++i) {
       const Vec<T> re = s.re[i], im = s.im[i];
-      s.re[i] = re * stage.re[i] - im * stage.im[i];
-      s.im[i] = re * stage.im[i] + im * stage.re[i];
+      s.re[i] = re * table_re[i] - im * table_im[i];
+      s.im[i] = re * table_im[i] + im * table_re[i];
     }
   }
 }
@@ -481,15 +474,15 @@ void apply_diagonal(const BoundStage<T>& stage, Index n, bool was_complex, State
 // Undoes a diagonal on ket and bra and adds the derivatives with respect to its phases to `slots`. Where the state
 // was real before the diagonal, only the real parts are kept: nothing upstream depends on the bra's imaginary part.
 template <class T>
-void unwind_diagonal(const BoundPlan<T>& p, const BoundStage<T>& stage, bool is_complex, bool was_complex,
-                     const Workspace<T>& work) {
+void unwind_diagonal(const BoundPlan<T>& p, const BoundStage<T>& stage, const Workspace<T>& work) {
   const State<T> ket = work.ket, bra = work.bra;
+  const bool was_complex = stage.from_complex;
   if (stage.real) {
     for (Index i = 0; i < p.n_amplitudes; ++i) {
       ket.re[i] *= stage.back_re[i];
       bra.re[i] *= stage.back_re[i];
     }
-    if (is_complex) {
+    if (was_complex) {
       for (Index i = 0; i < p.n_amplitudes; ++i) {
         ket.im[i] *= stage.back_re[i];
         bra.im[i] *= stage.back_re[i];
@@ -680,28 +673,27 @@ void measure_strings(const BoundPlan<T>& p, bool complex, const Vec<T>* weights,
 
 // ------------------------------------------------------------------------------------------------ groups
 
-// Runs all stages on the ket; returns whether the final state is complex.
+// Runs all stages on the ket.
 template <class T>
-bool run_stages(const BoundPlan<T>& p, State<T> ket, Prefetch& soon) {
-  bool complex = !p.starts_real;
+void run_stages(const BoundPlan<T>& p, State<T> ket, Prefetch& soon) {
   for (std::uint32_t s = 0; s < p.n_stages; ++s) {
     const BoundStage<T>& stage = p.stages[s];
     if (stage.diagonal) {
-      apply_diagonal<T>(stage, p.n_amplitudes, complex, ket);
-      complex |= !stage.real;
+      multiply_diagonal<T>(stage.re, stage.im, stage.real, stage.from_complex, p.n_amplitudes, ket);
       continue;
     }
+    const std::uint32_t n_complex = stage.from_complex ? stage.n_rotate : 0;
     for (std::uint32_t k = 0; k < stage.n_rotate; ++k) rotate<T, false>(stage.rotate[k], ket.re, soon);
-    for (std::uint32_t k = 0; complex && k < stage.n_rotate; ++k) rotate<T, false>(stage.rotate[k], ket.im, soon);
+    for (std::uint32_t k = 0; k < n_complex; ++k) rotate<T, false>(stage.rotate[k], ket.im, soon);
   }
-  return complex;
 }
 
 template <class T>
 void forward_group(const BoundPlan<T>& p, const ForwardCall& call, std::int64_t first_row, int n_rows,
                    const Workspace<T>& work) {
   const Norms<T> norms = embed<T>(p, call.x, first_row, n_rows, work.ket);
-  const bool complex = run_stages<T>(p, work.ket, work.soon);
+  run_stages<T>(p, work.ket, work.soon);
+  const bool complex = p.ends_complex;
   const Vec<T> inverse = inverse_norm<T>(p, norms);
   const State<T> ket = work.ket;
   Vec<T>* columns = work.columns;
@@ -732,11 +724,31 @@ void forward_group(const BoundPlan<T>& p, const ForwardCall& call, std::int64_t 
   store_matrix<T>(call.features, first_row, n_rows, [=](std::int64_t c) { return columns[c]; });
 }
 
+template <class T>
+void clear(const BoundPlan<T>& p, bool complex, State<T> s) {
+  for (Index i = 0; i < p.n_amplitudes; ++i) s.re[i] = Vec<T>{};
+  for (Index i = 0; complex && i < p.n_amplitudes; ++i) s.im[i] = Vec<T>{};
+}
+
+// The bra of the readout "state": the incoming gradient itself, in the ket's scale.
+template <class T>
+void start_linear_bra(const BoundPlan<T>& p, const Workspace<T>& work) {
+  const State<T> bra = work.bra;
+  const Vec<T>* grad = work.columns;
+  clear<T>(p, p.ends_complex, bra);
+  for (std::uint32_t k = 0; k < p.n_outputs; ++k) {
+    const T scale = p.signs[k] / p.scale;
+    bra.re[p.outputs[k]] = grad[2 * k] * scale;
+    if (p.ends_complex) bra.im[p.outputs[k]] = grad[2 * k + 1] * scale;
+  }
+}
+
 // The bra M ket, in the ket's scale, where M is the readout weighted by the incoming gradient. Returns Re<bra|ket>,
 // which the adjoint does not change.
 template <class T>
-Vec<T> start_bra(const BoundPlan<T>& p, bool complex, const Workspace<T>& work) {
+Vec<T> start_bra(const BoundPlan<T>& p, const Workspace<T>& work) {
   const State<T> ket = work.ket, bra = work.bra;
+  const bool complex = p.ends_complex;
   const Vec<T>* grad = work.columns;
   Vec<T> overlap{};
   if (p.readout == ReadoutKind::expval) {
@@ -756,17 +768,16 @@ Vec<T> start_bra(const BoundPlan<T>& p, bool complex, const Workspace<T>& work) 
     }
     return overlap;
   }
-  for (Index i = 0; i < p.n_amplitudes; ++i) bra.re[i] = Vec<T>{};
-  for (Index i = 0; complex && i < p.n_amplitudes; ++i) bra.im[i] = Vec<T>{};
+  if (p.readout == ReadoutKind::state) {
+    start_linear_bra<T>(p, work);
+  } else {
+    clear<T>(p, complex, bra);
+  }
   for (std::uint32_t k = 0; k < p.n_outputs; ++k) {
     const Index i = p.outputs[k];
     if (p.readout == ReadoutKind::probs) {
       bra.re[i] = grad[k] * ket.re[i];
       if (complex) bra.im[i] = grad[k] * ket.im[i];
-    } else {
-      const T scale = p.signs[k] / p.scale;
-      bra.re[i] = grad[2 * k] * scale;
-      if (complex) bra.im[i] = grad[2 * k + 1] * scale;
     }
     overlap += bra.re[i] * ket.re[i];
     if (complex) overlap += bra.im[i] * ket.im[i];
@@ -778,30 +789,24 @@ template <class T>
 void backward_group(const BoundPlan<T>& p, const BackwardCall& call, std::int64_t first_row, int n_rows,
                     const Workspace<T>& work) {
   const Norms<T> norms = embed<T>(p, call.x, first_row, n_rows, work.ket);
-  bool complex = run_stages<T>(p, work.ket, work.soon);
+  run_stages<T>(p, work.ket, work.soon);
   const Vec<T> inverse = inverse_norm<T>(p, norms);
   Vec<T>* columns = work.columns;
   load_matrix<T>(call.grad, first_row, n_rows,
                  [=](std::int64_t c, const Vec<T>& column) { columns[c] = column * inverse; });
-  const Vec<T> overlap = start_bra<T>(p, complex, work);
+  const Vec<T> overlap = start_bra<T>(p, work);
 
-  std::uint32_t first_complex = p.n_stages;  // the stage after which the state is complex
-  for (std::uint32_t s = p.n_stages; s-- > 0;) {
-    if (!p.stages[s].real) first_complex = s;
-  }
   for (std::uint32_t s = p.n_stages; s-- > 0;) {
     const BoundStage<T>& stage = p.stages[s];
     if (stage.diagonal) {
-      const bool was_complex = !p.starts_real || s > first_complex;
-      unwind_diagonal<T>(p, stage, complex, was_complex, work);
-      complex = was_complex;
+      unwind_diagonal<T>(p, stage, work);
       continue;
     }
     for (std::uint32_t k = 0; k < stage.n_unwind; ++k) {
       const RotatePass<T>& pass = stage.unwind[k];
       Vec<T> overlaps[max_radix] = {};
       unwind<T>(pass, work.ket.re, work.bra.re, overlaps, work.soon);
-      if (complex) unwind<T>(pass, work.ket.im, work.bra.im, overlaps, work.soon);
+      if (stage.from_complex) unwind<T>(pass, work.ket.im, work.bra.im, overlaps, work.soon);
       for (std::uint32_t r = 0; r < pass.radix; ++r) {
         work.add_to_slot(pass.first_slot + r, overlaps[r], pass.overlap_scale);
       }
@@ -822,23 +827,6 @@ void backward_group(const BoundPlan<T>& p, const BackwardCall& call, std::int64_
   });
 }
 
-// Undoes a diagonal on one state.
-template <class T>
-void undo_diagonal(const BoundStage<T>& stage, Index n, bool is_complex, bool was_complex, State<T> s) {
-  for (Index i = 0; i < n; ++i) {
-    const Vec<T> re = s.re[i];
-    const T back = stage.back_re[i];
-    if (stage.real) {
-      s.re[i] = re * back;
-      if (is_complex) s.im[i] *= back;
-    } else {
-      const Vec<T> im = s.im[i];
-      s.re[i] = re * back - im * stage.back_im[i];
-      if (was_complex) s.im[i] = re * stage.back_im[i] + im * back;
-    }
-  }
-}
-
 // grad_x alone, of the readout "state" without normalization: the adjoint of a linear map does not need the rows.
 template <class T>
 void backward_linear_group(const BoundPlan<T>& p, const BackwardCall& call, std::int64_t first_row, int n_rows,
@@ -846,29 +834,18 @@ void backward_linear_group(const BoundPlan<T>& p, const BackwardCall& call, std:
   Vec<T>* columns = work.columns;
   const State<T> bra = work.bra;
   load_matrix<T>(call.grad, first_row, n_rows, [=](std::int64_t c, const Vec<T>& column) { columns[c] = column; });
-  std::uint32_t first_complex = p.n_stages;
-  for (std::uint32_t s = p.n_stages; s-- > 0;) {
-    if (!p.stages[s].real) first_complex = s;
-  }
-  bool complex = !p.starts_real || first_complex < p.n_stages;
-  for (Index i = 0; i < p.n_amplitudes; ++i) bra.re[i] = Vec<T>{};
-  for (Index i = 0; complex && i < p.n_amplitudes; ++i) bra.im[i] = Vec<T>{};
-  for (std::uint32_t k = 0; k < p.n_outputs; ++k) {
-    const T scale = p.signs[k] / p.scale;
-    bra.re[p.outputs[k]] = columns[2 * k] * scale;
-    if (complex) bra.im[p.outputs[k]] = columns[2 * k + 1] * scale;
-  }
+  start_linear_bra<T>(p, work);
   for (std::uint32_t s = p.n_stages; s-- > 0;) {
     const BoundStage<T>& stage = p.stages[s];
     if (stage.diagonal) {
-      const bool was_complex = !p.starts_real || s > first_complex;
-      undo_diagonal<T>(stage, p.n_amplitudes, complex, was_complex, bra);
-      complex = was_complex;
+      // Where the state was real before, the imaginary part that comes out is not looked at again.
+      const bool complex = stage.from_complex || !stage.real;
+      multiply_diagonal<T>(stage.back_re, stage.back_im, stage.real, complex, p.n_amplitudes, bra);
       continue;
     }
     for (std::uint32_t k = 0; k < stage.n_unwind; ++k) {
       rotate<T, true>(stage.unwind[k], bra.re, work.soon);
-      if (complex) rotate<T, true>(stage.unwind[k], bra.im, work.soon);
+      if (stage.from_complex) rotate<T, true>(stage.unwind[k], bra.im, work.soon);
     }
   }
   const Index* inputs = p.inputs;

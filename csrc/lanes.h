@@ -41,6 +41,12 @@ using Wide = typename LaneTypes<T>::Wide;  // the same lanes in double
 template <class T>
 inline constexpr int width = QAA_VECTOR_BYTES / int(sizeof(T));
 
+// A number or a truth as a type, for a generic lambda to unpack.
+template <auto constant>
+struct Constant {
+  static constexpr auto value = constant;
+};
+
 template <class T>
 QAA_INLINE Vec<T> splat(T value) {
   return value - Vec<T>{};  // value - 0 in every lane, also for a negative zero
@@ -177,16 +183,30 @@ QAA_INLINE void lane_sums(const Vec<T>* values, int n, T* out) {
   }
 }
 
+// The cache lines of some rows, one after another.
+struct Lines {
+  const char* row = nullptr;
+  std::int64_t stride = 0, row_bytes = 0, at = 0;
+  int rows_left = 0;
+  QAA_INLINE const char* next() {
+    if (rows_left == 0) return nullptr;
+    const char* line = row + at;
+    at += 64;
+    if (at >= row_bytes) {
+      at = 0;
+      row += stride;
+      --rows_left;
+    }
+    return line;
+  }
+};
+
 // Rows that will be needed soon, brought to the cache a line at a time from within the loops of a pass: a row is too
 // short for the processor to foresee the next one, and a burst would hold up the pass.
 class Prefetch {
  public:
-  void read(const void* rows, std::int64_t stride, std::int64_t row_bytes, int n_rows) {
-    reads_ = {static_cast<const char*>(rows), stride, row_bytes, 0, n_rows};
-  }
-  void write(const void* rows, std::int64_t stride, std::int64_t row_bytes, int n_rows) {
-    writes_ = {static_cast<const char*>(rows), stride, row_bytes, 0, n_rows};
-  }
+  void read(const Lines& lines) { reads_ = lines; }
+  void write(const Lines& lines) { writes_ = lines; }
   QAA_INLINE void step() {
     if (const char* line = writes_.next()) {
       __builtin_prefetch(line, 1);
@@ -196,22 +216,6 @@ class Prefetch {
   }
 
  private:
-  struct Lines {
-    const char* row = nullptr;
-    std::int64_t stride = 0, row_bytes = 0, at = 0;
-    int rows_left = 0;
-    QAA_INLINE const char* next() {
-      if (rows_left == 0) return nullptr;
-      const char* line = row + at;
-      at += 64;
-      if (at >= row_bytes) {
-        at = 0;
-        row += stride;
-        --rows_left;
-      }
-      return line;
-    }
-  };
   Lines reads_, writes_;
 };
 

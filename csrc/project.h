@@ -56,9 +56,6 @@ Rows<T> rows_of(const Matrix& m) {
   return {static_cast<T*>(m.data), m.row_stride};
 }
 
-template <int n>
-struct Constant {};
-
 // Calls f(Constant, row) for `size` rows at a time, then one by one.
 template <int size, class F>
 QAA_INLINE void row_tiles(std::int64_t first, std::int64_t last, F&& f) {
@@ -71,9 +68,9 @@ template <class T, int size, class F>
 QAA_INLINE void column_tiles(std::int64_t columns, F&& f) {
   constexpr int w = width<T>;
   std::int64_t c = 0;
-  for (; c + size * w <= columns; c += size * w) f(Constant<size>{}, Constant<0>{}, c);
-  for (; c + w <= columns; c += w) f(Constant<1>{}, Constant<0>{}, c);
-  if (c < columns) f(Constant<1>{}, Constant<1>{}, c);
+  for (; c + size * w <= columns; c += size * w) f(Constant<size>{}, Constant<false>{}, c);
+  for (; c + w <= columns; c += w) f(Constant<1>{}, Constant<false>{}, c);
+  if (c < columns) f(Constant<1>{}, Constant<true>{}, c);
 }
 
 // Calls f(Constant, first) for groups of at most `size` of n, as even as they can be.
@@ -96,7 +93,7 @@ void project_rows_forward(const Projection<T>& p, const ProjectCall& call, std::
   const Rows<const T> features = rows_of<T>(call.features), base = rows_of<T>(call.base);
   const Rows<T> out = rows_of<T>(call.out);
   row_tiles<tile_rows>(first, last, [&]<int n_rows>(Constant<n_rows>, std::int64_t r) {
-    column_tiles<T, tile_vectors>(p.columns, [&]<int n_vectors, int part>(Constant<n_vectors>, Constant<part>,
+    column_tiles<T, tile_vectors>(p.columns, [&]<int n_vectors, bool part>(Constant<n_vectors>, Constant<part>,
                                                                           std::int64_t c) {
       Vec<T> sum[n_rows][n_vectors];
 #pragma GCC unroll 4
@@ -127,7 +124,7 @@ template <class T, int n_rows, int n>
 void project_grad_features(const Projection<T>& p, const Rows<const T>& grad, std::int64_t r, std::int64_t k,
                            const Rows<T>& grad_features) {
   Vec<T> sum[n_rows][n] = {};
-  column_tiles<T, 1>(p.columns, [&]<int part>(Constant<1>, Constant<part>, std::int64_t c) {
+  column_tiles<T, 1>(p.columns, [&]<bool part>(Constant<1>, Constant<part>, std::int64_t c) {
     Vec<T> g[n_rows];
 #pragma GCC unroll 4
     for (int i = 0; i < n_rows; ++i) g[i] = load<part>(grad[r + i] + c, p.columns - c);
@@ -149,7 +146,7 @@ void project_grad_features(const Projection<T>& p, const Rows<const T>& grad, st
 }
 
 // grad_up of n of the features and n_vectors vectors of columns: += sums over n_rows rows.
-template <class T, int n_rows, int n, int n_vectors, int part>
+template <class T, int n_rows, int n, int n_vectors, bool part>
 void project_grad_up(const Projection<T>& p, const Rows<const T>& grad, const Rows<const T>& features, std::int64_t r,
                      std::int64_t k, std::int64_t c, T* grad_up) {
   constexpr int w = width<T>;
@@ -191,7 +188,7 @@ void project_rows_backward(const Projection<T>& p, const ProjectBackwardCall& ca
         project_grad_features<T, n_rows, n>(p, grad, r, k, grad_features);
       });
     });
-    column_tiles<T, tile_vectors>(p.columns, [&]<int n_vectors, int part>(Constant<n_vectors>, Constant<part>,
+    column_tiles<T, tile_vectors>(p.columns, [&]<int n_vectors, bool part>(Constant<n_vectors>, Constant<part>,
                                                                           std::int64_t c) {
       even_groups<tile_features>(p.n_features, [&]<int n>(Constant<n>, std::int64_t k) {
         project_grad_up<T, block, n, n_vectors, part>(p, grad, features, top, k, c, grad_up);

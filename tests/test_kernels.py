@@ -587,3 +587,14 @@ def test_rewrites_do_something(switch_off: Callable[[Sequence[str]], None]) -> N
 
 def test_the_core_holds_the_same_gate_table() -> None:
     assert {name: tuple(counts) for name, *counts in _core.gate_table()} == GATES
+
+
+def test_operations_are_counted_from_the_plan() -> None:
+    """n = 10, d = 768, one layer, by hand: norm, RY, diagonal, strings; then bra, diagonal, RY undone, rows."""
+    n, amplitudes, d = 10, 1024, 768
+    tree = 3 * (amplitudes - 1)
+    forward = d + n * amplitudes + 2 * amplitudes + (2 * amplitudes + tree) + n * amplitudes
+    bra = 3 * amplitudes + n * 2 * amplitudes
+    diagonal = 6 * amplitudes + amplitudes + tree
+    backward = forward + bra + diagonal + 3 * n * amplitudes + 2 * d
+    assert program.program(ansatz("ring", n, 1), "z", True).plan.operations(d) == (forward, backward)

@@ -15,8 +15,6 @@ def differentiable(
 ) -> Rival:
     """``features(theta, x)`` forward, and with the gradients of both arguments; of the first ``rows`` rows."""
     rows = rows or task.batch
-    if rows < task.batch:
-        note = f"{rows} rows at a time" + (f", {note}" if note else "")
     theta = torch.tensor(task.theta, requires_grad=True)
     x = torch.tensor(task.x[:rows], requires_grad=True)
     grad = torch.tensor(task.grad[:rows])
@@ -30,7 +28,7 @@ def differentiable(
         grad_theta, grad_x = torch.autograd.grad(value, (theta, x), grad.to(value.dtype))
         return value.detach(), grad_theta, grad_x
 
-    return Rival(forward, step, rows, note)
+    return Rival(forward, step, rows, task.note(rows, note))
 
 
 def pad_and_normalize(x: Tensor, n_wires: int) -> Tensor:

@@ -48,8 +48,6 @@ def kronecker(task: Task) -> Rival:
 def jitted(task: Task, features: Callable[[Any, Any], Any], note: str = "") -> Rival:
     """A rival that is one differentiable JAX function of the angles and the rows."""
     rows = task.rows(2**17)
-    if rows < task.batch:
-        note = f"{rows} rows at a time" + (f", {note}" if note else "")
     theta, x, grad = jnp.asarray(task.theta), jnp.asarray(task.x[:rows]), jnp.asarray(task.grad[:rows])
 
     def value_and_gradients(theta: Any, x: Any, grad: Any) -> Any:
@@ -64,4 +62,4 @@ def jitted(task: Task, features: Callable[[Any, Any], Any], note: str = "") -> R
     def step() -> Any:
         return jax.block_until_ready(compiled_step(theta, x, grad))
 
-    return Rival(forward, step, rows, note)
+    return Rival(forward, step, rows, task.note(rows, note))

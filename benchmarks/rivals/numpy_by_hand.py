@@ -93,5 +93,4 @@ def kronecker(task: Task) -> Rival:
         grad_x = (grad_unit - unit * np.sum(unit * grad_unit, axis=1, keepdims=True)) / norm
         return value, grad_theta, grad_x
 
-    note = "adjoint written out" if rows == task.batch else f"{rows} rows at a time, adjoint written out"
-    return Rival(forward, step, rows, note)
+    return Rival(forward, step, rows, task.note(rows, "adjoint written out"))
