@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <optional>
 #include <stdexcept>
 
 #include "gates.h"
@@ -17,17 +18,22 @@ namespace {
 using Gate = std::tuple<std::string, std::vector<std::uint32_t>, std::vector<std::uint32_t>>;
 
 Plan make_plan(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vector<Gate>& gates, ReadoutKind kind,
-               std::uint32_t n_outputs, std::vector<std::string> paulis, bool normalize, bool fuse, bool absorb,
-               bool real, bool tangent) {
+               std::uint32_t n_outputs, std::vector<std::string> paulis, bool normalize, bool fuse, bool rename,
+               bool absorb, bool expand, bool real, bool tangent, std::optional<int> rotate_radix,
+               std::optional<int> unwind_radix) {
   const py::gil_scoped_release release;
   std::vector<GateCall> calls;
   calls.reserve(gates.size());
   for (const auto& [name, wires, parameters] : gates) calls.push_back({name, wires, parameters});
   PlanOptions options = default_options();
   options.fuse = fuse;
+  options.rename = rename;
   options.absorb = absorb;
+  options.expand = expand;
   options.real = real;
   options.tangent = tangent;
+  options.rotate_radix = rotate_radix.value_or(options.rotate_radix);
+  options.unwind_radix = unwind_radix.value_or(options.unwind_radix);
   return compile(n_wires, n_parameters, calls, {kind, n_outputs, std::move(paulis)}, normalize, options);
 }
 
@@ -120,7 +126,8 @@ PYBIND11_MODULE(_core, m) {
   py::class_<Plan>(m, "Plan", "A compiled circuit and readout.")
       .def(py::init(&make_plan), py::arg("n_wires"), py::arg("n_parameters"), py::arg("gates"), py::arg("kind"),
            py::arg("n_outputs"), py::arg("paulis"), py::arg("normalize") = true, py::kw_only(), py::arg("fuse") = true,
-           py::arg("absorb") = true, py::arg("real") = true, py::arg("tangent") = true)
+           py::arg("rename") = true, py::arg("absorb") = true, py::arg("expand") = true, py::arg("real") = true,
+           py::arg("tangent") = true, py::arg("rotate_radix") = py::none(), py::arg("unwind_radix") = py::none())
       .def_property_readonly("n_columns", &Plan::n_columns, "Numbers per state that a readout yields.")
       .def(
           "operations",

@@ -192,22 +192,26 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta) : p
       stage_angles(stage);
       out.unwind = passes_.data() + passes_.size();
       out.n_unwind = std::uint32_t(stage.unwind.size());
+      const double scale_before = scale;
       for (const Pass& pass : stage.unwind) {
         passes_.push_back(rotate_pass<T>(pass, angles, plan.options.tangent, scale));
         passes_.back().first_slot = out.first_slot + pass.first;
+        if (s == 0) passes_.back().overlap_scale = scale_before * scale_before;  // all overlaps before all rotations
       }
     }
   }
   bound_.unwound_scale = T(scale);
 
-  for (const Pass& pass : plan.flips) {
-    FlipPass flip{pass.first, pass.radix, std::uint32_t(pass.representatives.size()), pass.representatives.data(), {}};
-    std::copy(pass.masks.begin(), pass.masks.end(), flip.masks);
-    flips_.push_back(flip);
+  for (const std::vector<Pass>* passes : {&plan.flips, &plan.chains}) {
+    for (const Pass& pass : *passes) {
+      const auto n = std::uint32_t(pass.representatives.size());
+      flips_.push_back({pass.first, pass.radix, n, pass.representatives.data(), {}});
+      std::copy(pass.masks.begin(), pass.masks.end(), flips_.back().masks);
+    }
   }
-  for (const std::uint32_t s : plan.general) {
-    const String& string = plan.strings[s];
-    general_.push_back({string.x, string.z, s, (std::popcount(string.x & string.z) & 1) != 0});
+  for (const Correlation& c : plan.correlations) {
+    correlations_.push_back(
+        {c.x, c.imaginary, c.n_bits, std::uint32_t(c.members.size()), c.order.data(), c.members.data()});
   }
   for (const Term& term : plan.terms) {
     terms_.push_back({term.output, term.string, T(coefficient(plan, term, theta)), !term.factors.empty()});
@@ -221,6 +225,7 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta) : p
   bound_.n_columns = plan.n_columns();
   bound_.starts_real = plan.options.real;
   bound_.ends_complex = complex;
+  bound_.starts_low = plan.starts_low;
   bound_.inputs = plan.inputs.data();
   bound_.stages = stages_.data();
   bound_.n_stages = std::uint32_t(n_stages);
@@ -230,9 +235,11 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta) : p
   bound_.trees = add_trees(plan.trees);
   bound_.n_trees = std::uint32_t(plan.trees.size());
   bound_.flips = flips_.data();
-  bound_.n_flips = std::uint32_t(flips_.size());
-  bound_.general = general_.data();
-  bound_.n_general = std::uint32_t(general_.size());
+  bound_.n_flips = std::uint32_t(plan.flips.size());
+  bound_.chains = flips_.data() + plan.flips.size();
+  bound_.n_chains = std::uint32_t(plan.chains.size());
+  bound_.correlations = correlations_.data();
+  bound_.n_correlations = std::uint32_t(correlations_.size());
   bound_.outputs = plan.outputs.data();
   bound_.signs = plan.signs.data();
   bound_.first_term_slot = slot;

@@ -25,7 +25,7 @@ struct RotatePass {
   bool tangent;                   // a - mix b, b + mix a; else keep a - mix b, keep b + mix a
   T keep[max_radix], mix[max_radix];
   std::uint32_t first_slot;  // where the derivatives with respect to the angles go
-  double overlap_scale;      // scale^2 of the two states when the adjoint reaches this pass
+  double overlap_scale;      // scale^2 of the two states when the overlaps of this pass are taken
 };
 
 struct SumTree {
@@ -53,10 +53,12 @@ struct FlipPass {
   Index masks[max_radix];
 };
 
-struct GeneralString {
-  Index x, z;
-  std::uint32_t string;
-  bool imaginary;  // parity(x & z)
+struct CorrelationPass {
+  Index x;
+  bool imaginary;
+  std::uint32_t n_bits, n_members;
+  const Index* order;
+  const Correlation::Member* members;
 };
 
 template <class T>
@@ -75,6 +77,7 @@ struct BoundPlan {
   ReadoutKind readout;
   std::uint32_t n_outputs, n_columns;
   bool starts_real, ends_complex;
+  bool starts_low;      // the first pass of the first stage is on the lowest bits of the columns, lowest first
   const Index* inputs;  // column of x -> where its amplitude is stored
   const BoundStage<T>* stages;
   std::uint32_t n_stages;
@@ -86,10 +89,10 @@ struct BoundPlan {
   std::uint32_t n_terms;
   const SumTree* trees;
   std::uint32_t n_trees;
-  const FlipPass* flips;
-  std::uint32_t n_flips;
-  const GeneralString* general;
-  std::uint32_t n_general;
+  const FlipPass *flips, *chains;
+  std::uint32_t n_flips, n_chains;
+  const CorrelationPass* correlations;
+  std::uint32_t n_correlations;
   const Index* outputs;
   const std::int8_t* signs;
 
@@ -113,8 +116,8 @@ class BoundPlanStorage {
   std::vector<RotatePass<T>> passes_;
   std::vector<T> tables_;
   std::vector<SumTree> trees_;
-  std::vector<FlipPass> flips_;
-  std::vector<GeneralString> general_;
+  std::vector<FlipPass> flips_;  // flips, then chains
+  std::vector<CorrelationPass> correlations_;
   std::vector<BoundTerm<T>> terms_;
 };
 

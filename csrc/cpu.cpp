@@ -2,6 +2,7 @@
 #include "cpu.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstdlib>
 #include <new>
 #include <stdexcept>
@@ -262,6 +263,7 @@ const char* instruction_set() { return chosen().widest().name; }
 
 PlanOptions default_options() {
   PlanOptions options;
+  options.load_radix = std::countr_zero(unsigned(chosen().widest().f32.width));
   options.rotate_radix = chosen().widest().rotate_radix;
   options.unwind_radix = chosen().widest().unwind_radix;
   return options;
@@ -289,7 +291,12 @@ void backward(const BackwardCall& call) {
       throw std::invalid_argument("expected grad_x with data where x has none, received a null pointer");
     }
   }
-  if (call.grad_x.data != nullptr) check(call.grad_x, "grad_x", call.x.rows, call.x.columns, is_double);
+  if (call.grad_x.data != nullptr) {
+    check(call.grad_x, "grad_x", call.x.rows, call.x.columns, is_double);
+    if (call.grad_x.scalar != call.x.scalar) {
+      throw std::invalid_argument("expected grad_x in the type of x, received another one");
+    }
+  }
   if (call.x.rows == 0) {
     std::fill_n(call.grad_theta, call.plan.n_parameters, 0.0);
     return;

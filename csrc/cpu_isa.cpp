@@ -22,11 +22,13 @@ QAA_INLINE int rows_of_group(std::int64_t group, std::int64_t rows, int w) {
 QAA_INLINE std::int64_t size_of(Scalar scalar) {
   return scalar == Scalar::float64 ? 8 : scalar == Scalar::float32 ? 4 : 2;
 }
+// The rows of a group from `begin` to `end`, if nothing else lies between them.
 template <class T, class M>
-Lines lines_of(const M& m, std::int64_t group) {
-  const std::int64_t size = size_of(m.scalar), stride = m.row_stride * size;
-  return {static_cast<const char*>(m.data) + group * width<T> * stride, stride, m.columns * size, 0,
-          rows_of_group(group, m.rows, width<T>)};
+void rows_in_memory(const M& m, std::int64_t group, const char*& begin, const char*& end) {
+  if (m.row_stride != m.columns) return;
+  const std::int64_t row = m.row_stride * size_of(m.scalar);
+  begin = static_cast<const char*>(m.data) + group * width<T> * row;
+  end = begin + rows_of_group(group, m.rows, width<T>) * row;
 }
 
 template <class T>
@@ -35,7 +37,7 @@ void forward_groups(const BoundPlan<T>& bound, const ForwardCall& call, std::int
   const Workspace<T> work(bound, memory);
   constexpr int w = width<T>;
   for (std::int64_t g = first; g < last; ++g) {
-    if (g + 1 < last) work.soon.read(lines_of<T>(call.x, g + 1));
+    if (g + 1 < last) rows_in_memory<T>(call.x, g + 1, work.soon.read, work.soon.read_end);
     forward_group<T>(bound, call, g * w, rows_of_group(g, call.x.rows, w), work);
   }
 }
@@ -51,8 +53,8 @@ void backward_groups(const BoundPlan<T>& bound, const BackwardCall& call, std::i
       backward_linear_group<T>(bound, call, g * w, rows_of_group(g, call.x.rows, w), work);
       continue;
     }
-    if (g + 1 < last) work.soon.read(lines_of<T>(call.x, g + 1));
-    if (call.grad_x.data != nullptr) work.soon.write(lines_of<T>(call.grad_x, g));
+    if (g + 1 < last) rows_in_memory<T>(call.x, g + 1, work.soon.read, work.soon.read_end);
+    if (call.grad_x.data != nullptr) rows_in_memory<T>(call.grad_x, g, work.soon.write, work.soon.write_end);
     backward_group<T>(bound, call, g * w, rows_of_group(g, call.x.rows, w), work);
   }
   for (std::uint32_t k = 0; k < bound.n_slots; ++k) slots[k] = lane_sum<T>(work.slots[k]);

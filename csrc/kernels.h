@@ -50,158 +50,104 @@ struct Workspace {
 
 // ------------------------------------------------------------------------------------------------ rows <-> lanes
 
-// Calls put(c, column c of the rows as lanes) for every column, and returns the sums of squares of the rows.
+// Calls put(c, block, n) for every w columns: block[k] is column c + k of the rows as lanes, for k < n, and zero for
+// other k. Returns the sums of squares of the rows.
 template <class T, class In, class Put>
 Vec<T> load_rows(const In* data, std::int64_t stride, int n_rows, std::int64_t columns, Put put) {
   constexpr int w = width<T>;
-  Vec<T> squares[4] = {};
+  Vec<T> squares[2] = {};  // of the even and the odd columns, whatever the width
   std::int64_t c = 0;
   for (; c + w <= columns; c += w) {
     Vec<T> block[w];
     if (n_rows == w) {
-#pragma GCC unroll 16
-      for (int r = 0; r < w; ++r) block[r] = load_row<T>(data + r * stride + c);
+      load_transposed<T>(data + c, stride, block);
     } else {
       for (int r = 0; r < w; ++r) block[r] = r < n_rows ? load_row<T>(data + r * stride + c) : Vec<T>{};
+      transpose<T>(block);
     }
-    transpose<T>(block);
 #pragma GCC unroll 16
-    for (int r = 0; r < w; ++r) {
-      squares[r & 3] += block[r] * block[r];
-      put(c + r, block[r]);
+    for (int k = 0; k < w; ++k) squares[k & 1] += block[k] * block[k];
+    put(c, block, w);
+  }
+  if (c < columns) {
+    Vec<T> block[w] = {};
+    const int left = int(columns - c);
+    for (int k = 0; k < left; ++k) {
+      for (int r = 0; r < n_rows; ++r) block[k][r] = to_float(data[r * stride + c + k]);
+      squares[k & 1] += block[k] * block[k];
     }
+    put(c, block, left);
   }
-  for (; c < columns; ++c) {
-    Vec<T> column{};
-    for (int r = 0; r < n_rows; ++r) column[r] = to_float(data[r * stride + c]);
-    squares[0] += column * column;
-    put(c, column);
-  }
-  return (squares[0] + squares[1]) + (squares[2] + squares[3]);
+  return squares[0] + squares[1];
 }
 
-// Stores get(c), the lanes of column c, for every column.
+// Stores what get(c, block, n) puts into block[k] for k < n: the lanes of column c + k.
 template <class T, class Out, class Get>
 void store_rows(Get get, std::int64_t columns, Out* data, std::int64_t stride, int n_rows) {
   constexpr int w = width<T>;
   std::int64_t c = 0;
   for (; c + w <= columns; c += w) {
     Vec<T> block[w];
-#pragma GCC unroll 16
-    for (int r = 0; r < w; ++r) block[r] = get(c + r);
-    transpose<T>(block);
-    for (int r = 0; r < n_rows; ++r) store_row<T>(data + r * stride + c, block[r]);
+    get(c, block, w);
+    if (n_rows == w) {
+      store_transposed<T>(block, data + c, stride);
+    } else {
+      transpose<T>(block);
+      for (int r = 0; r < n_rows; ++r) store_row<T>(data + r * stride + c, block[r]);
+    }
   }
-  for (; c < columns; ++c) {
-    const Vec<T> column = get(c);
-    for (int r = 0; r < n_rows; ++r) data[r * stride + c] = from_float<Out, T>(column[r]);
+  if (c < columns) {
+    Vec<T> block[w] = {};
+    const int left = int(columns - c);
+    get(c, block, left);
+    for (int k = 0; k < left; ++k) {
+      for (int r = 0; r < n_rows; ++r) data[r * stride + c + k] = from_float<Out, T>(block[k][r]);
+    }
   }
 }
 
-// The one place where storage types are told apart.
-template <class T, class Put>
-Vec<T> load_matrix(const ConstMatrix& m, std::int64_t first_row, int n_rows, Put put) {
-  auto load = [&](auto* data) {
-    return load_rows<T>(data + first_row * m.row_stride, m.row_stride, n_rows, m.columns, put);
-  };
+template <class In>
+const In* data_of(const ConstMatrix& m) {
+  return static_cast<const In*>(m.data);
+}
+template <class Out>
+Out* data_of(const Matrix& m) {
+  return static_cast<Out*>(m.data);
+}
+// Calls f(pointer to the numbers of a matrix): the one place where storage types are told apart.
+template <class T, class M, class F>
+auto with_data(const M& m, F&& f) {
   if constexpr (sizeof(T) == 8) {
-    return load(static_cast<const double*>(m.data));
+    return f(data_of<double>(m));
   } else {
     switch (m.scalar) {
-      case Scalar::float16: return load(static_cast<const Half*>(m.data));
-      case Scalar::bfloat16: return load(static_cast<const Bf16*>(m.data));
-      default: return load(static_cast<const float*>(m.data));
+      case Scalar::float16: return f(data_of<Half>(m));
+      case Scalar::bfloat16: return f(data_of<Bf16>(m));
+      default: return f(data_of<float>(m));
     }
   }
+}
+template <class T, class Put>
+Vec<T> load_matrix(const ConstMatrix& m, std::int64_t first_row, int n_rows, Put put) {
+  return with_data<T>(m, [&](auto* data) {
+    return load_rows<T>(data + first_row * m.row_stride, m.row_stride, n_rows, m.columns, put);
+  });
 }
 template <class T, class Get>
 void store_matrix(const Matrix& m, std::int64_t first_row, int n_rows, Get get) {
-  auto store = [&](auto* data) {
+  with_data<T>(m, [&](auto* data) {
     store_rows<T>(get, m.columns, data + first_row * m.row_stride, m.row_stride, n_rows);
-  };
-  if constexpr (sizeof(T) == 8) {
-    store(static_cast<double*>(m.data));
-  } else {
-    switch (m.scalar) {
-      case Scalar::float16: return store(static_cast<Half*>(m.data));
-      case Scalar::bfloat16: return store(static_cast<Bf16*>(m.data));
-      default: return store(static_cast<float*>(m.data));
-    }
-  }
-}
-
-// ------------------------------------------------------------------------------------------------ embedding
-
-template <class T>
-struct Norms {
-  Vec<T> squared;  // of the vector that was embedded
-  Vec<T> rescale;  // the power of two that the row was multiplied by, against overflow and underflow
-};
-
-// sum over i of a[i] b[i], in four chains.
-template <class T>
-Vec<T> dot(const Vec<T>* a, const Vec<T>* b, Index n) {
-  Vec<T> sum[4] = {};
-  Index i = 0;
-  for (; i + 4 <= n; i += 4) {
-    for (int k = 0; k < 4; ++k) sum[k] += a[i + k] * b[i + k];
-  }
-  for (; i < n; ++i) sum[0] += a[i] * b[i];
-  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
-}
-
-// Loads rows, pads them with zeros to 2^n_wires amplitudes and computes their norms. The state is left unnormalized:
-// the circuit is linear, so the readout divides.
-template <class T>
-Norms<T> embed(const BoundPlan<T>& p, const ConstMatrix& x, std::int64_t first_row, int n_rows, State<T> ket) {
-  const Index* inputs = p.inputs;
-  Vec<T>* re = ket.re;
-  const Vec<T> squared = load_matrix<T>(
-      x, first_row, n_rows, [=](std::int64_t c, const Vec<T>& column) { re[inputs[c]] = column; });
-  for (Index i = Index(x.columns); i < p.n_amplitudes; ++i) ket.re[p.inputs[i]] = Vec<T>{};
-  if (!p.starts_real) {
-    for (Index i = 0; i < p.n_amplitudes; ++i) ket.im[i] = Vec<T>{};
-  }
-  const Norms<T> norms{squared, splat<T>(1)};
-  if (!p.normalize) return norms;
-
-  constexpr T tiny = sizeof(T) == 8 ? T(1e-250) : T(1e-24), huge = sizeof(T) == 8 ? T(1e300) : T(1e30);
-  bool extreme[width<T>] = {}, any = false;
-  for (int l = 0; l < n_rows; ++l) any |= extreme[l] = squared[l] > huge || squared[l] < tiny;
-  if (!any) return norms;
-  Vec<T> largest{};
-  for (Index i = 0; i < p.n_amplitudes; ++i) {
-    const Vec<T> a = ket.re[i] < 0 ? -ket.re[i] : ket.re[i];
-    largest = a > largest ? a : largest;
-  }
-  Vec<T> rescale = splat<T>(1);
-  for (int l = 0; l < n_rows; ++l) {
-    const T a = largest[l];
-    if (!extreme[l] || !(a > 0) || a > std::numeric_limits<T>::max()) continue;  // zero, NaN, infinity: no rescue
-    int exponent = 0;
-    __builtin_frexp(double(a), &exponent);
-    constexpr int limit = sizeof(T) == 8 ? 1020 : 126;
-    exponent = exponent > limit ? limit : exponent < -limit ? -limit : exponent;
-    rescale[l] = T(__builtin_ldexp(1.0, -exponent));
-  }
-  for (Index i = 0; i < p.n_amplitudes; ++i) ket.re[i] *= rescale;
-  const Vec<T> rescaled = dot<T>(ket.re, ket.re, p.n_amplitudes);
-  return {rescale == splat<T>(1) ? squared : rescaled, rescale};
-}
-
-// 1 / squared norm, or 1 / norm for the state itself; zero for a zero row; one where nothing is normalized.
-template <class T>
-Vec<T> inverse_norm(const BoundPlan<T>& p, const Norms<T>& norms) {
-  if (!p.normalize) return splat<T>(1);
-  Vec<T> out{};
-  for (int l = 0; l < width<T>; ++l) {
-    const T s = norms.squared[l];
-    out[l] = s == 0 ? T(0) : T(1) / (p.readout == ReadoutKind::state ? T(__builtin_sqrt(double(s))) : s);
-  }
-  return out;
+  });
 }
 
 // ------------------------------------------------------------------------------------------------ passes
+
+// The amplitude at an address in bytes.
+template <class V>
+QAA_INLINE V& at(V* state, std::size_t address) {
+  return *reinterpret_cast<V*>(reinterpret_cast<std::conditional_t<std::is_const_v<V>, const char*, char*>>(state) +
+                               address);
+}
 
 // The amplitudes that a pass works on together: base xor every subset v of the masks. They are
 // visited in the order of a Gray code, so that each address is the one before it xor one mask that is in a register.
@@ -231,12 +177,6 @@ struct Block {
   }
   QAA_INLINE void store(Vec<T>* state, std::size_t base, const Vec<T>* block) const {
     each(base, [&](int v, std::size_t address) { at(state, address) = block[v]; });
-  }
-  QAA_INLINE static Vec<T>& at(Vec<T>* state, std::size_t address) {
-    return *reinterpret_cast<Vec<T>*>(reinterpret_cast<char*>(state) + address);
-  }
-  QAA_INLINE static const Vec<T>& at(const Vec<T>* state, std::size_t address) {
-    return *reinterpret_cast<const Vec<T>*>(reinterpret_cast<const char*>(state) + address);
   }
 };
 
@@ -275,10 +215,11 @@ QAA_INLINE void rotate_block(Vec<T>* block, const RotatePass<T>& pass) {
 }
 
 template <class T, int radix, bool tangent, bool inverse>
-void rotate_pass(const RotatePass<T>& shared, Vec<T>* state, Prefetch& soon) {
+void rotate_pass(const RotatePass<T>& shared, Vec<T>* state, Prefetch& shared_soon) {
   constexpr int size = 1 << radix;
   const RotatePass<T> pass = shared;  // a copy that stores to the state cannot alias
   const Block<T, radix> in(pass.masks);
+  Prefetch soon = shared_soon;
   for (std::uint32_t r = 0; r < pass.n_representatives; ++r) {
     const std::size_t base = in.base(pass.representatives[r]);
     soon.step();
@@ -287,23 +228,25 @@ void rotate_pass(const RotatePass<T>& shared, Vec<T>* state, Prefetch& soon) {
     rotate_block<T, radix, tangent, inverse>(block, pass);
     in.store(state, base, block);
   }
+  shared_soon = soon;
 }
 
 // Undoes the rotations on ket and bra; overlaps[k] += sum over pairs of bra_b ket_a - bra_a ket_b, which is the same
 // before and after (the rotations commute).
 template <class T, int radix, bool tangent>
-void unwind_pass(const RotatePass<T>& shared, Vec<T>* ket, Vec<T>* bra, Vec<T>* overlaps, Prefetch& soon) {
+void unwind_pass(const RotatePass<T>& shared, Vec<T>* ket, Vec<T>* bra, Vec<T>* overlaps, Prefetch& shared_soon) {
   constexpr int size = 1 << radix;
   const RotatePass<T> pass = shared;
   const Block<T, radix> in(pass.masks);
   Vec<T> sum[radix][2] = {};
+  Prefetch soon = shared_soon;
   for (std::uint32_t r = 0; r < pass.n_representatives; ++r) {
     const std::size_t base = in.base(pass.representatives[r]);
     soon.step();
     Vec<T> a[size], b[size];
     in.each(base, [&](int v, std::size_t address) {
-      a[v] = in.at(ket, address);
-      b[v] = in.at(bra, address);
+      a[v] = at(ket, address);
+      b[v] = at(bra, address);
     });
 #pragma GCC unroll 4
     for (int k = 0; k < radix; ++k) {
@@ -319,10 +262,36 @@ void unwind_pass(const RotatePass<T>& shared, Vec<T>* ket, Vec<T>* bra, Vec<T>* 
     rotate_block<T, radix, tangent, true>(a, pass);
     rotate_block<T, radix, tangent, true>(b, pass);
     in.each(base, [&](int v, std::size_t address) {
-      in.at(ket, address) = a[v];
-      in.at(bra, address) = b[v];
+      at(ket, address) = a[v];
+      at(bra, address) = b[v];
     });
   }
+  shared_soon = soon;
+  for (int k = 0; k < radix; ++k) overlaps[k] += sum[k][0] + sum[k][1];
+}
+
+// overlaps[k] += the same sums, without a rotation of either state.
+template <class T, int radix>
+void overlap_pass(const RotatePass<T>& pass, const Vec<T>* ket, const Vec<T>* bra, Vec<T>* overlaps, Prefetch& shared_soon) {
+  const Block<T, radix> in(pass.masks);
+  Vec<T> sum[radix][2] = {};
+  Prefetch soon = shared_soon;
+  for (std::uint32_t r = 0; r < pass.n_representatives; ++r) {
+    const std::size_t base = in.base(pass.representatives[r]);
+    soon.step();
+    Vec<T> a[1 << radix];
+    in.load(ket, base, a);
+    in.each(base, [&](int v, std::size_t address) {
+      const Vec<T> b = at(bra, address);
+#pragma GCC unroll 4
+      for (int k = 0; k < radix; ++k) {
+        const int lower = v & ~(1 << k);
+        Vec<T>& chain = sum[k][(lower >> (k == 0)) & 1];
+        chain = v == lower ? chain - b * a[v ^ (1 << k)] : chain + b * a[v ^ (1 << k)];
+      }
+    });
+  }
+  shared_soon = soon;
   for (int k = 0; k < radix; ++k) overlaps[k] += sum[k][0] + sum[k][1];
 }
 
@@ -369,6 +338,122 @@ void unwind(const RotatePass<T>& pass, Vec<T>* ket, Vec<T>* bra, Vec<T>* overlap
   });
 }
 
+template <class T>
+void measure_overlaps(const RotatePass<T>& pass, const Vec<T>* ket, const Vec<T>* bra, Vec<T>* overlaps, Prefetch& soon) {
+  with_radix(pass.radix, [&](auto radix) { overlap_pass<T, radix.value>(pass, ket, bra, overlaps, soon); });
+}
+
+// ------------------------------------------------------------------------------------------------ embedding
+
+template <class T>
+struct Norms {
+  Vec<T> squared;  // of the vector that was embedded
+  Vec<T> rescale;  // the power of two that the row was multiplied by, against overflow and underflow
+};
+
+// sum over i of a[i] b[i], in four chains.
+template <class T>
+Vec<T> dot(const Vec<T>* a, const Vec<T>* b, Index n) {
+  Vec<T> sum[4] = {};
+  Index i = 0;
+  for (; i + 4 <= n; i += 4) {
+    for (int k = 0; k < 4; ++k) sum[k] += a[i + k] * b[i + k];
+  }
+  for (; i < n; ++i) sum[0] += a[i] * b[i];
+  return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+// How the pass on the lowest bits of the columns is done: while columns are in registers, or on the stored state.
+template <class T>
+bool fits_registers(const RotatePass<T>& low) {
+  return (1 << low.radix) == width<T>;
+}
+enum class Turn { none, keep, tangent };
+template <Turn turn, bool inverse, class T>
+QAA_INLINE void turn_columns(Vec<T>* block, const RotatePass<T>& low) {
+  if constexpr (turn != Turn::none) {
+    rotate_block<T, __builtin_ctz(unsigned(width<T>)), turn == Turn::tangent, inverse>(block, low);
+  }
+}
+// Calls f(Constant<turn>) for the rotations that can be done in registers.
+template <class T, class F>
+auto with_turn(const RotatePass<T>* low, F&& f) {
+  if (low == nullptr || !fits_registers(*low)) return f(Constant<Turn::none>{});
+  return low->tangent ? f(Constant<Turn::tangent>{}) : f(Constant<Turn::keep>{});
+}
+
+// Loads rows, pads them with zeros to 2^n_wires amplitudes and computes their norms. The state is left unnormalized:
+// the circuit is linear, so the readout divides. Rotations of the lowest bits are done on the way.
+template <class T>
+Norms<T> embed(const BoundPlan<T>& p, const ConstMatrix& x, std::int64_t first_row, int n_rows, State<T> ket,
+               Prefetch& soon) {
+  constexpr int w = width<T>;
+  const RotatePass<T>* low = p.starts_low ? &p.stages[0].rotate[0] : nullptr;
+  auto load = [&]<Turn turn>(Constant<turn>) {
+    const Index* inputs = p.inputs;
+    Vec<T>* re = ket.re;
+    const RotatePass<T> pass = turn == Turn::none ? RotatePass<T>{} : *low;
+    return load_matrix<T>(x, first_row, n_rows, [=](std::int64_t c, Vec<T>* block, int n) {
+      turn_columns<turn, false>(block, pass);
+      if (turn != Turn::none) n = w;  // zeros are turned into more than zeros never, but columns into each other
+#pragma GCC unroll 16
+      for (int k = 0; k < n; ++k) re[inputs[c + k]] = block[k];
+    });
+  };
+  const Vec<T> squared = with_turn(low, load);
+  bool turned = low != nullptr && fits_registers(*low);
+  const Index loaded = turned ? (Index(x.columns) + w - 1) / w * w : Index(x.columns);
+  auto pad = [&](Index first) {
+    for (Index i = first; i < p.n_amplitudes; ++i) ket.re[p.inputs[i]] = Vec<T>{};
+  };
+  pad(loaded);
+  if (!p.starts_real) {
+    for (Index i = 0; i < p.n_amplitudes; ++i) ket.im[i] = Vec<T>{};
+  }
+  Norms<T> norms{squared, splat<T>(1)};
+  constexpr T tiny = sizeof(T) == 8 ? T(1e-250) : T(1e-24), huge = sizeof(T) == 8 ? T(1e300) : T(1e30);
+  bool extreme[w] = {}, any = false;
+  for (int l = 0; p.normalize && l < n_rows; ++l) any |= extreme[l] = squared[l] > huge || squared[l] < tiny;
+  if (any) {
+    if (turned) {
+      load(Constant<Turn::none>{});
+      pad(Index(x.columns));
+      turned = false;
+    }
+    Vec<T> largest{};
+    for (Index i = 0; i < p.n_amplitudes; ++i) {
+      const Vec<T> a = ket.re[i] < 0 ? -ket.re[i] : ket.re[i];
+      largest = a > largest ? a : largest;
+    }
+    for (int l = 0; l < n_rows; ++l) {
+      const T a = largest[l];
+      if (!extreme[l] || !(a > 0) || a > std::numeric_limits<T>::max()) continue;  // zero, NaN, infinity: no rescue
+      int exponent = 0;
+      __builtin_frexp(double(a), &exponent);
+      constexpr int limit = sizeof(T) == 8 ? 1020 : 126;
+      exponent = exponent > limit ? limit : exponent < -limit ? -limit : exponent;
+      norms.rescale[l] = T(__builtin_ldexp(1.0, -exponent));
+    }
+    for (Index i = 0; i < p.n_amplitudes; ++i) ket.re[i] *= norms.rescale;
+    const Vec<T> rescaled = dot<T>(ket.re, ket.re, p.n_amplitudes);
+    norms.squared = norms.rescale == splat<T>(1) ? squared : rescaled;
+  }
+  if (low != nullptr && !turned) rotate<T, false>(*low, ket.re, soon);
+  return norms;
+}
+
+// 1 / squared norm, or 1 / norm for the state itself; zero for a zero row; one where nothing is normalized.
+template <class T>
+Vec<T> inverse_norm(const BoundPlan<T>& p, const Norms<T>& norms) {
+  if (!p.normalize) return splat<T>(1);
+  Vec<T> out{};
+  for (int l = 0; l < width<T>; ++l) {
+    const T s = norms.squared[l];
+    out[l] = s == 0 ? T(0) : T(1) / (p.readout == ReadoutKind::state ? T(__builtin_sqrt(double(s))) : s);
+  }
+  return out;
+}
+
 // ------------------------------------------------------------------------------------------------ signed sums
 
 // Sums over one block of a tree: sums[k] += sum of (-1)^(bit k of v) value[v]; returns the plain sum.
@@ -388,37 +473,70 @@ QAA_INLINE Vec<T> sum_block(Vec<T>* value, Vec<T>* sums) {
   return value[0];
 }
 
-template <class T, int bits, class Value>
-QAA_INLINE void sum_level(Index n_blocks, Value&& value, Vec<T>* totals, Vec<T>* sums) {
+// One more level: totals[b] becomes the sum over block b of totals.
+template <class T, int bits>
+void sum_level(Index n_blocks, Vec<T>* totals, Vec<T>* sums) {
   Vec<T> sum[bits] = {};
   for (Index b = 0; b < n_blocks; ++b) {
     Vec<T> block[1 << bits];
 #pragma GCC unroll 8
-    for (int v = 0; v < (1 << bits); ++v) block[v] = value((b << bits) | Index(v));
+    for (int v = 0; v < (1 << bits); ++v) block[v] = totals[(b << bits) | Index(v)];
     totals[b] = sum_block<T, bits>(block, sum);
   }
   for (int k = 0; k < bits; ++k) sums[k] = sum[k];
 }
 
-// sums[j] = sum over b of (-1)^(bit j of b) value(b) for all n bits; sums[n] = sum of value(b).
+// The first level: sums[k] = sum over b of (-1)^(bit k of b) value(b) for the lowest bits, and the sums over each block
+// of them as totals. Signs are taken every so many blocks only: a number is added twice and subtracted never.
+template <class T, int bits, class Value>
+void first_level(const Index* order, Index n_blocks, Value&& value, Vec<T>* totals, Vec<T>* sums) {
+  constexpr Index blocks_per_sum = 64;
+  Index masks[bits];
+  for (int k = 0; k < bits; ++k) masks[k] = order[Index{1} << k];
+  const Block<T, bits> in(masks);
+  Vec<T> sum[bits] = {};
+  for (Index first = 0; first < n_blocks; first += blocks_per_sum) {
+    const Index last = first + blocks_per_sum < n_blocks ? first + blocks_per_sum : n_blocks;
+    Vec<T> marginal[1 << bits] = {};
+    for (Index b = first; b < last; ++b) {
+      Vec<T> total[2] = {};
+      in.each(in.base(order[b << bits]), [&](int v, std::size_t address) {
+        const Vec<T> x = value(b, v, address);
+        marginal[v] += x;
+        total[v & 1] += x;
+      });
+      totals[b] = total[0] + total[1];
+    }
+    sum_block<T, bits>(marginal, sum);
+  }
+  for (int k = 0; k < bits; ++k) sums[k] = sum[k];
+}
+
+// sums[j] = sum over b of (-1)^(bit j of b) value of amplitude order[b], for all n bits; sums[n] = the plain sum. The
+// caller's value(block, v, address in bytes) is the value for b = 8 block + v.
 template <class T, class Value>
-void tree_sums(std::uint32_t n, Value&& value, Vec<T>* scratch, Vec<T>* sums) {
-  auto level = [&](std::uint32_t done, auto&& at) {
+void tree_sums(std::uint32_t n, const Index* order, Value&& value, Vec<T>* scratch, Vec<T>* sums) {
+  std::uint32_t done = n < 3 ? n : 3;
+  switch (done) {
+    case 1: first_level<T, 1>(order, 1, value, scratch, sums); break;
+    case 2: first_level<T, 2>(order, 1, value, scratch, sums); break;
+    default: first_level<T, 3>(order, Index{1} << (n - 3), value, scratch, sums); break;
+  }
+  while (done < n) {
     const std::uint32_t bits = n - done < 3 ? n - done : 3;
     const Index n_blocks = Index{1} << (n - done - bits);
     switch (bits) {
-      case 1: sum_level<T, 1>(n_blocks, at, scratch, sums + done); break;
-      case 2: sum_level<T, 2>(n_blocks, at, scratch, sums + done); break;
-      default: sum_level<T, 3>(n_blocks, at, scratch, sums + done); break;
+      case 1: sum_level<T, 1>(n_blocks, scratch, sums + done); break;
+      case 2: sum_level<T, 2>(n_blocks, scratch, sums + done); break;
+      default: sum_level<T, 3>(n_blocks, scratch, sums + done); break;
     }
-    return done + bits;
-  };
-  std::uint32_t done = level(0, value);
-  while (done < n) done = level(done, [&](Index b) { return scratch[b]; });
+    done += bits;
+  }
   sums[n] = scratch[0];
 }
 
-// weight(b) = weights[n] + sum over j of (-1)^(bit j of b) weights[j], the transpose of tree_sums.
+// weight(block, v) = weights[n] + sum over j of (-1)^(bit j of b) weights[j] for b = 8 block + v: the transpose of
+// tree_sums.
 template <class T>
 struct TreeWeights {
   Vec<T> lower[8];  // all combinations of the lowest bits
@@ -432,7 +550,7 @@ struct TreeWeights {
     double_up(upper, weights + low, n - low);
     for (std::uint32_t v = 1u << low; v < 8; ++v) lower[v] = Vec<T>{};
   }
-  QAA_INLINE Vec<T> operator()(Index b) const { return upper[b >> 3] + lower[b & 7]; }
+  QAA_INLINE Vec<T> operator()(Index block, int v) const { return upper[block] + lower[v]; }
 
  private:
   static void double_up(Vec<T>* sums, const Vec<T>* weights, std::uint32_t bits) {
@@ -491,20 +609,21 @@ void unwind_diagonal(const BoundPlan<T>& p, const BoundStage<T>& stage, const Wo
     return;  // a real diagonal has no angles
   }
   // 2 Im(conj(bra) ket) after undoing; the pair's common scale has been paid by then.
-  auto undo = [&](Index i) -> Vec<T> {
-    const T re = stage.back_re[i], im = stage.back_im[i];
-    const Vec<T> kr = ket.re[i], ki = ket.im[i], br = bra.re[i], bi = bra.im[i];
+  auto undo = [&](Index, int, std::size_t address) -> Vec<T> {
+    const T re = stage.back_re[address / sizeof(Vec<T>)], im = stage.back_im[address / sizeof(Vec<T>)];
+    const Vec<T> kr = at(ket.re, address), ki = at(ket.im, address);
+    const Vec<T> br = at(bra.re, address), bi = at(bra.im, address);
     const Vec<T> new_kr = kr * re - ki * im, new_br = br * re - bi * im, new_bi = br * im + bi * re;
-    ket.re[i] = new_kr;
-    bra.re[i] = new_br;
+    at(ket.re, address) = new_kr;
+    at(bra.re, address) = new_br;
     if (!was_complex) return -new_bi * new_kr;
     const Vec<T> new_ki = kr * im + ki * re;
-    ket.im[i] = new_ki;
-    bra.im[i] = new_bi;
+    at(ket.im, address) = new_ki;
+    at(bra.im, address) = new_bi;
     return new_br * new_ki - new_bi * new_kr;
   };
   if (stage.n_trees == 0) {
-    for (Index i = 0; i < p.n_amplitudes; ++i) undo(i);
+    for (Index i = 0; i < p.n_amplitudes; ++i) undo(0, 0, i * sizeof(Vec<T>));
     return;
   }
   auto add_sums = [&](const SumTree& tree, const Vec<T>* sums, double scale) {
@@ -514,8 +633,7 @@ void unwind_diagonal(const BoundPlan<T>& p, const BoundStage<T>& stage, const Wo
   };
   Vec<T> sums[max_sums];
   if (stage.n_trees == 1) {
-    const Index* order = stage.trees[0].order;
-    tree_sums<T>(p.n_wires, [&](Index b) { return undo(order[b]); }, work.scratch, sums);
+    tree_sums<T>(p.n_wires, stage.trees[0].order, undo, work.scratch, sums);
     add_sums(stage.trees[0], sums, 1);
     return;
   }
@@ -524,12 +642,11 @@ void unwind_diagonal(const BoundPlan<T>& p, const BoundStage<T>& stage, const Wo
     const Index* order = stage.trees[t].order;
     const bool last = t + 1 == stage.n_trees;
     if (!last) {
-      tree_sums<T>(p.n_wires, [&](Index b) {
-        const Index i = order[b];
-        return bra.re[i] * ket.im[i] - bra.im[i] * ket.re[i];
+      tree_sums<T>(p.n_wires, order, [&](Index, int, std::size_t address) {
+        return at(bra.re, address) * at(ket.im, address) - at(bra.im, address) * at(ket.re, address);
       }, work.scratch, sums);
     } else {
-      tree_sums<T>(p.n_wires, [&](Index b) { return undo(order[b]); }, work.scratch, sums);
+      tree_sums<T>(p.n_wires, order, undo, work.scratch, sums);
     }
     add_sums(stage.trees[t], sums, last ? 1 : stage.overlap_scale);
   }
@@ -541,11 +658,12 @@ void unwind_diagonal(const BoundPlan<T>& p, const BoundStage<T>& stage, const Wo
 // mask k).
 template <class T, int radix, bool apply>
 void flip_pass(const FlipPass& shared, const Vec<T>* state, Vec<T>* values, const Vec<T>* weights,
-               Vec<T>* bra, Prefetch& soon) {
+               Vec<T>* bra, Prefetch& shared_soon) {
   const FlipPass pass = shared;
   const Block<T, radix> in(pass.masks);
   Vec<T> sum[radix][2] = {}, weight[radix];  // two chains each: one would wait for its own last result
   for (int k = 0; apply && k < radix; ++k) weight[k] = weights[pass.first + k];
+  Prefetch soon = shared_soon;
   for (std::uint32_t r = 0; r < pass.n_representatives; ++r) {
     const std::size_t base = in.base(pass.representatives[r]);
     soon.step();
@@ -560,13 +678,14 @@ void flip_pass(const FlipPass& shared, const Vec<T>* state, Vec<T>* values, cons
     }
     if constexpr (apply) {
       in.each(base, [&](int v, std::size_t address) {
-        Vec<T> out = in.at(bra, address);
+        Vec<T> out = at(bra, address);
 #pragma GCC unroll 4
         for (int k = 0; k < radix; ++k) out += weight[k] * block[v ^ (1 << k)];
-        in.at(bra, address) = out;
+        at(bra, address) = out;
       });
     }
   }
+  shared_soon = soon;
   for (int k = 0; k < radix; ++k) values[pass.first + k] += 2 * (sum[k][0] + sum[k][1]);
 }
 template <class T, bool apply>
@@ -576,46 +695,112 @@ void flip(const FlipPass& pass, const Vec<T>* state, Vec<T>* values, const Vec<T
              [&](auto radix) { flip_pass<T, radix.value, apply>(pass, state, values, weights, bra, soon); });
 }
 
-// Calls f(i, j, sign) for every pair j = i ^ x, with the sign of index i.
-template <class T, class F>
-QAA_INLINE void for_pairs(Index n, const GeneralString& s, F&& f) {
-  const Index low = s.x & (~s.x + 1), below = low - 1;
-  for (Index k = 0; k < n / 2; ++k) {
-    const Index i = ((k & ~below) << 1) | (k & below);  // the k-th index without the bit `low`
-    f(i, i ^ s.x, T(1 - 2 * __builtin_parity(i & s.z)));
+// The same for a chain of pairs of strings, values[2k] without signs and values[2k + 1] with the sign of class(k, v):
+// the representatives have all signs positive, and each mask turns those of its neighbours in the chain.
+template <class T, int radix, bool apply>
+void chain_pass(const FlipPass& shared, const Vec<T>* state, Vec<T>* values, const Vec<T>* weights, Vec<T>* bra,
+                Prefetch& shared_soon) {
+  const FlipPass pass = shared;
+  const Block<T, radix> in(pass.masks);
+  auto class_of = [](int k, int v) { return (((v << 1) ^ (v >> 1)) >> k) & 1; };
+  Vec<T> sum[radix][2] = {}, weight[radix][2];
+  for (int k = 0; apply && k < radix; ++k) {
+    const Vec<T> plain = weights[pass.first + 2 * k], with_sign = weights[pass.first + 2 * k + 1];
+    weight[k][0] = plain + with_sign;
+    weight[k][1] = plain - with_sign;
+  }
+  Prefetch soon = shared_soon;
+  for (std::uint32_t r = 0; r < pass.n_representatives; ++r) {
+    const std::size_t base = in.base(pass.representatives[r]);
+    soon.step();
+    Vec<T> block[1 << radix];
+    in.load(state, base, block);
+#pragma GCC unroll 4
+    for (int k = 0; k < radix; ++k) {
+#pragma GCC unroll 16
+      for (int v = 0; v < (1 << radix); ++v) {
+        if (!(v & (1 << k))) sum[k][class_of(k, v)] += block[v] * block[v | (1 << k)];
+      }
+    }
+    if constexpr (apply) {
+      in.each(base, [&](int v, std::size_t address) {
+        Vec<T> out = at(bra, address);
+#pragma GCC unroll 4
+        for (int k = 0; k < radix; ++k) out += weight[k][class_of(k, v)] * block[v ^ (1 << k)];
+        at(bra, address) = out;
+      });
+    }
+  }
+  shared_soon = soon;
+  for (int k = 0; k < radix; ++k) {
+    values[pass.first + 2 * k] += 2 * (sum[k][0] + sum[k][1]);
+    values[pass.first + 2 * k + 1] += 2 * (sum[k][0] - sum[k][1]);
   }
 }
-
-template <class T>
-Vec<T> general_value(const GeneralString& s, Index n, bool complex, State<T> a) {
-  Vec<T> sum{};
-  if (s.imaginary && !complex) return sum;
-  for_pairs<T>(n, s, [&](Index i, Index j, T sign) {
-    Vec<T> term = s.imaginary ? a.re[i] * a.im[j] - a.im[i] * a.re[j] : a.re[i] * a.re[j];
-    if (!s.imaginary && complex) term += a.im[i] * a.im[j];
-    sum += sign * term;
-  });
-  return sum + sum;
+template <class T, bool apply>
+void chain(const FlipPass& pass, const Vec<T>* state, Vec<T>* values, const Vec<T>* weights, Vec<T>* bra,
+           Prefetch& soon) {
+  if (pass.radix == 2) return chain_pass<T, 2, apply>(pass, state, values, weights, bra, soon);
+  chain_pass<T, 4, apply>(pass, state, values, weights, bra, soon);
 }
 
-template <class T>
-void general_apply(const GeneralString& s, Index n, bool complex, Vec<T> weight, State<T> ket, State<T> bra) {
-  if (s.imaginary && !complex) return;
-  for_pairs<T>(n, s, [&](Index i, Index j, T sign) {
-    const Vec<T> w = sign * weight;
-    if (s.imaginary) {
-      bra.re[i] += w * ket.im[j];
-      bra.im[i] -= w * ket.re[j];
-      bra.re[j] -= w * ket.im[i];
-      bra.im[j] += w * ket.re[i];
-    } else {
-      bra.re[i] += w * ket.re[j];
-      bra.re[j] += w * ket.re[i];
-      if (!complex) return;
-      bra.im[i] += w * ket.im[j];
-      bra.im[j] += w * ket.im[i];
+// The same for any strings with one x: values = 2 Re(conj(a_i) a_j) or 2 Im(conj(a_i) a_j), summed with signs.
+template <class T, bool imaginary, bool complex, bool apply>
+void correlation_pass(const CorrelationPass& c, Index n, State<T> ket, Vec<T>* values, const Vec<T>* weights,
+                      State<T> bra) {
+  constexpr int most_classes = 1 << Correlation::max_bits;
+  const Index n_classes = Index{1} << c.n_bits, pairs = (n / 2) >> c.n_bits;
+  Vec<T> sums[most_classes], weight[most_classes] = {};
+  auto sign = [&](Index of_class, std::uint32_t m) {
+    return T(__builtin_parity(of_class & c.members[m].mask) ? -1 : 1);
+  };
+  for (Index of_class = 0; of_class < n_classes; ++of_class) {
+    for (std::uint32_t m = 0; apply && m < c.n_members; ++m) {
+      weight[of_class] += sign(of_class, m) * weights[c.members[m].string];
     }
-  });
+    const Vec<T> w = weight[of_class];
+    const Index* order = c.order + of_class * pairs;
+    auto add_pair = [&](Index i, Vec<T>& sum) {
+      const Index j = i ^ c.x;
+      const Vec<T> re_i = ket.re[i], re_j = ket.re[j], im_i = complex ? ket.im[i] : Vec<T>{},
+                   im_j = complex ? ket.im[j] : Vec<T>{};
+      sum += re_i * (imaginary ? im_j : re_j);
+      if constexpr (complex) sum += imaginary ? -im_i * re_j : im_i * im_j;
+      if constexpr (apply && imaginary) {
+        bra.re[i] += w * im_j;
+        bra.im[i] -= w * re_j;
+        bra.re[j] -= w * im_i;
+        bra.im[j] += w * re_i;
+      } else if constexpr (apply) {
+        bra.re[i] += w * re_j;
+        bra.re[j] += w * re_i;
+        if constexpr (complex) {
+          bra.im[i] += w * im_j;
+          bra.im[j] += w * im_i;
+        }
+      }
+    };
+    Vec<T> sum[4] = {};
+    Index k = 0;
+    for (; k + 4 <= pairs; k += 4) {
+      for (int chain = 0; chain < 4; ++chain) add_pair(order[k + chain], sum[chain]);
+    }
+    for (; k < pairs; ++k) add_pair(order[k], sum[0]);
+    sums[of_class] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  }
+  for (std::uint32_t m = 0; m < c.n_members; ++m) {
+    Vec<T> value{};
+    for (Index of_class = 0; of_class < n_classes; ++of_class) value += sign(of_class, m) * sums[of_class];
+    values[c.members[m].string] = 2 * value;
+  }
+}
+template <class T, bool apply>
+void correlation(const CorrelationPass& c, Index n, bool complex, State<T> ket, Vec<T>* values, const Vec<T>* weights,
+                 State<T> bra) {
+  if (!complex && !c.imaginary) return correlation_pass<T, false, false, apply>(c, n, ket, values, weights, bra);
+  if (!complex) return;  // zero
+  if (c.imaginary) return correlation_pass<T, true, true, apply>(c, n, ket, values, weights, bra);
+  correlation_pass<T, false, true, apply>(c, n, ket, values, weights, bra);
 }
 
 // work.strings[s] = <stored ket| string s |stored ket>; with `apply` also bra = (sum over s of weights[s] string s)
@@ -627,19 +812,18 @@ void measure_strings(const BoundPlan<T>& p, bool complex, const Vec<T>* weights,
   for (std::uint32_t s = 0; s < p.n_strings; ++s) values[s] = Vec<T>{};
   for (std::uint32_t t = 0; t < p.n_trees; ++t) {
     const SumTree& tree = p.trees[t];
-    const Index* order = tree.order;
     Vec<T> sums[max_sums], tree_weight[max_sums];
     for (std::uint32_t j = 0; apply && j <= p.n_wires; ++j) {
       tree_weight[j] = tree.slots[j] != Tree::unused ? weights[tree.slots[j]] : Vec<T>{};
     }
     auto measure = [&](auto is_complex, auto first, auto&& weight) {
-      tree_sums<T>(p.n_wires, [&](Index b) {
-        const Index i = order[b];
-        const Vec<T> re = ket.re[i], im = is_complex.value ? ket.im[i] : Vec<T>{};
+      tree_sums<T>(p.n_wires, tree.order, [&](Index block, int v, std::size_t address) {
+        const Vec<T> re = at(ket.re, address), im = is_complex.value ? at(ket.im, address) : Vec<T>{};
         if constexpr (apply) {
-          const Vec<T> w = weight(b);
-          bra.re[i] = first.value ? w * re : bra.re[i] + w * re;
-          if constexpr (is_complex.value) bra.im[i] = first.value ? w * im : bra.im[i] + w * im;
+          const Vec<T> w = weight(block, v);
+          Vec<T>&to_re = at(bra.re, address), &to_im = at(bra.im, address);
+          to_re = first.value ? w * re : to_re + w * re;
+          if constexpr (is_complex.value) to_im = first.value ? w * im : to_im + w * im;
         }
         if constexpr (is_complex.value) return re * re + im * im;
         return re * re;
@@ -664,16 +848,18 @@ void measure_strings(const BoundPlan<T>& p, bool complex, const Vec<T>* weights,
     flip<T, apply>(p.flips[f], ket.re, values, weights, bra.re, work.soon);
     if (complex) flip<T, apply>(p.flips[f], ket.im, values, weights, bra.im, work.soon);
   }
-  for (std::uint32_t g = 0; g < p.n_general; ++g) {
-    const GeneralString& string = p.general[g];
-    values[string.string] = general_value<T>(string, p.n_amplitudes, complex, ket);
-    if (apply) general_apply<T>(string, p.n_amplitudes, complex, weights[string.string], ket, bra);
+  for (std::uint32_t c = 0; c < p.n_chains; ++c) {
+    chain<T, apply>(p.chains[c], ket.re, values, weights, bra.re, work.soon);
+    if (complex) chain<T, apply>(p.chains[c], ket.im, values, weights, bra.im, work.soon);
+  }
+  for (std::uint32_t c = 0; c < p.n_correlations; ++c) {
+    correlation<T, apply>(p.correlations[c], p.n_amplitudes, complex, ket, values, weights, bra);
   }
 }
 
 // ------------------------------------------------------------------------------------------------ groups
 
-// Runs all stages on the ket.
+// Runs all stages on the ket, but for what was done while it was loaded.
 template <class T>
 void run_stages(const BoundPlan<T>& p, State<T> ket, Prefetch& soon) {
   for (std::uint32_t s = 0; s < p.n_stages; ++s) {
@@ -683,7 +869,7 @@ void run_stages(const BoundPlan<T>& p, State<T> ket, Prefetch& soon) {
       continue;
     }
     const std::uint32_t n_complex = stage.from_complex ? stage.n_rotate : 0;
-    for (std::uint32_t k = 0; k < stage.n_rotate; ++k) rotate<T, false>(stage.rotate[k], ket.re, soon);
+    for (std::uint32_t k = s == 0 && p.starts_low; k < stage.n_rotate; ++k) rotate<T, false>(stage.rotate[k], ket.re, soon);
     for (std::uint32_t k = 0; k < n_complex; ++k) rotate<T, false>(stage.rotate[k], ket.im, soon);
   }
 }
@@ -691,7 +877,7 @@ void run_stages(const BoundPlan<T>& p, State<T> ket, Prefetch& soon) {
 template <class T>
 void forward_group(const BoundPlan<T>& p, const ForwardCall& call, std::int64_t first_row, int n_rows,
                    const Workspace<T>& work) {
-  const Norms<T> norms = embed<T>(p, call.x, first_row, n_rows, work.ket);
+  const Norms<T> norms = embed<T>(p, call.x, first_row, n_rows, work.ket, work.soon);
   run_stages<T>(p, work.ket, work.soon);
   const bool complex = p.ends_complex;
   const Vec<T> inverse = inverse_norm<T>(p, norms);
@@ -721,7 +907,9 @@ void forward_group(const BoundPlan<T>& p, const ForwardCall& call, std::int64_t 
       columns[2 * k + 1] = complex ? ket.im[p.outputs[k]] * signed_scale : Vec<T>{};
     }
   }
-  store_matrix<T>(call.features, first_row, n_rows, [=](std::int64_t c) { return columns[c]; });
+  store_matrix<T>(call.features, first_row, n_rows, [=](std::int64_t c, Vec<T>* block, int n) {
+    for (int k = 0; k < n; ++k) block[k] = columns[c + k];
+  });
 }
 
 template <class T>
@@ -785,15 +973,49 @@ Vec<T> start_bra(const BoundPlan<T>& p, const Workspace<T>& work) {
   return overlap;
 }
 
+// Undoes rotations on the bra alone, the last pass first, down to pass `first`.
+template <class T>
+void rotate_back(const BoundStage<T>& stage, std::uint32_t first, const Workspace<T>& work) {
+  for (std::uint32_t k = stage.n_unwind; k-- > first;) {
+    rotate<T, true>(stage.unwind[k], work.bra.re, work.soon);
+    if (stage.from_complex) rotate<T, true>(stage.unwind[k], work.bra.im, work.soon);
+  }
+}
+
+// Undoes the first stage on the bra, if it is one of rotations, and stores factor * bra as the gradient of the rows.
+template <class T>
+void store_gradient(const BoundPlan<T>& p, const Matrix& grad_x, std::int64_t first_row, int n_rows,
+                    const Vec<T>& factor, const Workspace<T>& work) {
+  const RotatePass<T>* low = p.starts_low ? &p.stages[0].unwind[0] : nullptr;
+  if (p.n_stages > 0 && !p.stages[0].diagonal) {
+    rotate_back<T>(p.stages[0], low != nullptr && fits_registers(*low), work);
+  }
+  with_turn(low, [&]<Turn turn>(Constant<turn>) {
+    const Index* inputs = p.inputs;
+    const Vec<T>* bra = work.bra.re;
+    const RotatePass<T> pass = turn == Turn::none ? RotatePass<T>{} : *low;
+    store_matrix<T>(grad_x, first_row, n_rows, [=](std::int64_t c, Vec<T>* block, int n) {
+      if (turn != Turn::none) n = width<T>;
+#pragma GCC unroll 16
+      for (int k = 0; k < n; ++k) block[k] = bra[inputs[c + k]];
+      turn_columns<turn, true>(block, pass);
+#pragma GCC unroll 16
+      for (int k = 0; k < n; ++k) block[k] *= factor;
+    });
+  });
+}
+
 template <class T>
 void backward_group(const BoundPlan<T>& p, const BackwardCall& call, std::int64_t first_row, int n_rows,
                     const Workspace<T>& work) {
-  const Norms<T> norms = embed<T>(p, call.x, first_row, n_rows, work.ket);
+  const Norms<T> norms = embed<T>(p, call.x, first_row, n_rows, work.ket, work.soon);
   run_stages<T>(p, work.ket, work.soon);
   const Vec<T> inverse = inverse_norm<T>(p, norms);
   Vec<T>* columns = work.columns;
   load_matrix<T>(call.grad, first_row, n_rows,
-                 [=](std::int64_t c, const Vec<T>& column) { columns[c] = column * inverse; });
+                 [=](std::int64_t c, const Vec<T>* block, int n) {
+                   for (int k = 0; k < n; ++k) columns[c + k] = block[k] * inverse;
+                 });
   const Vec<T> overlap = start_bra<T>(p, work);
 
   for (std::uint32_t s = p.n_stages; s-- > 0;) {
@@ -802,29 +1024,36 @@ void backward_group(const BoundPlan<T>& p, const BackwardCall& call, std::int64_
       unwind_diagonal<T>(p, stage, work);
       continue;
     }
-    for (std::uint32_t k = 0; k < stage.n_unwind; ++k) {
-      const RotatePass<T>& pass = stage.unwind[k];
-      Vec<T> overlaps[max_radix] = {};
-      unwind<T>(pass, work.ket.re, work.bra.re, overlaps, work.soon);
-      if (stage.from_complex) unwind<T>(pass, work.ket.im, work.bra.im, overlaps, work.soon);
-      for (std::uint32_t r = 0; r < pass.radix; ++r) {
-        work.add_to_slot(pass.first_slot + r, overlaps[r], pass.overlap_scale);
+    auto each_pass = [&](auto&& take) {
+      for (std::uint32_t k = 0; k < stage.n_unwind; ++k) {
+        const RotatePass<T>& pass = stage.unwind[k];
+        Vec<T> overlaps[max_radix] = {};
+        take(pass, work.ket.re, work.bra.re, overlaps);
+        if (stage.from_complex) take(pass, work.ket.im, work.bra.im, overlaps);
+        for (std::uint32_t r = 0; r < pass.radix; ++r) {
+          work.add_to_slot(pass.first_slot + r, overlaps[r], pass.overlap_scale);
+        }
       }
+    };
+    if (s > 0) {
+      each_pass([&](auto&... arguments) { unwind<T>(arguments..., work.soon); });
+    } else {  // nothing before asks for the ket
+      each_pass([&](auto&... arguments) { measure_overlaps<T>(arguments..., work.soon); });
     }
   }
   if (call.grad_x.data == nullptr) return;
 
-  // d/dx of q(x) / |x|^2, or of phi(x) / |x|: what lies along x drops out.
-  const Vec<T>*ket = work.ket.re, *bra = work.bra.re;
-  const Index* inputs = p.inputs;
-  const Vec<T> outer = norms.rescale * (p.unwound_scale * (p.readout == ReadoutKind::state ? T(1) : T(2)));
-  Vec<T> along{};
-  for (int l = 0; p.normalize && l < width<T>; ++l) {
-    along[l] = norms.squared[l] == 0 ? T(0) : overlap[l] * (p.scale * p.scale) / norms.squared[l];
+  // d/dx of q(x) / |x|^2, or of phi(x) / |x|: what lies along x drops out, which is what lies along the ket.
+  Vec<T>* bra = work.bra.re;
+  if (p.normalize) {
+    Vec<T> along{};
+    for (int l = 0; l < width<T>; ++l) {
+      along[l] = norms.squared[l] == 0 ? T(0) : overlap[l] * (p.scale * p.scale) / norms.squared[l];
+    }
+    for (Index i = 0; i < p.n_amplitudes; ++i) bra[i] -= along * work.ket.re[i];
   }
-  store_matrix<T>(call.grad_x, first_row, n_rows, [=](std::int64_t c) {
-    return outer * (bra[inputs[c]] - along * ket[inputs[c]]);
-  });
+  const T twice = p.readout == ReadoutKind::state ? T(1) : T(2);
+  store_gradient<T>(p, call.grad_x, first_row, n_rows, norms.rescale * (p.unwound_scale * twice), work);
 }
 
 // grad_x alone, of the readout "state" without normalization: the adjoint of a linear map does not need the rows.
@@ -833,7 +1062,9 @@ void backward_linear_group(const BoundPlan<T>& p, const BackwardCall& call, std:
                            const Workspace<T>& work) {
   Vec<T>* columns = work.columns;
   const State<T> bra = work.bra;
-  load_matrix<T>(call.grad, first_row, n_rows, [=](std::int64_t c, const Vec<T>& column) { columns[c] = column; });
+  load_matrix<T>(call.grad, first_row, n_rows, [=](std::int64_t c, const Vec<T>* block, int n) {
+    for (int k = 0; k < n; ++k) columns[c + k] = block[k];
+  });
   start_linear_bra<T>(p, work);
   for (std::uint32_t s = p.n_stages; s-- > 0;) {
     const BoundStage<T>& stage = p.stages[s];
@@ -843,15 +1074,9 @@ void backward_linear_group(const BoundPlan<T>& p, const BackwardCall& call, std:
       multiply_diagonal<T>(stage.back_re, stage.back_im, stage.real, complex, p.n_amplitudes, bra);
       continue;
     }
-    for (std::uint32_t k = 0; k < stage.n_unwind; ++k) {
-      rotate<T, true>(stage.unwind[k], bra.re, work.soon);
-      if (stage.from_complex) rotate<T, true>(stage.unwind[k], bra.im, work.soon);
-    }
+    if (s > 0) rotate_back<T>(stage, 0, work);
   }
-  const Index* inputs = p.inputs;
-  const Vec<T>* re = bra.re;
-  const T scale = p.unwound_scale;
-  store_matrix<T>(call.grad_x, first_row, n_rows, [=](std::int64_t c) { return scale * re[inputs[c]]; });
+  store_gradient<T>(p, call.grad_x, first_row, n_rows, splat(p.unwound_scale), work);
 }
 
 }  // namespace qaa::QAA_ISA

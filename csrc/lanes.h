@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #ifndef QAA_ISA
@@ -126,6 +127,36 @@ QAA_INLINE void store_row<double, double>(double* row, const vec_f64& values) {
   std::memcpy(row, &values, sizeof values);
 }
 
+// Half vectors: what memory holds of one row in front of, or behind, the same of another row.
+template <class T>
+struct HalfLanes {
+  typedef T type __attribute__((vector_size(QAA_VECTOR_BYTES / 2)));
+};
+template <class T>
+using HalfVec = typename HalfLanes<T>::type;
+template <class T>
+QAA_INLINE HalfVec<T> load_half(const T* row) {
+  HalfVec<T> out;
+  std::memcpy(&out, row, sizeof out);
+  return out;
+}
+template <class T, int... l>
+QAA_INLINE Vec<T> join(const HalfVec<T>& low, const HalfVec<T>& high, std::integer_sequence<int, l...>) {
+  return __builtin_shufflevector(low, high, l...);
+}
+template <class T, int... l>
+QAA_INLINE HalfVec<T> half_of(const Vec<T>& values, int first, std::integer_sequence<int, l...>) {
+  return first == 0 ? __builtin_shufflevector(values, values, l...)
+                    : __builtin_shufflevector(values, values, (l + width<T> / 2)...);
+}
+template <class T>
+QAA_INLINE void store_halves(const Vec<T>& values, T* low_to, T* high_to) {
+  constexpr std::make_integer_sequence<int, width<T> / 2> lanes;
+  const HalfVec<T> low = half_of<T>(values, 0, lanes), high = half_of<T>(values, 1, lanes);
+  std::memcpy(low_to, &low, sizeof low);
+  std::memcpy(high_to, &high, sizeof high);
+}
+
 // One step of a transpose: swaps the off-diagonal blocks of size s between rows a and b = a + s.
 template <int s, class T, int... l>
 QAA_INLINE void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, l...>) {
@@ -135,19 +166,60 @@ QAA_INLINE void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, l...>)
   a = low;
   b = high;
 }
-template <int s, class T>
-QAA_INLINE void transpose_step(Vec<T>* rows) {
+template <int s, int end, class T>
+QAA_INLINE void transpose_steps(Vec<T>* rows) {
   constexpr int w = width<T>;
+  if constexpr (s < end) {
 #pragma GCC unroll 16
-  for (int r = 0; r < w; ++r) {
-    if (!(r & s)) exchange<s, T>(rows[r], rows[r + s], std::make_integer_sequence<int, w>{});
+    for (int r = 0; r < w; ++r) {
+      if (!(r & s)) exchange<s, T>(rows[r], rows[r + s], std::make_integer_sequence<int, w>{});
+    }
+    transpose_steps<2 * s, end, T>(rows);
   }
-  if constexpr (2 * s < w) transpose_step<2 * s, T>(rows);
 }
 // rows[r][c] <-> rows[c][r]
 template <class T>
 QAA_INLINE void transpose(Vec<T>* rows) {
-  transpose_step<1, T>(rows);
+  transpose_steps<1, width<T>, T>(rows);
+}
+
+// The same between memory and registers: block[c] = column c of w rows. Loads and stores of half vectors do the last
+// step, which some processors are slow at in registers.
+template <class T, class In>
+QAA_INLINE void load_transposed(const In* data, std::int64_t stride, Vec<T>* block) {
+  constexpr int w = width<T>, half = w / 2;
+  constexpr bool by_halves = std::is_same_v<In, T> && (half > 1);
+#pragma GCC unroll 8
+  for (int r = 0; r < half; ++r) {
+    const In* a = data + r * stride;
+    const In* b = a + half * stride;
+    if constexpr (by_halves) {
+      block[r] = join<T>(load_half<T>(a), load_half<T>(b), std::make_integer_sequence<int, w>{});
+      block[r + half] = join<T>(load_half<T>(a + half), load_half<T>(b + half), std::make_integer_sequence<int, w>{});
+    } else {
+      block[r] = load_row<T>(a);
+      block[r + half] = load_row<T>(b);
+    }
+  }
+  transpose_steps<1, by_halves ? half : w, T>(block);
+}
+template <class T, class Out>
+QAA_INLINE void store_transposed(Vec<T>* block, Out* data, std::int64_t stride) {
+  constexpr int w = width<T>, half = w / 2;
+  constexpr bool by_halves = std::is_same_v<Out, T> && (half > 1);
+  transpose_steps<1, by_halves ? half : w, T>(block);
+#pragma GCC unroll 8
+  for (int r = 0; r < half; ++r) {
+    Out* a = data + r * stride;
+    Out* b = a + half * stride;
+    if constexpr (by_halves) {
+      store_halves<T>(block[r], a, b);
+      store_halves<T>(block[r + half], a + half, b + half);
+    } else {
+      store_row<T>(a, block[r]);
+      store_row<T>(b, block[r + half]);
+    }
+  }
 }
 
 template <class T>
@@ -183,40 +255,19 @@ QAA_INLINE void lane_sums(const Vec<T>* values, int n, T* out) {
   }
 }
 
-// The cache lines of some rows, one after another.
-struct Lines {
-  const char* row = nullptr;
-  std::int64_t stride = 0, row_bytes = 0, at = 0;
-  int rows_left = 0;
-  QAA_INLINE const char* next() {
-    if (rows_left == 0) return nullptr;
-    const char* line = row + at;
-    at += 64;
-    if (at >= row_bytes) {
-      at = 0;
-      row += stride;
-      --rows_left;
-    }
-    return line;
-  }
-};
-
-// Rows that will be needed soon, brought to the cache a line at a time from within the loops of a pass: a row is too
-// short for the processor to foresee the next one, and a burst would hold up the pass.
-class Prefetch {
- public:
-  void read(const Lines& lines) { reads_ = lines; }
-  void write(const Lines& lines) { writes_ = lines; }
+// Memory that will be needed soon, brought to the cache a line at a time from within the loops of a pass: rows are too
+// short for the processor to foresee the next ones, and a burst would hold up the pass. First what will be written.
+struct Prefetch {
+  const char *write = nullptr, *write_end = nullptr, *read = nullptr, *read_end = nullptr;
   QAA_INLINE void step() {
-    if (const char* line = writes_.next()) {
-      __builtin_prefetch(line, 1);
-    } else if ((line = reads_.next())) {
-      __builtin_prefetch(line, 0, 2);
+    if (write < write_end) {
+      __builtin_prefetch(write, 1);
+      write += 64;
+    } else if (read < read_end) {
+      __builtin_prefetch(read, 0, 2);
+      read += 64;
     }
   }
-
- private:
-  Lines reads_, writes_;
 };
 
 }  // namespace qaa::QAA_ISA

@@ -5,8 +5,10 @@
 #include <cmath>
 #include <complex>
 #include <numbers>
+#include <optional>
 #include <sstream>
 #include <stdexcept>
+#include <tuple>
 #include <utility>
 
 #include "gates.h"
@@ -119,6 +121,22 @@ void schedule(std::vector<Stage>& stages, const Operation& operation, bool fuse)
   put(stages[at], operation, fuse);
 }
 
+// If the product of these phases is constant and real at every index, zero; with `any_global_phase`, or the angle of
+// its first entry if it is real after a division by that.
+std::optional<double> real_up_to(const std::vector<Phase>& phases, std::uint32_t n_wires, bool any_global_phase) {
+  if (!std::ranges::all_of(phases, [](const Phase& p) { return p.angle.is_constant(); })) return std::nullopt;
+  auto angle_at = [&](Index i) {
+    double angle = 0;
+    for (const Phase& p : phases) angle += (parity(p.z & i) ? 0.5 : -0.5) * p.angle.constant;
+    return angle;
+  };
+  const double global = any_global_phase ? angle_at(0) : 0;
+  for (Index i = 0; i < (Index{1} << n_wires); ++i) {
+    if (std::abs(std::sin(angle_at(i) - global)) > 1e-12) return std::nullopt;
+  }
+  return global;
+}
+
 // ------------------------------------------------------------------------------------------------ observables
 
 // -i P G for anticommuting Hermitian strings P and G, as sign * string.
@@ -148,7 +166,8 @@ class Observables {
     while (!plan_.stages.empty()) {
       Stage& last = plan_.stages.back();
       absorb_phases(last.phases);
-      std::erase_if(last.rotations, [&](const Rotation& r) { return absorb(r); });
+      if (!last.phases.empty() && plan_.options.expand && is_real_before_last()) expand(last.phases);
+      std::erase_if(last.rotations, [&](const Rotation& r) { return absorb(r, max_new_strings); });
       if (!last.phases.empty() || !last.rotations.empty()) return;
       plan_.stages.pop_back();
     }
@@ -192,20 +211,43 @@ class Observables {
   void absorb_phases(std::vector<Phase>& phases) {
     std::erase_if(phases, [&](const Phase& p) { return terms_hit_by(p).empty(); });
     if (!std::ranges::all_of(phases, [](const Phase& p) { return quarter_turns(p.angle) >= 0; })) return;
-    for (const Phase& phase : phases) absorb(phase);
+    for (const Phase& phase : phases) absorb(phase, max_new_strings);
     phases.clear();
+  }
+
+  bool is_real_before_last() const {
+    return plan_.options.real && std::all_of(plan_.stages.begin(), plan_.stages.end() - 1, [&](const Stage& s) {
+             return !s.is_diagonal() || real_up_to(s.phases, plan_.n_wires, true).has_value();
+           });
+  }
+
+  // Moves the phases that turn a real state complex into the strings: of a string that k of them hit, 2^k are left, and
+  // half of these are imaginary, which a real state does not have. All of them or none.
+  void expand(std::vector<Phase>& phases) {
+    for (const String& string : plan_.strings) {
+      const auto hits = std::ranges::count_if(phases, [&](const Phase& p) { return !commutes(string, p); });
+      if (hits > Correlation::max_bits + 1) return;
+    }
+    for (const Phase& phase : phases) absorb(phase, SIZE_MAX);
+    phases.clear();
+    std::erase_if(plan_.terms, [&](const Term& term) {
+      const String& string = plan_.strings[term.string];
+      return parity(string.x & string.z);
+    });
+    compact();
   }
 
   // U^dagger P U = cos(a) P + sin(a) (-i P G) for U = exp(-i a G / 2) and P that anticommutes with G.
   template <class Operation>
-  bool absorb(const Operation& operation) {
+  bool absorb(const Operation& operation, std::size_t max_new_strings) {
     const std::vector<std::size_t> hit = terms_hit_by(operation);
     if (hit.empty()) return true;
     if (const int quarters = quarter_turns(operation.angle); quarters >= 0) {
       for (const std::size_t t : hit) quarter_turn(plan_.terms[t], operation, quarters);
       return true;
     }
-    if (plan_.terms.size() + hit.size() > max_terms_per_output * plan_.n_outputs) return false;
+    const bool limited = max_new_strings != SIZE_MAX;
+    if (limited && plan_.terms.size() + hit.size() > max_terms_per_output * plan_.n_outputs) return false;
     std::vector<String> added;
     for (const std::size_t t : hit) {
       const String string = turned(plan_.strings[plan_.terms[t].string], operation).string;
@@ -272,12 +314,14 @@ std::uint32_t next_group(std::uint32_t left, int radix) {
   return (left + groups - 1) / groups;
 }
 
-std::vector<Pass> rotation_passes(const std::vector<Rotation>& rotations, std::uint32_t n_wires, int radix) {
+// The first `n_low` rotations have a pass of their own.
+std::vector<Pass> rotation_passes(const std::vector<Rotation>& rotations, std::uint32_t n_wires, int radix,
+                                  std::uint32_t n_low = 0) {
   std::vector<Pass> passes;
   for (std::uint32_t first = 0; first < rotations.size();) {
     Pass pass;
     pass.first = first;
-    pass.radix = next_group(std::uint32_t(rotations.size()) - first, radix);
+    pass.radix = first < n_low ? n_low : next_group(std::uint32_t(rotations.size()) - first, radix);
     first += pass.radix;
     for (std::uint32_t k = 0; k < pass.radix; ++k) pass.masks.push_back(rotations[pass.first + k].x);
     for (Index i = 0; i < (Index{1} << n_wires); ++i) {
@@ -288,6 +332,26 @@ std::vector<Pass> rotation_passes(const std::vector<Rotation>& rotations, std::u
     passes.push_back(std::move(pass));
   }
   return passes;
+}
+
+// Moves the rotations of the columns' lowest bits to the front, lowest first: at most `radix` of them, which the kernels
+// can do while they load rows. Returns how many there are.
+std::uint32_t lowest_first(std::vector<Rotation>& rotations, const std::vector<Index>& inputs, std::uint32_t n_wires,
+                           int radix) {
+  auto is_of_bit = [&](const Rotation& r, std::uint32_t bit) {
+    bool pairs = r.x == inputs[Index{1} << bit];
+    for (std::uint32_t b = 0; b < n_wires; ++b) pairs &= parity(r.z & inputs[Index{1} << b]) == (b == bit);
+    return pairs;
+  };
+  std::uint32_t n = 0;
+  while (n < std::min(n_wires, std::uint32_t(radix))) {
+    const auto rest = rotations.begin() + n;
+    const auto found = std::find_if(rest, rotations.end(), [&](const Rotation& r) { return is_of_bit(r, n); });
+    if (found == rotations.end()) break;
+    std::rotate(rest, found, found + 1);
+    ++n;
+  }
+  return n;
 }
 
 // Groups of at most `radix` independent masks, with the smallest index of every coset as representative.
@@ -387,21 +451,11 @@ std::vector<Tree> sum_trees(const std::vector<Index>& masks, const std::vector<s
   return trees;
 }
 
-// Is the product of these constant phases real at every index? With `any_global_phase`, a constant phase is added
-// that makes its first entry one.
+// The stage without an imaginary part where its phases are constant and allow it.
 bool make_real(Stage& stage, std::uint32_t n_wires, bool any_global_phase) {
-  if (!std::ranges::all_of(stage.phases, [](const Phase& p) { return p.angle.is_constant(); })) return false;
-  auto angle_at = [&](Index i) {
-    double angle = 0;
-    for (const Phase& p : stage.phases) angle += (parity(p.z & i) ? 0.5 : -0.5) * p.angle.constant;
-    return angle;
-  };
-  const double global = any_global_phase ? angle_at(0) : 0;
-  for (Index i = 0; i < (Index{1} << n_wires); ++i) {
-    if (std::abs(std::sin(angle_at(i) - global)) > 1e-12) return false;
-  }
-  if (global != 0) put(stage, Phase{0, {2 * global, {}}}, true);
-  return true;
+  const std::optional<double> global = real_up_to(stage.phases, n_wires, any_global_phase);
+  if (global.value_or(0) != 0) put(stage, Phase{0, {2 * *global, {}}}, true);
+  return global.has_value();
 }
 
 // The product of the constant phases at every index; empty where there is none.
@@ -436,32 +490,130 @@ void lay_out_stages(Plan& plan) {
       stage.constant = constant_table(stage, plan.n_wires);
     } else {
       std::ranges::stable_sort(stage.rotations, std::greater{}, [](const Rotation& r) { return r.x; });
-      stage.rotate = rotation_passes(stage.rotations, plan.n_wires, plan.options.rotate_radix);
-      stage.unwind = rotation_passes(stage.rotations, plan.n_wires, plan.options.unwind_radix);
+      const int radix = plan.options.rotate_radix;
+      if (&stage == &plan.stages.front()) {
+        const std::uint32_t n_low = lowest_first(stage.rotations, plan.inputs, plan.n_wires, plan.options.load_radix);
+        plan.starts_low = n_low > 0;
+        stage.unwind = stage.rotate = rotation_passes(stage.rotations, plan.n_wires, radix, n_low);
+      } else {
+        stage.rotate = rotation_passes(stage.rotations, plan.n_wires, radix);
+        stage.unwind = rotation_passes(stage.rotations, plan.n_wires, plan.options.unwind_radix);
+      }
     }
   }
   std::erase_if(plan.stages, [](const Stage& s) { return s.phases.empty() && s.rotations.empty(); });
   plan.real = plan.options.real && std::ranges::all_of(plan.stages, [](const Stage& s) { return s.real; });
 }
 
+// A pair of strings (x, 0) and (x, z) that a real state has.
+using Pair = String;
+
+// Takes the next chain of at most `length` pairs, 4 or 2 of them, from the pairs that are left: parity(z_k & x_l) is 1
+// for neighbours in the chain and 0 for the others. Pairs with few neighbours come first, lest they be left over.
+std::vector<Pair> take_chain(std::vector<Pair>& left, std::size_t length) {
+  auto linked = [](const Pair& a, const Pair& b) { return parity(a.z & b.x) && parity(b.z & a.x); };
+  auto apart = [](const Pair& a, const Pair& b) { return !parity(a.z & b.x) && !parity(b.z & a.x); };
+  std::ranges::stable_sort(left, std::less{}, [&](const Pair& a) {
+    return std::ranges::count_if(left, [&](const Pair& b) { return a.x != b.x && linked(a, b); });
+  });
+  std::vector<Pair> chain;
+  auto grow = [&](auto&& self) -> bool {
+    if (chain.size() == length) return true;
+    for (const Pair& next : left) {
+      bool fits = true;
+      for (std::size_t k = 0; k < chain.size(); ++k) {
+        fits &= chain[k].x != next.x && (k + 1 == chain.size() ? linked(chain[k], next) : apart(chain[k], next));
+      }
+      if (!fits) continue;
+      chain.push_back(next);
+      if (self(self)) return true;
+      chain.pop_back();
+    }
+    return false;
+  };
+  if (!grow(grow)) return length > 2 ? take_chain(left, length - 2) : chain;
+  std::erase_if(left, [&](const Pair& p) { return std::ranges::find(chain, p) != chain.end(); });
+  return chain;
+}
+
+Pass chain_pass(const std::vector<Pair>& chain, std::uint32_t first, std::uint32_t n_wires) {
+  Pass pass{first, std::uint32_t(chain.size()), {}, {}};
+  for (const Pair& p : chain) pass.masks.push_back(p.x);
+  for (Index i = 0; i < (Index{1} << n_wires); ++i) {
+    if (std::ranges::none_of(chain, [&](const Pair& p) { return parity(i & p.z); })) pass.representatives.push_back(i);
+  }
+  return pass;
+}
+
+// Strings [first, last), all with the same x and the same parity(x & z), as few correlations as possible.
+std::vector<Correlation> correlations(const std::vector<String>& strings, std::uint32_t first, std::uint32_t last,
+                                      std::uint32_t n_wires) {
+  std::vector<Correlation> out;
+  std::vector<std::uint32_t> left;
+  for (std::uint32_t s = first; s < last; ++s) left.push_back(s);
+  const Index x = strings[first].x, low = x & (~x + 1);  // a pair's first index lacks the lowest bit of x
+  while (!left.empty()) {
+    Correlation c;
+    c.x = x;
+    c.imaginary = parity(x & strings[first].z);
+    std::vector<Index> basis;
+    auto combination = [&](std::uint32_t mask) {
+      Index z = 0;
+      for (std::size_t j = 0; j < basis.size(); ++j) z ^= (mask >> j) & 1 ? basis[j] : 0;
+      return z;
+    };
+    std::erase_if(left, [&](std::uint32_t s) {
+      const Index z = strings[s].z & ~low;
+      std::uint32_t mask = 0;
+      while (mask < (1u << basis.size()) && combination(mask) != z) ++mask;
+      if (mask == (1u << basis.size())) {
+        if (basis.size() == Correlation::max_bits) return false;
+        basis.push_back(z);
+      }
+      c.members.push_back({s, mask});
+      return true;
+    });
+    c.n_bits = std::uint32_t(basis.size());
+    for (std::uint32_t of_class = 0; of_class < (1u << basis.size()); ++of_class) {
+      for (Index i = 0; i < (Index{1} << n_wires); ++i) {
+        bool belongs = !(i & low);
+        for (std::size_t j = 0; j < basis.size(); ++j) belongs &= parity(i & basis[j]) == bool((of_class >> j) & 1);
+        if (belongs) c.order.push_back(i);
+      }
+    }
+    out.push_back(std::move(c));
+  }
+  return out;
+}
+
+// Renumbers the strings so that those of one group are neighbours: flips, chains, and by x and z what is left.
 void lay_out_strings(Plan& plan) {
-  // Strings are renumbered so that those of one group are neighbours: flips first.
+  const int radix = plan.options.rotate_radix;
+  std::vector<String> all = plan.strings, ordered;
+  std::ranges::sort(all, std::less{}, [](const String& s) {
+    return std::tuple(s.x, bool(parity(s.x & s.z)), s.z);
+  });
   std::vector<Index> flip_masks;
-  for (const String& s : plan.strings) {
-    if (s.x != 0 && s.z == 0) flip_masks.push_back(s.x);
+  std::vector<Pair> pairs;
+  for (auto s = all.begin(); s != all.end();) {
+    const auto end = std::find_if(s, all.end(), [&](const String& other) { return other.x != s->x; });
+    if (s->x != 0 && s->z == 0 && end - s == 1) flip_masks.push_back(s->x);
+    if (s->x != 0 && s->z == 0 && end - s == 2 && !parity(s[1].x & s[1].z)) pairs.push_back(s[1]);
+    s = end;
   }
   std::ranges::sort(flip_masks, std::greater{});
-  std::vector<String> ordered;
-  for (const std::vector<Index>& group : independent_groups(flip_masks, plan.options.rotate_radix)) {
+  for (const std::vector<Index>& group : independent_groups(flip_masks, radix)) {
     plan.flips.push_back(flip_pass(group, std::uint32_t(ordered.size()), plan.n_wires));
     for (const Index x : group) ordered.push_back({x, 0});
   }
-  const std::size_t n_flips = ordered.size();
-  for (const String& s : plan.strings) {
-    if (s.x == 0 || s.z != 0) ordered.push_back(s);
+  for (std::vector<Pair> chain; (chain = take_chain(pairs, radix < 4 ? 2 : 4)).size() > 1;) {
+    plan.chains.push_back(chain_pass(chain, std::uint32_t(ordered.size()), plan.n_wires));
+    for (const Pair& p : chain) ordered.insert(ordered.end(), {String{p.x, 0}, p});
   }
-  std::sort(ordered.begin() + std::ptrdiff_t(n_flips), ordered.end(),
-            [](const String& a, const String& b) { return std::pair(a.x, a.z) < std::pair(b.x, b.z); });
+  const auto n_grouped = std::uint32_t(ordered.size());
+  for (const String& s : all) {
+    if (std::find(ordered.begin(), ordered.begin() + n_grouped, s) == ordered.begin() + n_grouped) ordered.push_back(s);
+  }
   for (Term& term : plan.terms) {
     term.string = std::uint32_t(std::ranges::find(ordered, plan.strings[term.string]) - ordered.begin());
   }
@@ -469,13 +621,21 @@ void lay_out_strings(Plan& plan) {
 
   std::vector<Index> masks;
   std::vector<std::uint32_t> items;
-  for (std::uint32_t s = 0; s < plan.strings.size(); ++s) {
+  const auto n_strings = std::uint32_t(plan.strings.size());
+  for (std::uint32_t s = n_grouped, end; s < n_strings; s = end) {
     const String& string = plan.strings[s];
-    if (string.x == 0) {
-      masks.push_back(string.z);
-      items.push_back(s);
-    } else if (string.z != 0) {
-      plan.general.push_back(s);
+    const bool imaginary = parity(string.x & string.z);
+    for (end = s + 1; end < n_strings && plan.strings[end].x == string.x &&
+                      parity(plan.strings[end].x & plan.strings[end].z) == imaginary;) {
+      ++end;
+    }
+    if (string.x != 0) {
+      std::ranges::move(correlations(plan.strings, s, end, plan.n_wires), std::back_inserter(plan.correlations));
+      continue;
+    }
+    for (std::uint32_t k = s; k < end; ++k) {
+      masks.push_back(plan.strings[k].z);
+      items.push_back(k);
     }
   }
   plan.trees = sum_trees(masks, items, plan.n_wires);
@@ -511,7 +671,7 @@ void check(std::uint32_t n_wires, std::uint32_t n_parameters, const GateCall& ga
 }
 
 void apply(const GateCall& gate, Frame& frame, Plan& plan) {
-  const bool fuse = plan.options.fuse;
+  const bool fuse = plan.options.fuse, rename = plan.options.rename;
   auto add_phase = [&](Index z, Angle angle) { schedule(plan.stages, Phase{z, std::move(angle)}, fuse); };
   for (const Step& step : find_gate(gate.name)->steps) {
     if (step.primitive == Primitive::none) break;
@@ -527,23 +687,51 @@ void apply(const GateCall& gate, Frame& frame, Plan& plan) {
       return value;
     };
     auto sign = [](bool negative) { return negative ? -1.0 : 1.0; };
+    auto add_rotation = [&](std::uint32_t w, Angle angle) {
+      schedule(plan.stages, Rotation{frame.column[w], frame.row[w], std::move(angle)}, fuse);
+    };
+    // Without renaming: Z = exp(i pi/2) RZ(pi), CZ as in the gate table, and RY(pi/2) turns Z into X.
+    constexpr double pi = std::numbers::pi;
+    auto do_z = [&](std::uint32_t w) {
+      add_phase(frame.row[w], {pi, {}});
+      add_phase(0, {-pi, {}});
+    };
+    auto do_x = [&](std::uint32_t w) {
+      add_rotation(w, {-pi / 2, {}});
+      do_z(w);
+      add_rotation(w, {pi / 2, {}});
+    };
+    auto do_cnot = [&](std::uint32_t control, std::uint32_t target) {
+      add_rotation(target, {-pi / 2, {}});
+      for (const std::uint32_t w : {control, target}) add_phase(frame.row[w], {pi / 2, {}});
+      add_phase(frame.row[control] ^ frame.row[target], {-pi / 2, {}});
+      add_phase(0, {-pi / 2, {}});
+      add_rotation(target, {pi / 2, {}});
+    };
     switch (step.primitive) {
       case Primitive::none: break;
-      case Primitive::ry:
-        schedule(plan.stages,
-                 Rotation{frame.column[a], frame.row[a], angle(sign(frame.flip[a] != frame.sign[a]))}, fuse);
-        break;
+      case Primitive::ry: add_rotation(a, angle(sign(frame.flip[a] != frame.sign[a]))); break;
       case Primitive::rz: add_phase(frame.row[a], angle(sign(frame.flip[a]))); break;
       case Primitive::rzz:
         add_phase(frame.row[a] ^ frame.row[b], angle(sign(frame.flip[a] != frame.flip[b])));
         break;
       case Primitive::phase: add_phase(0, angle(-2.0)); break;
       case Primitive::x:
-        if (frame.x(a)) add_phase(0, {2 * std::numbers::pi, {}});
+        if (!rename) {
+          do_x(a);
+        } else if (frame.x(a)) {
+          add_phase(0, {2 * pi, {}});
+        }
         break;
-      case Primitive::z: frame.z(a); break;
-      case Primitive::cnot: frame.cnot(a, b); break;
-      case Primitive::swap: frame.swap(a, b); break;
+      case Primitive::z: rename ? frame.z(a) : do_z(a); break;
+      case Primitive::cnot: rename ? frame.cnot(a, b) : do_cnot(a, b); break;
+      case Primitive::swap:
+        if (rename) {
+          frame.swap(a, b);
+        } else {
+          for (const bool back : {false, true, false}) back ? do_cnot(b, a) : do_cnot(a, b);
+        }
+        break;
     }
   }
 }
@@ -617,6 +805,9 @@ Plan compile(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vecto
              const ReadoutSpec& readout, bool normalize, const PlanOptions& options) {
   if (n_wires < 1 || n_wires > 16) refuse("from 1 to 16 wires", std::to_string(n_wires));
   check(readout, n_wires);
+  for (const int radix : {options.load_radix, options.rotate_radix, options.unwind_radix}) {
+    if (radix < 1 || radix > 4) refuse("passes of 1 to 4 wires", std::to_string(radix));
+  }
   Plan plan;
   plan.n_wires = n_wires;
   plan.n_parameters = n_parameters;
@@ -655,15 +846,18 @@ Plan compile(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vecto
 
 Operations count_operations(const Plan& plan, std::uint32_t columns) {
   const double n = plan.n_amplitudes();
-  const double tree_sum = 3 * (n - 1);  // a sum, a difference and its accumulation for every pair of every level
+  const std::uint32_t first_bits = std::min(plan.n_wires, 3u);
+  // Of a tree: two sums for every number; then a sum, a difference and its accumulation for every pair of every level.
+  const double tree_sum = 2 * n + 3 * (n / (1u << first_bits) - 1);
   const double rotation = plan.options.tangent ? 1 : 2;
   double parts = plan.options.real ? 1 : 2;  // 2 where the state is complex
   double forward = columns, back = 0;
   for (const Stage& stage : plan.stages) {
     if (!stage.is_diagonal()) {
       const double turned = double(stage.rotations.size()) * n * parts;
+      const double states = &stage == &plan.stages.front() ? 1 : 2;  // bra, and ket if a stage comes before
       forward += rotation * turned;
-      back += (1 + 2 * rotation) * turned;  // the overlap, then ket and bra
+      back += (1 + states * rotation) * turned;  // with the overlap
     } else if (stage.real) {
       forward += n * parts;
       back += 2 * n * parts;
@@ -676,15 +870,18 @@ Operations count_operations(const Plan& plan, std::uint32_t columns) {
   }
   double readout = 0;
   if (plan.readout == ReadoutKind::expval) {
-    const double n_trees = double(plan.trees.size()), n_general = double(plan.general.size());
-    double n_flips = 0;
-    for (const Pass& pass : plan.flips) n_flips += pass.radix;
-    readout = n_trees * (n * parts + tree_sum) + n_flips * n / 2 * parts + n_general * (n / 2) * (2 * parts);
-    back += n_trees * n * (1 + parts) + n_flips * n * parts + n_general * n * (1 + 2 * parts);
+    const double n_trees = double(plan.trees.size());
+    double n_products = 0;  // of two amplitudes, for every pair of indices
+    for (const Pass& pass : plan.flips) n_products += pass.radix * parts;
+    for (const Pass& pass : plan.chains) n_products += pass.radix * parts;
+    for (const Correlation& c : plan.correlations) n_products += c.imaginary ? 2 * (parts - 1) : parts;
+    readout = n_trees * (2 * n * parts + (tree_sum - 2 * n)) + n_products * n / 2;  // squares are added as they are made
+    back += n_trees * n * (1 + parts) + n_products * n;
   } else {
     readout = plan.n_outputs * 2 * parts;
     back += plan.n_outputs * 2 * parts;
   }
+  if (plan.normalize) back += n;  // what lies along the state
   return {forward + readout, forward + readout + back + 2.0 * columns};
 }
 

@@ -32,9 +32,12 @@ struct ReadoutSpec {
 // Rewrites that tests switch off one by one, and the widths that the instruction set asks for.
 struct PlanOptions {
   bool fuse = true;      // move gates back to the earliest stage that they commute into, and add equal ones up
+  bool rename = true;    // X, Z, CNOT and SWAP rename amplitudes; otherwise they are rotations and diagonals
   bool absorb = true;    // move trailing gates into the observables (Heisenberg picture)
+  bool expand = true;    // and the diagonal that makes a real state complex, at the price of more strings
   bool real = true;      // leave the imaginary part out while the state is real
   bool tangent = true;   // rotate with one multiply-add per amplitude, the cosines collected in one scalar
+  int load_radix = 3;    // wires that are rotated while rows are loaded
   int rotate_radix = 3;  // wires per pass of a rotation
   int unwind_radix = 2;  // wires per pass of the adjoint, which holds two states
 };
@@ -88,7 +91,7 @@ struct Tree {
 
 struct Stage {
   std::vector<Rotation> rotations;    // mutually commuting: parity(z_r & x_s) = (r == s)
-  std::vector<Pass> rotate, unwind;   // how the kernels walk through them
+  std::vector<Pass> rotate, unwind;   // how the kernels walk through them; of the first stage, `unwind` is of one state
   std::vector<Phase> phases;          // or a diagonal: the product of all these
   std::vector<Tree> trees;            // sums for the derivatives; every phase that depends on theta is in one slot
   std::vector<std::complex<double>> constant;  // product of the phases that do not depend on theta, if any
@@ -101,6 +104,20 @@ struct Stage {
 struct String {
   Index x, z;
   bool operator==(const String&) const = default;
+};
+
+// Strings with one x, read together: the pairs (i, i ^ x) fall into 2^n_bits classes of one sign for each string, and
+// <string> = 2 sum over classes c of (-1)^parity(mask & c) (sum of the products of class c).
+struct Correlation {
+  struct Member {
+    std::uint32_t string, mask;
+  };
+  static constexpr std::uint32_t max_bits = 3;
+  Index x = 0;
+  bool imaginary = false;  // parity(x & z)
+  std::uint32_t n_bits = 0;
+  std::vector<Index> order;  // i of every pair, class by class
+  std::vector<Member> members;
 };
 
 // output += sign * prod(cos or sin of absorbed angles) * <string>
@@ -124,7 +141,8 @@ struct Plan {
 
   std::vector<Index> inputs;  // column of x -> where its amplitude is stored
   std::vector<Stage> stages;
-  bool real = true;  // the final state is real
+  bool starts_low = false;  // the first pass of the first stage is on the lowest bits of the columns, lowest first
+  bool real = true;         // the final state is real
 
   // expval
   std::vector<String> strings;
@@ -132,7 +150,8 @@ struct Plan {
   std::vector<Angle> absorbed;         // angles of the rotations that the observables took in
   std::vector<Tree> trees;             // strings with x = 0
   std::vector<Pass> flips;             // strings with z = 0, x != 0, as groups of independent masks
-  std::vector<std::uint32_t> general;  // every other string
+  std::vector<Pass> chains;            // pairs of strings (x_k, 0), (x_k, z_k) with parity(z_k & x_l) = (|k - l| == 1)
+  std::vector<Correlation> correlations;  // every other string
 
   // probs and state
   std::vector<Index> outputs;      // output b -> amplitude index

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import oracle
-from qaa.circuit import GATES
+from qaa.circuit import GATES, ansatz
 from strategies import Array, Problem, random_circuit, random_problem
 
 ROOT = Path(__file__).parent.parent
@@ -41,12 +41,14 @@ def text_of(problem: Problem) -> str:
 
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Forty circuits that hold every gate, on 1 to 8 wires, with every kind of readout."""
+    """Forty circuits that hold every gate, on 1 to 8 wires, with every kind of readout, and eight default ones."""
     rng = np.random.default_rng(20)
     problems = []
     for i in range(40):
         circuit = random_circuit(rng, n_wires=1 + i % 8, n_gates=int(rng.integers(1, 40)))
         problems.append(random_problem(rng, circuit, batch=int(rng.integers(1, 9))))
+    for n in range(1, 9):
+        problems.append(random_problem(rng, ansatz("ring", n), "z", batch=9, normalize=True))
     assert {gate.name for problem in problems for gate in problem.circuit.gates} == set(GATES)
     assert {problem.readout.kind for problem in problems} == set(KINDS)
     path = tmp_path_factory.mktemp("cases") / "cases.txt"
@@ -73,7 +75,7 @@ def test_the_core_runs_without_python(cases: Path, tmp_path: Path) -> None:
         if "expected QAA_ISA to be one of" in result.stderr:
             continue
         assert result.returncode == 0, result.stdout + result.stderr[-3000:]
-        assert f"{isa}: 80 passed, 0 failed" in result.stdout
+        assert f"{isa}: 96 passed, 0 failed" in result.stdout
 
 
 @pytest.mark.skipif(
@@ -93,7 +95,7 @@ def test_the_arm_kernels_under_emulation(cases: Path, tmp_path_factory: pytest.T
     command = ["qemu-aarch64", "-E", f"QAA_ISA={isa}", str(program), str(cases)]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr[-3000:]
-    assert f"{isa}: 80 passed, 0 failed" in result.stdout
+    assert f"{isa}: 96 passed, 0 failed" in result.stdout
 
 
 # Instructions per state of the AVX2 kernels, by compiler: a regression guard that a busy machine cannot disturb.

@@ -538,7 +538,7 @@ def test_an_unknown_instruction_set_is_an_error_that_names_the_known_ones() -> N
     assert "expected QAA_ISA to be one of" in result.stderr and "received 'mmx'" in result.stderr
 
 
-REWRITES = ("fuse", "absorb", "real", "tangent")
+REWRITES = ("fuse", "rename", "absorb", "expand", "real", "tangent")
 
 
 @pytest.fixture
@@ -557,7 +557,7 @@ def switch_off(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Sequence[s
     forget()
 
 
-@pytest.mark.parametrize("without", [c for k in range(1, 5) for c in combinations(REWRITES, k)], ids=",".join)
+@pytest.mark.parametrize("without", [c for k in range(1, 7) for c in combinations(REWRITES, k)], ids=",".join)
 def test_every_rewrite_of_the_plan_can_be_switched_off(
     without: tuple[str, ...], switch_off: Callable[[Sequence[str]], None]
 ) -> None:
@@ -567,16 +567,48 @@ def test_every_rewrite_of_the_plan_can_be_switched_off(
     assert sweep(range(20, 28)) == 48
 
 
+@pytest.mark.parametrize("rotate_radix", [1, 2, 3, 4])
+def test_diagonals_behind_a_real_state_move_into_the_strings(
+    rotate_radix: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Real gates, phases, real gates: strings come in chains, in classes of one sign, imaginary, alone; all widths."""
+    make = _core.Plan
+    monkeypatch.setattr(_core, "Plan", lambda *args, **options: make(*args, rotate_radix=rotate_radix, **options))
+    program._plan.cache_clear()
+    rng = np.random.default_rng(18)
+    real, phases = ("RY", "CNOT", "X", "SWAP", "H", "Z"), ("RZ", "PhaseShift", "CRZ", "S", "T", "CZ")
+    for case in range(60):
+        n = int(rng.integers(1, 9))
+        gates, n_parameters = [], 0
+        for names, count in ((real, 2 * n), (phases, int(rng.integers(1, 2 * n + 1))), (real[:4], 2 * n)):
+            for name in rng.choice([name for name in names if GATES[name][0] <= n], count):
+                wires, parameters = GATES[name]
+                of_gate = tuple(range(n_parameters, n_parameters + parameters))
+                gates.append(Gate(str(name), tuple(int(w) for w in rng.permutation(n)[:wires]), of_gate))
+                n_parameters += parameters
+        circuit = Circuit(n, tuple(gates), (n_parameters,))
+        readout = "z" if case % 2 else readout_of("paulis", n, rng)
+        for dtype in DTYPES:
+            check(random_problem(rng, circuit, readout, batch=9), dtype)
+    for n in range(1, 11):
+        check(random_problem(rng, ansatz("ring", n), "z", batch=9), np.float32)
+    program._plan.cache_clear()
+
+
 def test_rewrites_do_something(switch_off: Callable[[Sequence[str]], None]) -> None:
     """Switching one off is no empty gesture: the plan differs, or the roundings of a result do."""
     circuit = ansatz("ring", 3, 2)
     plans = {}
-    for rewrite in ("", "fuse", "absorb"):
+    for rewrite in ("", "fuse", "rename", "absorb"):
         switch_off([rewrite])
         plans[rewrite] = str(program.program(circuit, "z", True).plan)
         switch_off([rewrite])
         assert str(program.program(circuit, "z", True).plan) == plans[rewrite], "compiling is not deterministic"
-    assert len(set(plans.values())) == 3
+    assert len(set(plans.values())) == 4
+    switch_off(["expand"])
+    assert "diagonal" in str(program.program(ansatz("ring", 3, 1), "z", True).plan)
+    switch_off([])
+    assert "diagonal" not in str(program.program(ansatz("ring", 3, 1), "z", True).plan)
     # tangents are chosen when the angles are known; "real" leaves out work on zeros, which no result shows
     problem = cast(random_problem(np.random.default_rng(17), circuit, "z", batch=9), np.float32)
     switch_off([])
@@ -590,11 +622,19 @@ def test_the_core_holds_the_same_gate_table() -> None:
 
 
 def test_operations_are_counted_from_the_plan() -> None:
-    """n = 10, d = 768, one layer, by hand: norm, RY, diagonal, strings; then bra, diagonal, RY undone, rows."""
+    """n = 10, d = 768, by hand, for one layer and for two."""
     n, amplitudes, d = 10, 1024, 768
-    tree = 3 * (amplitudes - 1)
-    forward = d + n * amplitudes + 2 * amplitudes + (2 * amplitudes + tree) + n * amplitudes
-    bra = 3 * amplitudes + n * 2 * amplitudes
-    diagonal = 6 * amplitudes + amplitudes + tree
-    backward = forward + bra + diagonal + 3 * n * amplitudes + 2 * d
+    tree = 2 * amplitudes + 3 * (amplitudes // 8 - 1)
+    # The state stays real: norm, RY, <Z...Z>, <X...X>; then the same for the bra, RY's overlaps, RY undone, rows.
+    forward = d + n * amplitudes + tree + n * amplitudes // 2
+    bra = 2 * amplitudes + n * amplitudes
+    backward = forward + bra + 2 * n * amplitudes + amplitudes + 2 * d
     assert program.program(ansatz("ring", n, 1), "z", True).plan.operations(d) == (forward, backward)
+    # norm, RY, RZ, RY of a complex state, RZ, <Z...Z>, <X...X>
+    forward = d + n * amplitudes + 2 * amplitudes + 2 * n * amplitudes + 4 * amplitudes
+    forward += tree + 2 * amplitudes + n * amplitudes
+    bra = 3 * amplitudes + 2 * n * amplitudes
+    second = 8 * amplitudes + 2 * amplitudes + tree + 3 * 2 * n * amplitudes
+    first = 6 * amplitudes + amplitudes + tree + 2 * n * amplitudes
+    backward = forward + bra + second + first + amplitudes + 2 * d
+    assert program.program(ansatz("ring", n, 2), "z", True).plan.operations(d) == (forward, backward)

@@ -147,9 +147,13 @@ class Plan:
         normalize: bool = True,
         *,
         fuse: bool = True,
+        rename: bool = True,
         absorb: bool = True,
+        expand: bool = True,
         real: bool = True,
         tangent: bool = True,
+        rotate_radix: typing.SupportsInt | typing.SupportsIndex | None = None,
+        unwind_radix: typing.SupportsInt | typing.SupportsIndex | None = None,
     ) -> None: ...
     def __str__(self) -> str: ...
     def operations(self, columns: typing.SupportsInt | typing.SupportsIndex) -> tuple[float, float]:

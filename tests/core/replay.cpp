@@ -17,7 +17,7 @@ namespace {
 using namespace qaa;
 
 struct Case {
-  Plan plan;
+  std::vector<Plan> plans;  // of the same circuit, for passes of different widths
   std::vector<double> theta, x, grad, features, grad_theta, grad_x;
   std::int64_t rows = 0, columns = 0;
 };
@@ -58,8 +58,12 @@ bool read_case(std::istream& in, Case& out) {
   }
   bool normalize;
   in >> normalize >> out.rows >> out.columns;
-  out.plan = compile(n_wires, n_parameters, gates, readout, normalize, default_options());
-  const std::size_t rows = std::size_t(out.rows), k = out.plan.n_columns();
+  PlanOptions options = default_options();
+  out.plans = {compile(n_wires, n_parameters, gates, readout, normalize, options)};
+  options.rotate_radix = options.rotate_radix == 4 ? 3 : 4;
+  options.unwind_radix = options.unwind_radix == 3 ? 2 : 3;
+  out.plans.push_back(compile(n_wires, n_parameters, gates, readout, normalize, options));
+  const std::size_t rows = std::size_t(out.rows), k = out.plans[0].n_columns();
   out.theta = read_numbers(in, n_parameters);
   out.x = read_numbers(in, rows * std::size_t(out.columns));
   out.grad = read_numbers(in, rows * k);
@@ -80,15 +84,15 @@ double error(const std::vector<T>& value, const std::vector<double>& expected) {
 }
 
 template <class T>
-double run(const Case& c, int threads) {
+double run(const Case& c, const Plan& plan, int threads) {
   const Scalar scalar = sizeof(T) == 8 ? Scalar::float64 : Scalar::float32;
   const std::vector<T> x(c.x.begin(), c.x.end()), grad(c.grad.begin(), c.grad.end());
-  const std::int64_t k = c.plan.n_columns();
+  const std::int64_t k = plan.n_columns();
   std::vector<T> features(c.features.size()), grad_x(c.x.size());
   std::vector<double> grad_theta(c.theta.size());
   const ConstMatrix in{x.data(), c.rows, c.columns, c.columns, scalar};
-  forward({c.plan, c.theta.data(), in, {features.data(), c.rows, k, k, scalar}, threads});
-  backward({c.plan, c.theta.data(), in, {grad.data(), c.rows, k, k, scalar}, grad_theta.data(),
+  forward({plan, c.theta.data(), in, {features.data(), c.rows, k, k, scalar}, threads});
+  backward({plan, c.theta.data(), in, {grad.data(), c.rows, k, k, scalar}, grad_theta.data(),
             {grad_x.data(), c.rows, c.columns, c.columns, scalar}, threads});
   return std::fmax(error(features, c.features), std::fmax(error(grad_theta, c.grad_theta), error(grad_x, c.grad_x)));
 }
@@ -97,8 +101,9 @@ int check(const char* path) {
   std::ifstream in(path);
   int passed = 0, failed = 0;
   for (Case c; read_case(in, c);) {
-    for (const int threads : {1, 3}) {
-      const double e64 = run<double>(c, threads), e32 = run<float>(c, threads);
+    for (const Plan& plan : c.plans) {
+      const int threads = &plan == &c.plans[0] ? 1 : 3;
+      const double e64 = run<double>(c, plan, threads), e32 = run<float>(c, plan, threads);
       const bool ok = e64 < 1e-11 && e32 < 1e-4;
       ok ? ++passed : ++failed;
       if (!ok) std::cout << "case " << passed + failed << ": float64 " << e64 << ", float32 " << e32 << "\n";
