@@ -41,7 +41,14 @@ CASES = {
     "threads": Case(
         (("qaa kernel on one thread", Task(10, 768, 4096)), ("qaa kernel", Task(10, 768, 4096))), threads="all"
     ),
-    "overhead": Case((("qaa", Task(4, 16, 64)), ("qaa kernel", Task(4, 16, 64 * 256))), threads="one"),
+    "overhead": Case(
+        (
+            ("qaa", Task(4, 16, 64)),
+            ("an empty autograd function", Task(4, 16, 64)),
+            ("qaa kernel", Task(4, 16, 64 * 256)),
+        ),
+        threads="one",
+    ),
     "rivals": _rivals(Task(10, 768, 1024)),
     "rivals, 11 wires": _rivals(Task(11, 2048, 256)),
     "rivals, 12 wires": _rivals(Task(12, 4096, 256, layers=2)),
@@ -54,7 +61,10 @@ CASES = {
         threads="one",
         timed=False,
     ),
-    "SQUARE": Case((("SQUARE, MLP", Task(4, 16, 64)), ("SQUARE, qaa", Task(4, 16, 64))), threads="one"),
+    "SQUARE": Case(
+        tuple((rival, Task(4, 16, 64)) for rival in ("SQUARE, MLP", "SQUARE, MLP behind 16 factors", "SQUARE, qaa")),
+        threads="one",
+    ),
     "fine-tuning": Case(
         tuple((f"fine-tuning, {method}", Task(10, 576, 2)) for method in ("LoRA r = 8", "QAA paper", "QAA best")),
         budget=12.0,

@@ -25,6 +25,20 @@ def mlp(task: Task) -> Rival:
     return _training(task, _head(task), "16 → 8 → 1")
 
 
+def scaled_mlp(task: Task) -> Rival:
+    """The head behind the cheapest trainable layer that there is, one factor for each input: what any layer costs."""
+
+    class Scale(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.factors = nn.Parameter(torch.ones(2**task.n_wires))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.factors
+
+    return _training(task, nn.Sequential(Scale(), _head(task)), "16 factors, 16 → 8 → 1")
+
+
 def _head(task: Task) -> nn.Module:
     return nn.Sequential(nn.Linear(2**task.n_wires, 8), nn.Tanh(), nn.Linear(8, 1))
 

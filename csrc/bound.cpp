@@ -96,15 +96,17 @@ void store(T* out, const Diagonal& table, double scale, bool conjugate) {
   for (std::size_t i = 0; i < size; ++i) out[size + i] = T(imaginary * table.im[i]);
 }
 
-double coefficient(const Plan& plan, const Term& term, const double* theta, std::size_t derivative_of = SIZE_MAX) {
+// The coefficient of a term, or its derivative with respect to the angle of one of its factors.
+double coefficient(const Term& term, const std::vector<std::complex<double>>& absorbed,
+                   std::size_t derivative_of = SIZE_MAX) {
   double value = term.sign;
   for (std::size_t f = 0; f < term.factors.size(); ++f) {
-    const double angle = plan.absorbed[term.factors[f].absorbed].value(theta);
+    const std::complex<double> turn = absorbed[term.factors[f].absorbed];
     const bool sine = term.factors[f].sine;
     if (f == derivative_of) {
-      value *= sine ? std::cos(angle) : -std::sin(angle);
+      value *= sine ? turn.real() : -turn.imag();
     } else {
-      value *= sine ? std::sin(angle) : std::cos(angle);
+      value *= sine ? turn.imag() : turn.real();
     }
   }
   return value;
@@ -213,8 +215,9 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta) : p
     correlations_.push_back(
         {c.x, c.imaginary, c.n_bits, std::uint32_t(c.members.size()), c.order.data(), c.members.data()});
   }
+  for (const Angle& angle : plan.absorbed) absorbed_.push_back(std::polar(1.0, angle.value(theta)));
   for (const Term& term : plan.terms) {
-    terms_.push_back({term.output, term.string, T(coefficient(plan, term, theta)), !term.factors.empty()});
+    terms_.push_back({term.output, term.string, T(coefficient(term, absorbed_)), !term.factors.empty()});
   }
 
   bound_.n_wires = plan.n_wires;
@@ -247,7 +250,7 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta) : p
 }
 
 template <class T>
-void BoundPlanStorage<T>::chain_rule(const double* slots, const double* theta, double* grad_theta) const {
+void BoundPlanStorage<T>::chain_rule(const double* slots, double* grad_theta) const {
   // d/da of exp(-i a G/2) is -i G/2; a quadratic readout counts it twice, for bra and ket.
   const double half = plan_.is_quadratic() ? 1.0 : 0.5;
   const double* slot = slots;
@@ -257,7 +260,7 @@ void BoundPlanStorage<T>::chain_rule(const double* slots, const double* theta, d
   }
   for (const Term& term : plan_.terms) {
     for (std::size_t f = 0; f < term.factors.size(); ++f) {
-      add_to(grad_theta, plan_.absorbed[term.factors[f].absorbed], coefficient(plan_, term, theta, f) * *slot);
+      add_to(grad_theta, plan_.absorbed[term.factors[f].absorbed], coefficient(term, absorbed_, f) * *slot);
     }
     ++slot;
   }

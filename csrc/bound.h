@@ -107,7 +107,7 @@ class BoundPlanStorage {
   BoundPlanStorage(const Plan& plan, const double* theta);
   const BoundPlan<T>& bound() const { return bound_; }
   // theta's gradient from the derivatives with respect to slots.
-  void chain_rule(const double* slots, const double* theta, double* grad_theta) const;
+  void chain_rule(const double* slots, double* grad_theta) const;
 
  private:
   const Plan& plan_;
@@ -119,6 +119,7 @@ class BoundPlanStorage {
   std::vector<FlipPass> flips_;  // flips, then chains
   std::vector<CorrelationPass> correlations_;
   std::vector<BoundTerm<T>> terms_;
+  std::vector<std::complex<double>> absorbed_;  // cosine and sine of every absorbed angle
 };
 
 }  // namespace qaa

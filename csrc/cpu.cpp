@@ -191,7 +191,7 @@ void backward_as(const BackwardCall& call) {
   std::vector<double> slots(n_slots, 0.0);
   for (std::size_t k = 0; k < partial.size(); ++k) slots[k % n_slots] += partial[k];
   std::fill_n(call.grad_theta, call.plan.n_parameters, 0.0);
-  storage.chain_rule(slots.data(), call.theta, call.grad_theta);
+  storage.chain_rule(slots.data(), call.grad_theta);
 }
 
 // A weight (columns, k) as (k, padded columns), times a factor.

@@ -272,7 +272,8 @@ void unwind_pass(const RotatePass<T>& shared, Vec<T>* ket, Vec<T>* bra, Vec<T>* 
 
 // overlaps[k] += the same sums, without a rotation of either state.
 template <class T, int radix>
-void overlap_pass(const RotatePass<T>& pass, const Vec<T>* ket, const Vec<T>* bra, Vec<T>* overlaps, Prefetch& shared_soon) {
+void overlap_pass(const RotatePass<T>& pass, const Vec<T>* ket, const Vec<T>* bra, Vec<T>* overlaps,
+                  Prefetch& shared_soon) {
   const Block<T, radix> in(pass.masks);
   Vec<T> sum[radix][2] = {};
   Prefetch soon = shared_soon;
@@ -339,7 +340,8 @@ void unwind(const RotatePass<T>& pass, Vec<T>* ket, Vec<T>* bra, Vec<T>* overlap
 }
 
 template <class T>
-void measure_overlaps(const RotatePass<T>& pass, const Vec<T>* ket, const Vec<T>* bra, Vec<T>* overlaps, Prefetch& soon) {
+void measure_overlaps(const RotatePass<T>& pass, const Vec<T>* ket, const Vec<T>* bra, Vec<T>* overlaps,
+                      Prefetch& soon) {
   with_radix(pass.radix, [&](auto radix) { overlap_pass<T, radix.value>(pass, ket, bra, overlaps, soon); });
 }
 
@@ -868,8 +870,8 @@ void run_stages(const BoundPlan<T>& p, State<T> ket, Prefetch& soon) {
       multiply_diagonal<T>(stage.re, stage.im, stage.real, stage.from_complex, p.n_amplitudes, ket);
       continue;
     }
-    const std::uint32_t n_complex = stage.from_complex ? stage.n_rotate : 0;
-    for (std::uint32_t k = s == 0 && p.starts_low; k < stage.n_rotate; ++k) rotate<T, false>(stage.rotate[k], ket.re, soon);
+    const std::uint32_t first = s == 0 && p.starts_low, n_complex = stage.from_complex ? stage.n_rotate : 0;
+    for (std::uint32_t k = first; k < stage.n_rotate; ++k) rotate<T, false>(stage.rotate[k], ket.re, soon);
     for (std::uint32_t k = 0; k < n_complex; ++k) rotate<T, false>(stage.rotate[k], ket.im, soon);
   }
 }

@@ -334,8 +334,8 @@ std::vector<Pass> rotation_passes(const std::vector<Rotation>& rotations, std::u
   return passes;
 }
 
-// Moves the rotations of the columns' lowest bits to the front, lowest first: at most `radix` of them, which the kernels
-// can do while they load rows. Returns how many there are.
+// Moves the rotations of the columns' lowest bits to the front, lowest first: at most `radix` of them, which kernels can
+// do while they load rows. Returns how many there are.
 std::uint32_t lowest_first(std::vector<Rotation>& rotations, const std::vector<Index>& inputs, std::uint32_t n_wires,
                            int radix) {
   auto is_of_bit = [&](const Rotation& r, std::uint32_t bit) {
@@ -875,7 +875,7 @@ Operations count_operations(const Plan& plan, std::uint32_t columns) {
     for (const Pass& pass : plan.flips) n_products += pass.radix * parts;
     for (const Pass& pass : plan.chains) n_products += pass.radix * parts;
     for (const Correlation& c : plan.correlations) n_products += c.imaginary ? 2 * (parts - 1) : parts;
-    readout = n_trees * (2 * n * parts + (tree_sum - 2 * n)) + n_products * n / 2;  // squares are added as they are made
+    readout = n_trees * (2 * n * (parts - 1) + tree_sum) + n_products * n / 2;  // squares are added as they are made
     back += n_trees * n * (1 + parts) + n_products * n;
   } else {
     readout = plan.n_outputs * 2 * parts;

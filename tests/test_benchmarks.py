@@ -6,7 +6,6 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +19,7 @@ from benchmarks.cases import CASES, Case, made_small, with_rivals
 from benchmarks.correctness import hold_to_oracle
 from benchmarks.driver import Driver, Effort, Measurement
 from benchmarks.environments import python_of
-from benchmarks.goals import goals, ratio
+from benchmarks.goals import goals, multiply_adds, ratio
 from benchmarks.rivals import RIVALS, SIMULATORS
 from benchmarks.task import Task, blocks_of_ry, ring_of_cnots, signs_of_z
 from benchmarks.worker import answer_of
@@ -29,6 +28,7 @@ from qaa import ansatz
 
 TASK = Task(n_wires=4, width=13, batch=8, layers=2)
 FAST = Effort(repeats=2, at_least=0.0005)
+GIGA = machine.Peak(1e9, 1.0, 1.0)
 CHECKED = [name for name, entry in RIVALS.items() if entry.simulates and "compiled" not in name]
 
 
@@ -106,19 +106,20 @@ def test_ratios_and_goals() -> None:
     assert (goal.measured, goal.limit, goal.met, goal.detail) == (25, 20, True, "NumPy, Kronecker")
 
 
-def test_the_share_of_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Counting:
-        def operations(self, columns: int) -> tuple[float, float]:
-            return 10.0 * columns, 30.0 * columns
+def test_the_share_of_the_peak() -> None:
+    """A machine that does 1e9 multiply-adds a second, and layers that take twice the time that they could."""
 
-    measured = [
-        Measurement("adapter", "qaa", TASK, 1, which, 8, "", None, [1.0, 1.0, 1.0]) for which in ("forward", "step")
-    ]
-    monkeypatch.setattr("benchmarks.goals.program", lambda *_: SimpleNamespace(plan=Counting()))
-    forward, step = goals(measured, {1: machine.Peak(1300.0, 1.0, 1.0)})
-    assert (forward.measured, step.measured, step.unit) == (10, 40, "%")
-    monkeypatch.setattr("benchmarks.goals.program", lambda *_: SimpleNamespace(plan=object()))
-    assert goals(measured, {1: machine.Peak(1300.0, 1.0, 1.0)}) == []
+    def measured(layers: int, which: str) -> Measurement:
+        task = replace(TASK, layers=layers)
+        seconds = 2e-9 * multiply_adds(task, which)
+        return Measurement("layers", "qaa", task, 1, which, 8, "", None, [seconds] * 3)
+
+    found = goals([measured(layers, which) for layers in (2, 4) for which in ("forward", "step")], {1: GIGA})
+    shares = [goal for goal in found if "peak" in goal.name]
+    assert [round(goal.measured, 6) for goal in shares] == [50, 50] and shares[0].unit == "%"
+    assert not any("peak" in goal.name for goal in goals([measured(2, "forward")], {1: GIGA}))
+    one, two = (multiply_adds(replace(TASK, layers=layers), "forward") for layers in (1, 2))
+    assert 0 < one < two < multiply_adds(replace(TASK, layers=2), "step")
 
 
 def test_cases_name_rivals_and_can_be_narrowed() -> None:

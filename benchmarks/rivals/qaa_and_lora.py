@@ -21,6 +21,23 @@ def features(task: Task) -> Rival:
     return differentiable(task, lambda theta, x: qaa.ops.quantum_features(circuit, theta, x))
 
 
+def nothing(task: Task) -> Rival:
+    """What an autograd function in Python costs that computes nothing, with the same arguments and results."""
+
+    class Nothing(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, theta: Tensor, x: Tensor) -> Tensor:
+            ctx.save_for_backward(theta, x)
+            return torch.empty(x.shape[0], task.n_wires)
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Any:
+            theta, x = ctx.saved_tensors
+            return torch.empty_like(theta), torch.empty_like(x)
+
+    return differentiable(task, Nothing.apply, "computes nothing")
+
+
 def kernel(task: Task) -> Rival:
     """The circuit through its NumPy functions, with as many threads as the process has: no autograd."""
     return _kernel(task, None)

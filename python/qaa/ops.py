@@ -250,14 +250,14 @@ def _readable(t: Tensor) -> Tensor:
     if t.is_complex():
         t = torch.view_as_real(t.resolve_conj()).flatten(-2)
     t = t.resolve_neg()
-    return t if t.shape[1] <= 1 or t.stride(1) == 1 else t.contiguous()
+    return t if t.stride(1) == 1 or t.size(1) <= 1 else t.contiguous()
 
 
 _Layout = tuple[int, int, int, int, _core.Scalar]  # address, rows, columns, row stride, type
 
 
 def _layout(t: Tensor) -> _Layout:
-    return t.data_ptr(), t.shape[0], t.shape[1], t.stride(0), _SCALARS[t.dtype]
+    return t.data_ptr(), t.size(0), t.size(1), t.stride(0), _SCALARS[t.dtype]
 
 
 def _angles(theta: Tensor) -> Tensor:
