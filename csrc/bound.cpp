@@ -170,6 +170,9 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta) : p
       out.n_trees = std::uint32_t(stage.trees.size());
       slot += std::uint32_t(stage.phases.size());
     } else {
+      out.kept = stage.kept;
+      out.keep = T(scale);  // over the scale that the bra will have
+      bound_.n_kept += stage.kept;
       stage_angles(stage);
       out.rotate = passes_.data() + passes_.size();
       out.n_rotate = std::uint32_t(stage.rotate.size());
@@ -198,8 +201,13 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta) : p
       for (const Pass& pass : stage.unwind) {
         passes_.push_back(rotate_pass<T>(pass, angles, plan.options.tangent, scale));
         passes_.back().first_slot = out.first_slot + pass.first;
-        if (s == 0) passes_.back().overlap_scale = scale_before * scale_before;  // all overlaps before all rotations
       }
+      // Overlaps after all rotations of the bra where the ket was kept, and before them at the first stage.
+      const double of_overlaps = stage.kept ? scale : scale_before;
+      for (std::size_t k = 0; (stage.kept || s == 0) && k < stage.unwind.size(); ++k) {
+        passes_[passes_.size() - 1 - k].overlap_scale = of_overlaps * of_overlaps;
+      }
+      out.keep = T(double(out.keep) / scale);
     }
   }
   bound_.unwound_scale = T(scale);

@@ -39,6 +39,8 @@ struct BoundStage {
   bool from_complex;  // the state is complex before this stage
   const RotatePass<T>*rotate, *unwind;
   std::uint32_t n_rotate, n_unwind;
+  bool kept;      // the adjoint keeps `keep` times the ket from before this stage: as the bra will be when it gets here
+  T keep;
   const T *re, *im;            // the diagonal times the scale owed in the forward direction
   const T *back_re, *back_im;  // its conjugate times the scale owed in the adjoint direction
   const SumTree* trees;
@@ -80,7 +82,7 @@ struct BoundPlan {
   bool starts_low;      // the first pass of the first stage is on the lowest bits of the columns, lowest first
   const Index* inputs;  // column of x -> where its amplitude is stored
   const BoundStage<T>* stages;
-  std::uint32_t n_stages;
+  std::uint32_t n_stages, n_kept;
   T scale;          // owed after the last stage
   T unwound_scale;  // owed by both states after the adjoint has reached the input
 

@@ -22,6 +22,7 @@ struct State {
 template <class T>
 struct Workspace {
   State<T> ket, bra;
+  State<T> kept[Plan::max_kept];  // kets from before a stage, in the order of the stages
   Vec<T>* scratch;  // for sums and for weights of a tree: 2 * scratch_size
   Vec<T>* strings;  // values of the strings, then their weights: 2 * n_strings
   Vec<T>* columns;  // features, or their gradients: n_columns
@@ -30,7 +31,7 @@ struct Workspace {
 
   static std::size_t scratch_size(const BoundPlan<T>& p) { return p.n_amplitudes / 8 + 8; }
   static std::size_t vectors(const BoundPlan<T>& p) {
-    return std::size_t{4} * p.n_amplitudes + 2 * scratch_size(p) + 2 * std::size_t{p.n_strings} + p.n_columns +
+    return (std::size_t{4} + 2 * p.n_kept) * p.n_amplitudes + 2 * scratch_size(p) + 2 * std::size_t{p.n_strings} + p.n_columns +
            sizeof(Wide<T>) / sizeof(Vec<T>) * p.n_slots;
   }
   Workspace(const BoundPlan<T>& p, void* memory) {
@@ -38,6 +39,7 @@ struct Workspace {
     auto take = [&](std::size_t n) { return next += n, next - n; };
     ket = {take(p.n_amplitudes), take(p.n_amplitudes)};
     bra = {take(p.n_amplitudes), take(p.n_amplitudes)};
+    for (std::uint32_t k = 0; k < p.n_kept; ++k) kept[k] = {take(p.n_amplitudes), take(p.n_amplitudes)};
     scratch = take(2 * scratch_size(p));
     strings = take(2 * std::size_t{p.n_strings});
     columns = take(p.n_columns);
@@ -861,11 +863,19 @@ void measure_strings(const BoundPlan<T>& p, bool complex, const Vec<T>* weights,
 
 // ------------------------------------------------------------------------------------------------ groups
 
-// Runs all stages on the ket, but for what was done while it was loaded.
-template <class T>
-void run_stages(const BoundPlan<T>& p, State<T> ket, Prefetch& soon) {
+// Runs all stages on the ket, but for what was done while it was loaded; keeps it where the adjoint will want it.
+template <bool keep, class T>
+void run_stages(const BoundPlan<T>& p, const Workspace<T>& work) {
+  const State<T> ket = work.ket;
+  Prefetch& soon = work.soon;
+  const State<T>* kept = work.kept;
   for (std::uint32_t s = 0; s < p.n_stages; ++s) {
     const BoundStage<T>& stage = p.stages[s];
+    if (keep && stage.kept) {
+      for (Index i = 0; i < p.n_amplitudes; ++i) kept->re[i] = stage.keep * ket.re[i];
+      for (Index i = 0; stage.from_complex && i < p.n_amplitudes; ++i) kept->im[i] = stage.keep * ket.im[i];
+      ++kept;
+    }
     if (stage.diagonal) {
       multiply_diagonal<T>(stage.re, stage.im, stage.real, stage.from_complex, p.n_amplitudes, ket);
       continue;
@@ -880,7 +890,7 @@ template <class T>
 void forward_group(const BoundPlan<T>& p, const ForwardCall& call, std::int64_t first_row, int n_rows,
                    const Workspace<T>& work) {
   const Norms<T> norms = embed<T>(p, call.x, first_row, n_rows, work.ket, work.soon);
-  run_stages<T>(p, work.ket, work.soon);
+  run_stages<false>(p, work);
   const bool complex = p.ends_complex;
   const Vec<T> inverse = inverse_norm<T>(p, norms);
   const State<T> ket = work.ket;
@@ -1009,9 +1019,9 @@ void store_gradient(const BoundPlan<T>& p, const Matrix& grad_x, std::int64_t fi
 
 template <class T>
 void backward_group(const BoundPlan<T>& p, const BackwardCall& call, std::int64_t first_row, int n_rows,
-                    const Workspace<T>& work) {
+                    Workspace<T> work) {
   const Norms<T> norms = embed<T>(p, call.x, first_row, n_rows, work.ket, work.soon);
-  run_stages<T>(p, work.ket, work.soon);
+  run_stages<true>(p, work);
   const Vec<T> inverse = inverse_norm<T>(p, norms);
   Vec<T>* columns = work.columns;
   load_matrix<T>(call.grad, first_row, n_rows,
@@ -1020,11 +1030,16 @@ void backward_group(const BoundPlan<T>& p, const BackwardCall& call, std::int64_
                  });
   const Vec<T> overlap = start_bra<T>(p, work);
 
+  std::uint32_t n_kept = p.n_kept;
   for (std::uint32_t s = p.n_stages; s-- > 0;) {
     const BoundStage<T>& stage = p.stages[s];
     if (stage.diagonal) {
       unwind_diagonal<T>(p, stage, work);
       continue;
+    }
+    if (stage.kept) {
+      rotate_back<T>(stage, 0, work);
+      work.ket = work.kept[--n_kept];
     }
     auto each_pass = [&](auto&& take) {
       for (std::uint32_t k = 0; k < stage.n_unwind; ++k) {
@@ -1037,10 +1052,10 @@ void backward_group(const BoundPlan<T>& p, const BackwardCall& call, std::int64_
         }
       }
     };
-    if (s > 0) {
-      each_pass([&](auto&... arguments) { unwind<T>(arguments..., work.soon); });
-    } else {  // nothing before asks for the ket
+    if (stage.kept || s == 0) {  // nothing before the first stage asks for the ket
       each_pass([&](auto&... arguments) { measure_overlaps<T>(arguments..., work.soon); });
+    } else {
+      each_pass([&](auto&... arguments) { unwind<T>(arguments..., work.soon); });
     }
   }
   if (call.grad_x.data == nullptr) return;

@@ -470,39 +470,45 @@ std::vector<std::complex<double>> constant_table(const Stage& stage, std::uint32
   return table;
 }
 
-void lay_out_stages(Plan& plan) {
+void lay_out_diagonal(Plan& plan, Stage& stage) {
   const bool quadratic = plan.is_quadratic();
+  if (quadratic) std::erase_if(stage.phases, [](const Phase& p) { return p.z == 0 && !p.angle.is_constant(); });
+  stage.real = plan.options.real && make_real(stage, plan.n_wires, quadratic);
+  std::ranges::stable_sort(stage.phases, std::less{}, &Phase::z);
+  std::vector<Index> masks;
+  std::vector<std::uint32_t> items;
+  for (std::uint32_t k = 0; k < stage.phases.size(); ++k) {
+    if (stage.phases[k].angle.is_constant()) continue;
+    masks.push_back(stage.phases[k].z);
+    items.push_back(k);
+  }
+  stage.trees = sum_trees(masks, items, plan.n_wires);
+  stage.constant = constant_table(stage, plan.n_wires);
+}
+
+void lay_out_stages(Plan& plan) {
   for (Stage& stage : plan.stages) {
-    if (stage.is_diagonal()) {
-      if (quadratic) {
-        std::erase_if(stage.phases, [](const Phase& p) { return p.z == 0 && !p.angle.is_constant(); });
-      }
-      stage.real = plan.options.real && make_real(stage, plan.n_wires, quadratic);
-      std::ranges::stable_sort(stage.phases, std::less{}, &Phase::z);
-      std::vector<Index> masks;
-      std::vector<std::uint32_t> items;
-      for (std::uint32_t k = 0; k < stage.phases.size(); ++k) {
-        if (stage.phases[k].angle.is_constant()) continue;
-        masks.push_back(stage.phases[k].z);
-        items.push_back(k);
-      }
-      stage.trees = sum_trees(masks, items, plan.n_wires);
-      stage.constant = constant_table(stage, plan.n_wires);
-    } else {
-      std::ranges::stable_sort(stage.rotations, std::greater{}, [](const Rotation& r) { return r.x; });
-      const int radix = plan.options.rotate_radix;
-      if (&stage == &plan.stages.front()) {
-        const std::uint32_t n_low = lowest_first(stage.rotations, plan.inputs, plan.n_wires, plan.options.load_radix);
-        plan.starts_low = n_low > 0;
-        stage.unwind = stage.rotate = rotation_passes(stage.rotations, plan.n_wires, radix, n_low);
-      } else {
-        stage.rotate = rotation_passes(stage.rotations, plan.n_wires, radix);
-        stage.unwind = rotation_passes(stage.rotations, plan.n_wires, plan.options.unwind_radix);
-      }
-    }
+    if (stage.is_diagonal()) lay_out_diagonal(plan, stage);
   }
   std::erase_if(plan.stages, [](const Stage& s) { return s.phases.empty() && s.rotations.empty(); });
   plan.real = plan.options.real && std::ranges::all_of(plan.stages, [](const Stage& s) { return s.real; });
+
+  std::uint32_t n_kept = 0;
+  for (std::size_t s = plan.stages.size(); s-- > 0;) {
+    Stage& stage = plan.stages[s];
+    if (stage.is_diagonal()) continue;
+    std::ranges::stable_sort(stage.rotations, std::greater{}, [](const Rotation& r) { return r.x; });
+    stage.kept = s > 0 && n_kept < Plan::max_kept;
+    n_kept += stage.kept;
+    std::uint32_t n_low = 0;
+    if (s == 0) n_low = lowest_first(stage.rotations, plan.inputs, plan.n_wires, plan.options.load_radix);
+    plan.starts_low = n_low > 0;
+    stage.rotate = rotation_passes(stage.rotations, plan.n_wires, plan.options.rotate_radix, n_low);
+    // The adjoint undoes two states at once, or one where it needs the other no more or has kept it.
+    stage.unwind = s == 0 || stage.kept
+                       ? stage.rotate
+                       : rotation_passes(stage.rotations, plan.n_wires, plan.options.unwind_radix);
+  }
 }
 
 // A pair of strings (x, 0) and (x, z) that a real state has.
@@ -855,9 +861,10 @@ Operations count_operations(const Plan& plan, std::uint32_t columns) {
   for (const Stage& stage : plan.stages) {
     if (!stage.is_diagonal()) {
       const double turned = double(stage.rotations.size()) * n * parts;
-      const double states = &stage == &plan.stages.front() ? 1 : 2;  // bra, and ket if a stage comes before
+      const bool bra_alone = stage.kept || &stage == &plan.stages.front();
       forward += rotation * turned;
-      back += (1 + states * rotation) * turned;  // with the overlap
+      back += (1 + (bra_alone ? 1 : 2) * rotation) * turned;  // with the overlap
+      if (stage.kept) back += n * parts;
     } else if (stage.real) {
       forward += n * parts;
       back += 2 * n * parts;

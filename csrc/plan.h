@@ -91,7 +91,8 @@ struct Tree {
 
 struct Stage {
   std::vector<Rotation> rotations;    // mutually commuting: parity(z_r & x_s) = (r == s)
-  std::vector<Pass> rotate, unwind;   // how the kernels walk through them; of the first stage, `unwind` is of one state
+  std::vector<Pass> rotate, unwind;   // how the kernels walk through them
+  bool kept = false;                  // the adjoint keeps the ket from before these rotations instead of undoing them
   std::vector<Phase> phases;          // or a diagonal: the product of all these
   std::vector<Tree> trees;            // sums for the derivatives; every phase that depends on theta is in one slot
   std::vector<std::complex<double>> constant;  // product of the phases that do not depend on theta, if any
@@ -132,6 +133,7 @@ struct Term {
 };
 
 struct Plan {
+  static constexpr std::uint32_t max_kept = 3;  // stages, so that the adjoint's memory does not depend on the depth
   std::uint32_t n_wires = 0;
   std::uint32_t n_parameters = 0;
   bool normalize = true;
