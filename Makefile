@@ -35,7 +35,7 @@ compare: $(VENV)/.compare
 	$(BIN)/qaa compare --budget $(BUDGET) --out $(OUTPUT)
 
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses auto --dist loadfile
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks
