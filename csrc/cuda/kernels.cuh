@@ -19,7 +19,8 @@
 namespace qaa::cuda {
 
 constexpr std::uint32_t warp_size = 32, whole_warp = ~0u;
-constexpr std::uint32_t max_threads = 512;
+template <class T>
+constexpr std::uint32_t max_threads = sizeof(T) == 8 ? 256 : 512;  // a thread with float64 needs more registers
 constexpr std::uint32_t threads_of_whole_warps = 128;  // per block where a warp holds whole states
 
 // Everything that a launch needs. Pointers are to device memory.
@@ -105,9 +106,16 @@ __device__ __forceinline__ T negate_if(bool condition, T value) {
   return condition ? -value : value;
 }
 
+// A number that the compiler takes for a new one: it then computes addresses from it again, where it would otherwise
+// keep all those of a tile in registers.
+__device__ __forceinline__ std::uint32_t opaque(std::uint32_t value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // The bit that changes on the way to step i of a Gray code over 16 numbers, and the code there.
-constexpr QAA_ANYWHERE int changed_bit(int i) { return i & 1 ? 0 : i & 2 ? 1 : i & 4 ? 2 : 3; }
-constexpr QAA_ANYWHERE int gray(int i) { return i ^ (i >> 1); }
+constexpr QAA_ANYWHERE std::uint32_t changed_bit(std::uint32_t i) { return i & 1 ? 0 : i & 2 ? 1 : i & 4 ? 2 : 3; }
+constexpr QAA_ANYWHERE std::uint32_t gray(std::uint32_t i) { return i ^ (i >> 1); }
 
 // The sums over the lanes of a warp of four values at once: lane 8 k + j has the sum of value k. With `lowest` > 1 the
 // lanes that differ in bits below it are not added up, and j < lowest tells them apart.
@@ -342,19 +350,20 @@ class Worker {
     Tile tile;
     std::uint32_t masks[tile_bits];  // in bytes
 
-    // Calls f(v, address) for all amplitudes v, each one a mask away from the one before.
+    // Calls f(v, address) for all amplitudes v.
     template <class F>
     __device__ __forceinline__ void each(std::uint32_t first, F&& f) const {
-      std::uint32_t address = first;
-      f(0, address);
+      first = opaque(first);
 #pragma unroll
-      for (int i = 1; i < int(tile_size); ++i) {
-        address ^= masks[changed_bit(i)];
-        f(gray(i), address);
-      }
+      for (std::uint32_t v = 0; v < tile_size; ++v) f(v, address(first, v));
+    }
+    __device__ __forceinline__ std::uint32_t address(std::uint32_t first, std::uint32_t v) const {
+      const std::uint32_t low = (v & 1 ? masks[0] : 0) ^ (v & 2 ? masks[1] : 0);
+      const std::uint32_t high = (v & 4 ? masks[2] : 0) ^ (v & 8 ? masks[3] : 0);
+      return first ^ low ^ high;
     }
     __device__ __forceinline__ Index base() const { return tile & 0xffff; }
-    __device__ __forceinline__ bool flipped(int k) const { return (tile >> (16 + k)) & 1; }
+    __device__ __forceinline__ bool flipped(std::uint32_t k) const { return (tile >> (16 + k)) & 1; }
   };
 
   // Calls f(place, first address of the tile's real part) for all tiles of this thread.
@@ -362,7 +371,7 @@ class Worker {
   __device__ __forceinline__ void for_tiles(const Pass& pass, F&& f) const {
     Place place;
 #pragma unroll
-    for (int k = 0; k < int(tile_bits); ++k) place.masks[k] = pass.masks[k] << unit_;
+    for (std::uint32_t k = 0; k < tile_bits; ++k) place.masks[k] = pass.masks[k] << unit_;
     const Tile* tiles = layout_.tiles.in(a_.description) + pass.tiles;
     for (std::uint32_t t = first_tile_; t < n_tiles_; t += stride_) {
       place.tile = tiles[t];
@@ -376,10 +385,10 @@ class Worker {
   }
 
   __device__ __forceinline__ void load(const Place& place, std::uint32_t first, T (&tile)[tile_size]) const {
-    place.each(first, [&](int v, std::uint32_t address) { tile[v] = at(address); });
+    place.each(first, [&](std::uint32_t v, std::uint32_t address) { tile[v] = at(address); });
   }
   __device__ __forceinline__ void store(const Place& place, std::uint32_t first, const T (&tile)[tile_size]) const {
-    place.each(first, [&](int v, std::uint32_t address) { at(address) = tile[v]; });
+    place.each(first, [&](std::uint32_t v, std::uint32_t address) { at(address) = tile[v]; });
   }
 
   // ---------------------------------------------------------------------------------------------- rows
@@ -507,7 +516,7 @@ class Worker {
     Turns turns;
     const T* values = a_.values + pass.values;
 #pragma unroll
-    for (int k = 0; k < int(tile_bits); ++k) {
+    for (std::uint32_t k = 0; k < tile_bits; ++k) {
       turns.cosine[k] = values[2 * k];
       turns.sine[k] = values[2 * k + 1];
     }
@@ -516,16 +525,16 @@ class Worker {
   // The same with the sines' signs that hold for a tile.
   static __device__ __forceinline__ Turns flipped(Turns turns, const Place& place, bool inverse) {
 #pragma unroll
-    for (int k = 0; k < int(tile_bits); ++k) turns.sine[k] = negate_if(place.flipped(k) != inverse, turns.sine[k]);
+    for (std::uint32_t k = 0; k < tile_bits; ++k) turns.sine[k] = negate_if(place.flipped(k) != inverse, turns.sine[k]);
     return turns;
   }
 
   static __device__ __forceinline__ void rotate_tile(T (&tile)[tile_size], const Turns& turns, std::uint32_t n) {
 #pragma unroll
-    for (int k = 0; k < int(tile_bits); ++k) {
+    for (std::uint32_t k = 0; k < tile_bits; ++k) {
       if (k >= n) continue;
 #pragma unroll
-      for (int v = 0; v < int(tile_size); ++v) {
+      for (std::uint32_t v = 0; v < tile_size; ++v) {
         if (v >> k & 1) continue;
         const T a = tile[v], b = tile[v | 1 << k];
         tile[v] = turns.cosine[k] * a - turns.sine[k] * b;
@@ -559,11 +568,11 @@ class Worker {
         load(place, in_part(first, part), ket);
         load(place, in_part(first, bra_ + part), bra);
 #pragma unroll
-        for (int k = 0; k < int(tile_bits); ++k) {
+        for (std::uint32_t k = 0; k < tile_bits; ++k) {
           if (k >= pass.n_items) continue;
           T sum = 0;
 #pragma unroll
-          for (int v = 0; v < int(tile_size); ++v) {
+          for (std::uint32_t v = 0; v < tile_size; ++v) {
             if (v >> k & 1) continue;
             sum += bra[v | 1 << k] * ket[v];
             sum -= bra[v] * ket[v | 1 << k];
@@ -581,36 +590,45 @@ class Worker {
 
   // ---------------------------------------------------------------------------------------------- diagonals
 
-  // The diagonal at the 16 amplitudes of a tile: its value at the base comes from a table, and each of the four items
-  // that tell the amplitudes apart turns it on.
-  struct Diagonal {
-    T re[tile_size], im[tile_size];
-  };
-  __device__ __forceinline__ Diagonal diagonal_of(const Pass& pass, const Place& place, std::uint32_t t,
-                                                  bool conjugate) const {
-    const T* values = a_.values + pass.values;
-    const Turns turns = flipped(turns_of(pass), place, conjugate);
-    const T* base = values + 2 * tile_bits + 2 * t;
-    Diagonal out;
-    out.re[0] = base[0];
-    out.im[0] = negate_if(conjugate, base[1]);
-#pragma unroll
-    for (int k = 0; k < int(tile_bits); ++k) {
-#pragma unroll
-      for (int v = 0; v < (1 << k); ++v) {
-        out.re[v | 1 << k] = out.re[v] * turns.cosine[k] - out.im[v] * turns.sine[k];
-        out.im[v | 1 << k] = out.re[v] * turns.sine[k] + out.im[v] * turns.cosine[k];
-      }
-    }
-    return out;
-  }
-
   struct Amplitude {
     T re, im;
     __device__ __forceinline__ Amplitude times(T other_re, T other_im) const {
       return {re * other_re - im * other_im, re * other_im + im * other_re};
     }
   };
+  // The diagonal at the 16 amplitudes of a tile: its value at the base comes from a table, and each of the four items
+  // that tell the amplitudes apart turns it on.
+  struct Diagonal {
+    Amplitude high[tile_bits];  // for the two higher bits
+    Turns turns;
+    __device__ __forceinline__ Amplitude turned(const Amplitude& a, std::uint32_t k) const {
+      return a.times(turns.cosine[k], turns.sine[k]);
+    }
+    // Calls f(v, value) for all amplitudes v.
+    template <class F>
+    __device__ __forceinline__ void each(F&& f) const {
+#pragma unroll
+      for (std::uint32_t h = 0; h < 4; ++h) {
+        const Amplitude one = turned(high[h], 0), two = turned(high[h], 1);
+        f(4 * h, high[h]);
+        f(4 * h + 1, one);
+        f(4 * h + 2, two);
+        f(4 * h + 3, turned(two, 0));
+      }
+    }
+  };
+  __device__ __forceinline__ Diagonal diagonal_of(const Pass& pass, const Place& place, std::uint32_t t,
+                                                  bool conjugate) const {
+    const T* base = a_.values + pass.values + 2 * tile_bits + 2 * t;
+    Diagonal out;
+    out.turns = flipped(turns_of(pass), place, conjugate);
+    out.high[0] = {base[0], negate_if(conjugate, base[1])};
+    out.high[1] = out.turned(out.high[0], 2);
+    out.high[2] = out.turned(out.high[0], 3);
+    out.high[3] = out.turned(out.high[2], 2);
+    return out;
+  }
+
   __device__ __forceinline__ Amplitude get(std::uint32_t address, bool complex) const {
     return {at(address), complex ? at(in_part(address, 1)) : T(0)};
   }
@@ -623,8 +641,9 @@ class Worker {
     std::uint32_t t = first_tile_;
     for_tiles(pass, [&](const Place& place, std::uint32_t first) {
       const Diagonal diagonal = diagonal_of(pass, place, t, false);
-      place.each(first, [&](int v, std::uint32_t address) {
-        set(address, get(address, pass.complex_before).times(diagonal.re[v], diagonal.im[v]), true);
+      diagonal.each([&](std::uint32_t v, const Amplitude& factor) {
+        const std::uint32_t address = place.address(first, v);
+        set(address, get(address, pass.complex_before).times(factor.re, factor.im), true);
       });
       t += stride_;
     });
@@ -638,12 +657,12 @@ class Worker {
     for_tiles(pass, [&](const Place& place, std::uint32_t first) {
       const Diagonal diagonal = diagonal_of(pass, place, t, true);
       T overlap[tile_size];
-      place.each(first, [&](int v, std::uint32_t address) {
-        const std::uint32_t bra_address = in_part(address, bra_);
+      diagonal.each([&](std::uint32_t v, const Amplitude& factor) {
+        const std::uint32_t address = place.address(first, v), bra_address = in_part(address, bra_);
         const Amplitude ket = get(address, true), bra = get(bra_address, true);
         overlap[v] = bra.re * ket.im - bra.im * ket.re;
-        set(address, ket.times(diagonal.re[v], diagonal.im[v]), pass.complex_before);
-        set(bra_address, bra.times(diagonal.re[v], diagonal.im[v]), pass.complex_before);
+        set(address, ket.times(factor.re, factor.im), pass.complex_before);
+        set(bra_address, bra.times(factor.re, factor.im), pass.complex_before);
       });
       signed_sums(pass, place, overlap, [&](std::uint32_t k, const T(&sums)[tile_bits]) { add_to_slots(pass, k, sums); });
       t += stride_;
@@ -653,7 +672,7 @@ class Worker {
   template <bool conjugate>
   __device__ __forceinline__ void multiply_part(const Pass& pass, const Place& place, std::uint32_t first) {
     const T* table = a_.values + pass.values;
-    place.each(first, [&](int, std::uint32_t address) {
+    place.each(first, [&](std::uint32_t, std::uint32_t address) {
       const Index i = place.base() ^ ((address ^ first) >> unit_);
       const T re = table[2 * i], im = negate_if(conjugate, table[2 * i + 1]);
       if (!pass.complex_after) {
@@ -682,10 +701,11 @@ class Worker {
                                               Take&& take) const {
     T sums[tile_bits];
 #pragma unroll
-    for (int k = 0; k < int(tile_bits); ++k) {
+    for (std::uint32_t k = 0; k < tile_bits; ++k) {
       T difference = 0;
 #pragma unroll
-      for (int v = 0; v < int(tile_size) >> (k + 1); ++v) {
+      for (std::uint32_t v = 0; v < tile_size / 2; ++v) {
+        if (v >= tile_size >> (k + 1)) continue;  // a bound that all unrolled loops share
         difference += value[2 * v] - value[2 * v + 1];
         value[v] = value[2 * v] + value[2 * v + 1];
       }
@@ -747,16 +767,17 @@ class Worker {
           weight[0] += negate_if(odd(items[k].z & place.base()), weight_of(items[k].id));
         }
 #pragma unroll
-        for (int k = 0; k < int(tile_bits); ++k) {
+        for (std::uint32_t k = 0; k < tile_bits; ++k) {
           const T w = negate_if(place.flipped(k), weight_of(items[k].id));
 #pragma unroll
-          for (int v = 0; v < (1 << k); ++v) {
+          for (std::uint32_t v = 0; v < tile_size / 2; ++v) {
+            if (v >= 1u << k) continue;
             weight[v | 1 << k] = weight[v] - w;
             weight[v] += w;
           }
         }
       }
-      place.each(first, [&](int v, std::uint32_t address) {
+      place.each(first, [&](std::uint32_t v, std::uint32_t address) {
         const Amplitude ket = get(address, complex);
         square[v] = ket.re * ket.re + ket.im * ket.im;
         if constexpr (apply) {
@@ -773,6 +794,37 @@ class Worker {
     });
   }
 
+  // How a string's sign changes when bit m of an amplitude's place in the tile does.
+  struct Signs {
+    T change[tile_bits];
+    __device__ __forceinline__ explicit Signs(Index signs) {
+#pragma unroll
+      for (std::uint32_t m = 0; m < tile_bits; ++m) change[m] = signs >> m & 1 ? T(-1) : T(1);
+    }
+  };
+  // The sum over pairs v, u = v ^ (1 << k) of sign(v) a[v] b[u]. Along a Gray code one bit changes at a time, and with it
+  // the sign of all that was summed before; the last step is v = 0, which has none.
+  static __device__ __forceinline__ T pair_sum(std::uint32_t k, const Signs& signs, const T (&a)[tile_size],
+                                               const T (&b)[tile_size]) {
+    T sum = 0;
+#pragma unroll
+    for (std::uint32_t i = tile_size / 2; i-- > 0;) {
+      const std::uint32_t code = gray(i), v = (code >> k << (k + 1)) | (code & ((1u << k) - 1));
+      sum += a[v] * b[v | 1 << k];
+      if (i > 0) sum *= signs.change[changed_bit(i) + (changed_bit(i) >= k)];
+    }
+    return sum;
+  }
+  // to[v] += weight sign(v) from[v ^ (1 << k)]
+  static __device__ __forceinline__ void add_flipped(std::uint32_t k, const Signs& signs, T weight, const T (&from)[tile_size],
+                                                     T (&to)[tile_size]) {
+#pragma unroll
+    for (std::uint32_t i = 0; i < tile_size; ++i) {
+      if (i > 0) weight *= signs.change[changed_bit(i)];
+      to[gray(i)] += weight * from[gray(i) ^ 1 << k];
+    }
+  }
+
   template <bool apply>
   __device__ __forceinline__ void measure_x(const Pass& pass, bool first_pass) {
     const bool complex = layout_.ends_complex;
@@ -782,53 +834,35 @@ class Worker {
       T re[tile_size], im[tile_size];
       load(place, first, re);
       if (complex) load(place, in_part(first, 1), im);
-      // The value: twice the sum over pairs v, v ^ (1 << k) of sign * product. Along a Gray code one sign changes at a
-      // time, and it changes that of all that was summed before.
-      T sign[tile_bits][tile_bits];
 #pragma unroll
-      for (int k = 0; k < int(tile_bits); ++k) {
-#pragma unroll
-        for (int m = 0; m < int(tile_bits); ++m) sign[k][m] = pass.signs[k] >> m & 1 ? T(-1) : T(1);
-      }
-#pragma unroll
-      for (int k = 0; k < int(tile_bits); ++k) {
+      for (std::uint32_t k = 0; k < tile_bits; ++k) {
         const bool mirrored = pass.mirrored >> k & 1;
         if (k >= pass.n_items || (mirrored && !complex)) continue;
-        T sum = 0;
-        int last_step = 0;
-#pragma unroll
-        for (int i = 0; i < int(tile_size) / 2; ++i) {
-          // Step i of the Gray code over the three other bits of v.
-          const int code = gray(i), v = (code >> k << (k + 1)) | (code & ((1 << k) - 1)), u = v | 1 << k;
-          if (i > 0) sum *= sign[k][changed_bit(i) + (changed_bit(i) >= k)];
-          if (mirrored) {
-            sum += re[v] * im[u];
-            sum -= im[v] * re[u];
-          } else {
-            sum += re[v] * re[u];
-            if (complex) sum += im[v] * im[u];
-          }
-          last_step = v;
+        const Signs signs(pass.signs[k]);
+        T sum;
+        if (!mirrored) {
+          sum = pair_sum(k, signs, re, re);
+          if (complex) sum += pair_sum(k, signs, im, im);
+        } else {
+          sum = pair_sum(k, signs, re, im) - pair_sum(k, signs, im, re);
         }
-        // The sum's sign is that of the last step: v has that parity with the item's z.
-        const bool flip = place.flipped(k) != (odd(pass.signs[k] & last_step) != 0);
-        total[k] += 2 * negate_if(flip, sum);
+        total[k] += 2 * negate_if(place.flipped(k), sum);
       }
       if constexpr (apply) {
         for (std::uint32_t part = 0; part <= std::uint32_t(complex); ++part) {
           const std::uint32_t first_bra = in_part(first, bra_ + part);
           T bra[tile_size];
-          place.each(first_bra, [&](int v, std::uint32_t address) { bra[v] = first_pass ? T(0) : at(address); });
+          place.each(first_bra, [&](std::uint32_t v, std::uint32_t address) { bra[v] = first_pass ? T(0) : at(address); });
 #pragma unroll
-          for (int k = 0; k < int(tile_bits); ++k) {
+          for (std::uint32_t k = 0; k < tile_bits; ++k) {
             const bool mirrored = pass.mirrored >> k & 1;
             if (k >= pass.n_items || (mirrored && !complex)) continue;
-            T weight = negate_if(place.flipped(k) != (mirrored && part == 1), weight_of(items[k].id));
-#pragma unroll
-            for (int i = 0; i < int(tile_size); ++i) {
-              const int v = gray(i), u = v ^ 1 << k;
-              if (i > 0) weight *= sign[k][changed_bit(i)];
-              bra[v] += weight * (mirrored != (part == 1) ? im[u] : re[u]);
+            const Signs signs(pass.signs[k]);
+            const T weight = negate_if(place.flipped(k) != (mirrored && part == 1), weight_of(items[k].id));
+            if (mirrored == (part == 1)) {
+              add_flipped(k, signs, weight, re, bra);
+            } else {
+              add_flipped(k, signs, weight, im, bra);
             }
           }
           store(place, first_bra, bra);
@@ -837,7 +871,7 @@ class Worker {
     });
     if constexpr (apply) {
 #pragma unroll
-      for (int k = 0; k < int(tile_bits); ++k) {
+      for (std::uint32_t k = 0; k < tile_bits; ++k) {
         if (k < pass.n_items) overlap_ += weight_of(items[k].id) * total[k];
       }
     }
@@ -954,7 +988,7 @@ class Worker {
 // ------------------------------------------------------------------------------------------------ kernels
 
 template <class T, bool in_warp, bool in_shared>
-__global__ void __launch_bounds__(in_warp ? threads_of_whole_warps : max_threads) forward_kernel(
+__global__ void __launch_bounds__(in_warp ? threads_of_whole_warps : max_threads<T>) forward_kernel(
     const __grid_constant__ Arguments<T> a) {
   QAA_DYNAMIC_SHARED(unsigned char, shared);
   Worker<T, in_warp, in_shared> worker(a, shared, false);
@@ -973,7 +1007,7 @@ __global__ void __launch_bounds__(in_warp ? threads_of_whole_warps : max_threads
 }
 
 template <class T, bool in_warp, bool in_shared>
-__global__ void __launch_bounds__(in_warp ? threads_of_whole_warps : max_threads) backward_kernel(
+__global__ void __launch_bounds__(in_warp ? threads_of_whole_warps : max_threads<T>) backward_kernel(
     const __grid_constant__ Arguments<T> a) {
   QAA_DYNAMIC_SHARED(unsigned char, shared);
   Worker<T, in_warp, in_shared> worker(a, shared, true);
@@ -1014,6 +1048,11 @@ __device__ double angle_of(const Arguments<T>& a, std::uint32_t which) {
   return value;
 }
 
+// Angles are small enough by now for this way around `sincos`, whose reduction of huge angles needs local memory.
+__device__ __forceinline__ void sine_and_cosine(double angle, double* sine, double* cosine) {
+  sincospi(angle * 0.31830988618379067, sine, cosine);
+}
+
 // A term's coefficient, or its derivative with respect to the angle of one of its factors.
 template <class T>
 __device__ double coefficient_of(const Arguments<T>& a, std::uint32_t t, std::uint32_t derivative_of) {
@@ -1022,7 +1061,7 @@ __device__ double coefficient_of(const Arguments<T>& a, std::uint32_t t, std::ui
   double value = term.sign;
   for (std::uint32_t f = 0; f < term.n_factors; ++f) {
     double sine, cosine;
-    sincos(angle_of(a, factors[f].angle), &sine, &cosine);
+    sine_and_cosine(angle_of(a, factors[f].angle), &sine, &cosine);
     if (f == derivative_of) {
       value *= factors[f].sine ? cosine : -sine;
     } else {
@@ -1063,13 +1102,13 @@ __global__ void __launch_bounds__(threads_of_whole_warps) bind_kernel(const __gr
   for (std::uint32_t k = threadIdx.x; k < tile_bits; k += blockDim.x) {
     double sine = 0, cosine = 1;
     if (k < pass.n_items && items[k].angle != unused) {
-      sincos(angle_of(a, items[k].angle) * (phases ? 1.0 : 0.5), &sine, &cosine);
+      sine_and_cosine(angle_of(a, items[k].angle) * (phases ? 1.0 : 0.5), &sine, &cosine);
     }
     values[2 * k] = T(cosine);
     values[2 * k + 1] = T(sine);
   }
   if (!phases) return;
-  QAA_SHARED(double, angles[max_items]);
+  QAA_SHARED(double, angles, max_items);
   for (std::uint32_t k = threadIdx.x; k < pass.n_items; k += blockDim.x) {
     angles[k] = items[k].angle != unused ? angle_of(a, items[k].angle) : 0;
   }
@@ -1080,7 +1119,7 @@ __global__ void __launch_bounds__(threads_of_whole_warps) bind_kernel(const __gr
     for (std::uint32_t k = 0; k < pass.n_items; ++k) {
       angle += negate_if(odd(items[k].z & tiles[t] & 0xffff), angles[k]);
     }
-    sincos(-angle / 2, &sine, &cosine);
+    sine_and_cosine(-angle / 2, &sine, &cosine);
     values[2 * tile_bits + 2 * t] = T(cosine);
     values[2 * tile_bits + 2 * t + 1] = T(sine);
   }
@@ -1101,7 +1140,7 @@ __global__ void __launch_bounds__(threads_of_whole_warps) chain_rule_kernel(cons
     sum += a.values[layout.contribution_values + c] * of_slot;
   }
   for (std::uint32_t step = warp_size / 2; step > 0; step /= 2) sum += __shfl_xor_sync(whole_warp, sum, step);
-  QAA_SHARED(T, of_warps[threads_of_whole_warps / warp_size]);
+  QAA_SHARED(T, of_warps, threads_of_whole_warps / warp_size);
   if (threadIdx.x % warp_size == 0) of_warps[threadIdx.x / warp_size] = sum;
   __syncthreads();
   if (threadIdx.x != 0) return;

@@ -36,19 +36,20 @@ constexpr std::int64_t max_blocks = 4096, max_blocks_with_workspace = 256;
 // What a block may have of shared memory without asking, and with room for a neighbour on every device.
 constexpr std::size_t modest_shared_bytes = 48 << 10;
 
-Shape shape_of(const Layout& layout, std::int64_t rows, std::size_t number, bool backward) {
+template <class T>
+Shape shape_of(const Layout& layout, std::int64_t rows, bool backward) {
   Shape s{};
   s.in_warp = layout.n_wires <= warp_wires;
   const std::uint32_t states_per_warp = warp_size >> lane_bits(layout.n_wires);
   const std::uint32_t parts = (layout.ends_complex ? 2 : 1) << backward;
-  const std::size_t state = (std::size_t{parts} << layout.n_wires) * number;
+  const std::size_t state = (std::size_t{parts} << layout.n_wires) * sizeof(T);
   std::uint32_t n_warps =
-      (s.in_warp ? threads_of_whole_warps : std::min(layout.n_tiles(), max_threads)) / warp_size;
+      (s.in_warp ? threads_of_whole_warps : std::min(layout.n_tiles(), max_threads<T>)) / warp_size;
   std::size_t states, sums;
   auto measure = [&] {
     states = state * (s.in_warp ? n_warps * states_per_warp : 1);
-    s.sums_per_block = Sums<float>::size(layout, n_warps, backward);
-    sums = s.sums_per_block * number;
+    s.sums_per_block = Sums<T>::size(layout, n_warps, backward);
+    sums = s.sums_per_block * sizeof(T);
   };
   measure();
   while (s.in_warp && n_warps > 1 && states + sums > modest_shared_bytes) {
@@ -71,8 +72,8 @@ Shape shape_of(const Layout& layout, std::int64_t rows, std::size_t number, bool
     s.workspace_bytes += (bytes + 255) / 256 * 256;
     return at;
   };
-  take(layout.n_values * number);
-  s.partial = take(backward ? std::size_t{layout.n_slots} * s.n_blocks * number : 0);
+  take(layout.n_values * sizeof(T));
+  s.partial = take(backward ? std::size_t{layout.n_slots} * s.n_blocks * sizeof(T) : 0);
   s.states = take(s.states_in_shared ? 0 : s.n_blocks * states);
   s.sums = take(s.sums_in_shared ? 0 : s.n_blocks * sums);
   return s;
@@ -118,7 +119,7 @@ void launch(Kernel<T> kernel, const Arguments<T>& a, const Shape& shape, cudaStr
 
 template <class T>
 void forward_as(const ForwardCall& call) {
-  const Shape shape = shape_of(call.program.layout, call.x.rows, sizeof(T), false);
+  const Shape shape = shape_of<T>(call.program.layout, call.x.rows, false);
   const auto stream = static_cast<cudaStream_t>(call.stream);
   Arguments<T> a = arguments<T>(call, shape);
   a.features = call.features;
@@ -131,7 +132,7 @@ void forward_as(const ForwardCall& call) {
 
 template <class T>
 void backward_as(const BackwardCall& call) {
-  const Shape shape = shape_of(call.program.layout, call.x.rows, sizeof(T), true);
+  const Shape shape = shape_of<T>(call.program.layout, call.x.rows, true);
   const auto stream = static_cast<cudaStream_t>(call.stream);
   Arguments<T> a = arguments<T>(call, shape);
   a.grad = call.grad;
@@ -164,7 +165,8 @@ bool is_available() {
 }
 
 std::size_t workspace_bytes(const Program& program, std::int64_t rows, Scalar scalar, bool backward) {
-  return shape_of(program.layout, rows, scalar == Scalar::float64 ? 8 : 4, backward).workspace_bytes;
+  return scalar == Scalar::float64 ? shape_of<double>(program.layout, rows, backward).workspace_bytes
+                                   : shape_of<float>(program.layout, rows, backward).workspace_bytes;
 }
 
 void forward(const ForwardCall& call) {

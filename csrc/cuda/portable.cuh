@@ -1,7 +1,7 @@
 // The few macros that let one source run on a GPU (nvcc) and, in tests, on the CPU (tests/cuda/emulator.h).
 //
 //   QAA_DYNAMIC_SHARED(T, name)   the block's dynamic shared memory as `T* name`, 16-byte aligned
-//   QAA_SHARED(T, name[size])     a static shared array
+//   QAA_SHARED(T, name, size)     a static shared array
 //   QAA_LAUNCH(kernel, grid, block, shared_bytes, stream, arguments...)
 #pragma once
 
@@ -13,7 +13,7 @@
 #include <cuda_runtime.h>
 
 #define QAA_DYNAMIC_SHARED(T, name) extern __shared__ __align__(16) T name[]
-#define QAA_SHARED(T, name) __shared__ T name
+#define QAA_SHARED(T, name, size) __shared__ T name[size]
 #define QAA_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<(grid), (block), (shared_bytes), (stream)>>>(__VA_ARGS__)
 #endif
