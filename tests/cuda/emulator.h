@@ -27,6 +27,7 @@
 #define __forceinline__ inline
 #define __align__(n) alignas(n)
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 #define QAA_DYNAMIC_SHARED(T, name) T* const name = static_cast<T*>(emulator::dynamic_shared())
 #define QAA_SHARED(T, name, size) T(&name)[size] = emulator::static_shared<T[size]>([] {})
