@@ -19,14 +19,55 @@
 namespace qaa::cuda {
 
 constexpr std::uint32_t warp_size = 32, whole_warp = ~0u;
-template <class T>
-constexpr std::uint32_t max_threads = sizeof(T) == 8 ? 256 : 512;  // a thread with float64 needs more registers
+constexpr std::uint32_t max_threads = 256;  // of a block that holds one state
 constexpr std::uint32_t threads_of_whole_warps = 128;  // per block where a warp holds whole states
+
+// What a block keeps in memory: its states, then sums over a state's threads on their way to whoever needs them.
+//   norms, overlaps  of each warp, where a block holds one state
+//   strings          values of the strings: (n_strings, width)
+//   weights          their derivatives: (n_strings, states of the warp)
+//   slots            derivatives, added up over the rows of the block: (n_slots, n_warps)
+// Where a warp holds whole states, every warp has its own states, strings and weights. The states of a warp lie
+// interleaved, amplitude by amplitude.
+struct BlockMemory {
+  std::uint32_t n_warps, n_states;  // of the block; of each warp, or of the block
+  std::uint32_t width;              // sums of a string that are kept apart: one for each warp of a state or state of a warp
+  std::uint32_t n_threads_of_state;
+  std::uint32_t shift, unit;        // log2 of the numbers, and of the bytes, from one amplitude to the next
+  std::uint32_t bra;                // the part where the bra starts: after the parts of the ket
+  std::uint32_t state_bytes;        // of all the states of a warp, or of the block
+  std::uint32_t sums;               // in bytes: where the sums start; in numbers from there:
+  std::uint32_t overlaps, strings, strings_of_warp, weights, weights_of_warp, slots;
+  std::uint32_t bytes;              // all together
+
+  BlockMemory() = default;
+  BlockMemory(const Layout& layout, std::uint32_t number, std::uint32_t warps, bool backward) {
+    const bool in_warp = layout.n_wires <= warp_wires;
+    const std::uint32_t holders = in_warp ? warps : 1;
+    n_warps = warps;
+    shift = in_warp ? 5 - lane_bits(layout.n_wires) : 0;
+    n_states = 1u << shift;
+    width = in_warp ? n_states : warps;
+    n_threads_of_state = in_warp ? layout.n_tiles() : warps * warp_size;
+    unit = shift + (number == 8 ? 3 : 2);
+    bra = layout.ends_complex ? 2 : 1;
+    state_bytes = (bra << backward) << (layout.n_wires + unit);
+    sums = holders * state_bytes;
+    overlaps = warps;
+    strings = 2 * warps;
+    strings_of_warp = width * layout.n_strings;
+    weights = strings + holders * strings_of_warp;
+    weights_of_warp = backward ? n_states * layout.n_strings : 0;
+    slots = weights + holders * weights_of_warp;
+    bytes = sums + (slots + (backward ? layout.n_slots * warps : 0)) * number;
+  }
+};
 
 // Everything that a launch needs. Pointers are to device memory.
 template <class T>
 struct Arguments {
   Layout layout;
+  BlockMemory block;
   const unsigned char* description;
   const void* theta;
   bool theta_is_double;
@@ -38,9 +79,7 @@ struct Arguments {
   void* grad_theta;   // of theta's type
   T* partial;         // backward: (n_slots, n_blocks), the sum of each block
   std::uint32_t n_blocks;
-  unsigned char* states;          // of all blocks, where they are not in shared memory
-  T* sums;                        // of all blocks, where they are not in shared memory
-  std::uint32_t sums_per_block;   // in numbers
+  unsigned char* memory;  // of all blocks, where they do not use shared memory
 };
 
 // ------------------------------------------------------------------------------------------------ numbers
@@ -132,64 +171,23 @@ __device__ __forceinline__ T sum_lanes(const T (&value)[tile_bits], std::uint32_
   return sum;
 }
 
-// Small shared arrays of a block: sums over a state's threads on their way to whoever needs them.
-template <class T>
-struct Sums {
-  T *norms, *overlaps;  // of each warp, where a block holds one state
-  T* strings;           // values of the strings: (n_strings, width)
-  T* weights;           // their derivatives: (n_strings, states of the warp)
-  T* slots;             // derivatives, added up over the rows of the block: (n_slots, n_warps)
-  std::uint32_t width;  // warps of the state, or states of the warp: whose sums are apart
-
-  // Numbers for all warps of a block.
-  static QAA_ANYWHERE std::uint32_t size(const Layout& layout, std::uint32_t n_warps, bool backward) {
-    const bool in_warp = layout.n_wires <= warp_wires;
-    const std::uint32_t width = in_warp ? n_warps * (warp_size >> lane_bits(layout.n_wires)) : n_warps;
-    const std::uint32_t weights = !backward ? 0 : in_warp ? width : 1;
-    return 2 * n_warps + layout.n_strings * (width + weights) + (backward ? layout.n_slots * n_warps : 0);
-  }
-};
-
 // ------------------------------------------------------------------------------------------------ a thread at work
 
-enum Part : std::uint32_t { ket_re, ket_im, bra_re, bra_im };
+enum Part : std::uint32_t { ket_re, ket_im };  // then the parts of the bra, after as many as the ket has
 
 template <class T, bool in_warp, bool in_shared>
 class Worker {
  public:
-  __device__ __forceinline__ Worker(const Arguments<T>& a, unsigned char* shared, bool backward)
-      : a_(a), layout_(a.layout), warp_(threadIdx.x / warp_size), lane_(threadIdx.x % warp_size) {
-    n_warps_ = blockDim.x / warp_size;
-    n_tiles_ = layout_.n_tiles();
-    shift_ = in_warp ? 5 - lane_bits(layout_.n_wires) : 0;
+  __device__ __forceinline__ Worker(const Arguments<T>& a, unsigned char* shared)
+      : a_(a), layout_(a.layout), block_(a.block), warp_(threadIdx.x / warp_size), lane_(threadIdx.x % warp_size) {
     state_ = in_warp ? lane_ & (n_states() - 1) : 0;
-    first_tile_ = in_warp ? lane_ >> shift_ : threadIdx.x;
-    stride_ = in_warp ? n_tiles_ : blockDim.x;
-    unit_ = shift_ + (sizeof(T) == 8 ? 3 : 2);
-    bra_ = layout_.ends_complex ? 2 : 1;
-    const std::uint32_t parts = bra_ << backward;
-    const std::uint32_t state_bytes = parts << (layout_.n_wires + unit_);
-    memory_ = in_shared ? shared : a.states + std::size_t{blockIdx.x} * state_bytes * (in_warp ? n_warps_ : 1);
-    origin_ = (in_warp ? warp_ * state_bytes : 0) + state_ * sizeof(T);
-
-    T* next = a.sums != nullptr ? a.sums + std::size_t{blockIdx.x} * a.sums_per_block
-                                : reinterpret_cast<T*>(shared + (in_shared ? state_bytes * (in_warp ? n_warps_ : 1) : 0));
-    sums_.width = in_warp ? n_states() : n_warps_;
-    sums_.norms = next;
-    sums_.overlaps = next + n_warps_;
-    next += 2 * n_warps_;
-    const std::uint32_t per_string = sums_.width * layout_.n_strings;
-    sums_.strings = next + (in_warp ? warp_ * per_string : 0);
-    next += per_string * (in_warp ? n_warps_ : 1);
-    if (!backward) return;
-    const std::uint32_t n_weights = n_states() * layout_.n_strings;
-    sums_.weights = next + (in_warp ? warp_ * n_weights : 0);
-    next += n_weights * (in_warp ? n_warps_ : 1);
-    sums_.slots = next;
+    first_tile_ = in_warp ? lane_ >> block_.shift : threadIdx.x;
+    memory_ = in_shared ? shared : a.memory + std::size_t{blockIdx.x} * block_.bytes;
+    origin_ = (in_warp ? warp_ * block_.state_bytes : 0) + state_ * sizeof(T);
   }
 
   // Rows are dealt to states: `first_row` is the row of the block's first state.
-  __device__ __forceinline__ std::uint32_t rows_per_block() const { return in_warp ? n_warps_ * n_states() : 1; }
+  __device__ __forceinline__ std::uint32_t rows_per_block() const { return in_warp ? block_.n_warps * n_states() : 1; }
   __device__ __forceinline__ void start(std::int64_t first_row) {
     row_ = first_row + (in_warp ? warp_ * n_states() + state_ : 0);
     active_ = row_ < a_.x.rows;
@@ -212,7 +210,7 @@ class Worker {
     T squares = 0;
     with_storage<T>(a_.x.scalar, [&](auto* storage) { squares = load_row(storage); });
     if (layout_.starts_complex) {
-      for (Index i = first_tile_; i < n_amplitudes(); i += stride_) at(address(ket_im, i)) = 0;
+      for (Index i = first_tile_; i < n_amplitudes(); i += stride()) at(address(ket_im, i)) = 0;
     }
     rescale_ = 1;
     if (!layout_.normalize) {
@@ -220,7 +218,7 @@ class Worker {
       inverse_ = 1;
       return;
     }
-    squared_ = sum_over_state(squares, sums_.norms);
+    squared_ = sum_over_state(squares, 0);
     constexpr T tiny = sizeof(T) == 8 ? T(1e-250) : T(1e-24f), huge = sizeof(T) == 8 ? T(1e300) : T(1e30f);
     if (__any_sync(whole_warp, squared_ > huge || squared_ < tiny)) rescue(squared_ > huge || squared_ < tiny);
     inverse_ = squared_ == 0 ? T(0) : layout_.readout == ReadoutKind::state ? 1 / sqrt(squared_) : 1 / squared_;
@@ -287,7 +285,7 @@ class Worker {
   // ---------------------------------------------------------------------------------------------- gradients
 
   __device__ __forceinline__ void clear_slots() {
-    for (std::uint32_t k = threadIdx.x; k < layout_.n_slots * n_warps_; k += blockDim.x) sums_.slots[k] = 0;
+    for (std::uint32_t k = threadIdx.x; k < layout_.n_slots * block_.n_warps; k += blockDim.x) slot_sum(0, k) = 0;
     __syncthreads();
   }
 
@@ -313,13 +311,13 @@ class Worker {
     // d/dx of q(x) / |x|^2, or of phi(x) / |x|: what lies along x drops out.
     T along = 0;
     if (layout_.normalize) {
-      const T overlap = sum_over_state(overlap_, sums_.overlaps);
+      const T overlap = sum_over_state(overlap_, block_.overlaps);
       along = squared_ == 0 ? T(0) : overlap / squared_;
     }
     const T outer = layout_.readout == ReadoutKind::state ? rescale_ : 2 * rescale_;
     with_storage<T>(a_.grad_x.scalar, [&](auto* storage) {
       store_row(storage, a_.grad_x, layout_.inputs, [&](std::uint32_t i) {
-        return outer * (at(address(bra_, i)) - along * at(address(ket_re, i)));
+        return outer * (at(address(block_.bra, i)) - along * at(address(ket_re, i)));
       });
     });
   }
@@ -329,7 +327,7 @@ class Worker {
     __syncthreads();
     for (std::uint32_t k = threadIdx.x; k < layout_.n_slots; k += blockDim.x) {
       T sum = 0;
-      for (std::uint32_t w = 0; w < n_warps_; ++w) sum += sums_.slots[k * n_warps_ + w];
+      for (std::uint32_t w = 0; w < block_.n_warps; ++w) sum += slot_sum(k, w);
       a_.partial[std::size_t{k} * a_.n_blocks + blockIdx.x] = sum;
     }
   }
@@ -337,12 +335,25 @@ class Worker {
  private:
   // ---------------------------------------------------------------------------------------------- addresses
 
-  __device__ __forceinline__ std::uint32_t n_states() const { return in_warp ? 1u << shift_ : 1; }
+  __device__ __forceinline__ std::uint32_t n_states() const { return in_warp ? block_.n_states : 1; }
+  __device__ __forceinline__ std::uint32_t stride() const { return block_.n_threads_of_state; }
   __device__ __forceinline__ Index n_amplitudes() const { return Index{1} << layout_.n_wires; }
 
   __device__ __forceinline__ T& at(std::uint32_t address) const { return *reinterpret_cast<T*>(memory_ + address); }
   __device__ __forceinline__ std::uint32_t address(std::uint32_t part, Index i) const {
-    return origin_ + ((part << layout_.n_wires | i) << unit_);
+    return origin_ + ((part << layout_.n_wires | i) << block_.unit);
+  }
+
+  __device__ __forceinline__ T& sum_at(std::uint32_t number) const { return at(block_.sums + number * sizeof(T)); }
+  // The value of a string in one warp of the state, or in one state of the warp.
+  __device__ __forceinline__ T& string_sum(std::uint32_t string, std::uint32_t which) const {
+    return sum_at(block_.strings + (in_warp ? warp_ * block_.strings_of_warp : 0) + string * block_.width + which);
+  }
+  __device__ __forceinline__ T& string_weight(std::uint32_t string) const {
+    return sum_at(block_.weights + (in_warp ? warp_ * block_.weights_of_warp : 0) + string * n_states() + state_);
+  }
+  __device__ __forceinline__ T& slot_sum(std::uint32_t slot, std::uint32_t warp) const {
+    return sum_at(block_.slots + slot * block_.n_warps + warp);
   }
 
   // A tile of one pass, and the way through its amplitudes.
@@ -371,9 +382,9 @@ class Worker {
   __device__ __forceinline__ void for_tiles(const Pass& pass, F&& f) const {
     Place place;
 #pragma unroll
-    for (std::uint32_t k = 0; k < tile_bits; ++k) place.masks[k] = pass.masks[k] << unit_;
+    for (std::uint32_t k = 0; k < tile_bits; ++k) place.masks[k] = pass.masks[k] << block_.unit;
     const Tile* tiles = layout_.tiles.in(a_.description) + pass.tiles;
-    for (std::uint32_t t = first_tile_; t < n_tiles_; t += stride_) {
+    for (std::uint32_t t = first_tile_; t < layout_.n_tiles(); t += stride()) {
       place.tile = tiles[t];
       f(place, address(ket_re, place.base()));
     }
@@ -381,7 +392,7 @@ class Worker {
 
   // The address of the same amplitude in another part.
   __device__ __forceinline__ std::uint32_t in_part(std::uint32_t address, std::uint32_t part) const {
-    return address ^ (part << layout_.n_wires << unit_);
+    return address ^ (part << layout_.n_wires << block_.unit);
   }
 
   __device__ __forceinline__ void load(const Place& place, std::uint32_t first, T (&tile)[tile_size]) const {
@@ -444,41 +455,40 @@ class Worker {
 
   // Calls f(chunk, whether rows allow 16-byte accesses) for all chunks of this thread.
   template <class S, class F>
-  __device__ __forceinline__ void for_chunks(const RowMap& map, const void* data, std::int64_t stride, F&& f) const {
+  __device__ __forceinline__ void for_chunks(const RowMap& map, const void* data, std::int64_t row_stride, F&& f) const {
     const Section<Chunk>& section = map.chunks[Vector<S>::map];
     const Chunk* chunks = section.in(a_.description);
-    const bool aligned = Vector<S>::fits(data, stride);
-    for (std::uint32_t c = first_tile_; c < section.size; c += stride_) f(chunks[c], aligned);
+    const bool aligned = Vector<S>::fits(data, row_stride);
+    for (std::uint32_t c = first_tile_; c < section.size; c += stride()) f(chunks[c], aligned);
   }
   // The address of element e of a chunk.
   static __device__ __forceinline__ std::uint32_t element(const RowMap& map, const Chunk& chunk, std::uint32_t e) {
     return chunk.address ^ (e & 1 ? map.next[0] : 0) ^ (e & 2 ? map.next[1] : 0) ^ (e & 4 ? map.next[2] : 0);
   }
 
-  // The sum over all threads of a state, the same in each. Waits, so that the state is complete as well.
-  __device__ __forceinline__ T sum_over_state(T value, T* of_warps) const {
+  // The sum over all threads of a state, the same in each, by way of `of_warps`. Waits, so that the state is complete too.
+  __device__ __forceinline__ T sum_over_state(T value, std::uint32_t of_warps) const {
     for (std::uint32_t step = warp_size / 2; step >= n_states(); step >>= 1) {
       value += __shfl_xor_sync(whole_warp, value, step);
     }
-    if constexpr (!in_warp) {
-      if (lane_ == 0) of_warps[warp_] = value;
-      value = 0;
+    if constexpr (in_warp) {
+      wait();
+      return value;
     }
+    if (lane_ == 0) sum_at(of_warps + warp_) = value;
     wait();
-    if constexpr (!in_warp) {
-      for (std::uint32_t w = 0; w < n_warps_; ++w) value += of_warps[w];
-    }
-    return value;
+    T sum = 0;
+    for (std::uint32_t w = 0; w < block_.n_warps; ++w) sum += sum_at(of_warps + w);
+    return sum;
   }
-  __device__ __forceinline__ T max_over_state(T value, T* of_warps) const {
+  __device__ __forceinline__ T max_over_state(T value) const {
     for (std::uint32_t step = warp_size / 2; step >= n_states(); step >>= 1) {
       value = fmax(value, __shfl_xor_sync(whole_warp, value, step));
     }
-    if constexpr (!in_warp) {
-      if (lane_ == 0) of_warps[warp_] = value;
-      wait();
-      for (std::uint32_t w = 0; w < n_warps_; ++w) value = fmax(value, of_warps[w]);
-    }
+    if constexpr (in_warp) return value;
+    if (lane_ == 0) sum_at(block_.overlaps + warp_) = value;
+    wait();
+    for (std::uint32_t w = 0; w < block_.n_warps; ++w) value = fmax(value, sum_at(block_.overlaps + w));
     return value;
   }
 
@@ -486,8 +496,8 @@ class Worker {
   // warp, come here together; a state that is not `extreme` is left as it is.
   __device__ __forceinline__ void rescue(bool extreme) {
     T largest = 0;
-    for (Index i = first_tile_; i < n_amplitudes(); i += stride_) largest = fmax(largest, fabs(at(address(ket_re, i))));
-    largest = max_over_state(largest, sums_.overlaps);
+    for (Index i = first_tile_; i < n_amplitudes(); i += stride()) largest = fmax(largest, fabs(at(address(ket_re, i))));
+    largest = max_over_state(largest);
     int exponent = 0;
     // Zero, infinity: no rescue. NaN is not extreme.
     if (extreme && largest > 0 && largest <= (sizeof(T) == 8 ? T(1.7976931348623157e308) : T(3.4028234e38f))) {
@@ -497,60 +507,73 @@ class Worker {
     }
     rescale_ = ldexp(T(1), -exponent);
     T squares = 0;
-    for (Index i = first_tile_; i < n_amplitudes(); i += stride_) {
+    for (Index i = first_tile_; i < n_amplitudes(); i += stride()) {
       T& amplitude = at(address(ket_re, i));
       amplitude *= rescale_;
       squares += amplitude * amplitude;
     }
-    const T rescaled = sum_over_state(squares, sums_.norms);
+    const T rescaled = sum_over_state(squares, 0);
     if (exponent != 0) squared_ = rescaled;
   }
 
   // ---------------------------------------------------------------------------------------------- rotations
 
-  struct Turns {
-    T cosine[tile_bits], sine[tile_bits];
-  };
-
-  __device__ __forceinline__ Turns turns_of(const Pass& pass) const {
-    Turns turns;
-    const T* values = a_.values + pass.values;
+  // The numbers of a pass: four sines and four cosines; for rotations by no angle near a half turn the cosines are taken
+  // out, the sines are tangents, and a ninth number, which is zero elsewhere, is the product of the cosines.
+  static __device__ __forceinline__ void load_four(const T* from, T (&to)[tile_bits]) {
+    constexpr std::uint32_t size = Vector<T>::size;
 #pragma unroll
-    for (std::uint32_t k = 0; k < tile_bits; ++k) {
-      turns.cosine[k] = values[2 * k];
-      turns.sine[k] = values[2 * k + 1];
+    for (std::uint32_t k = 0; k < tile_bits; k += size) {
+      Vector<T> vector;
+      vector.load(from + k);
+#pragma unroll
+      for (std::uint32_t e = 0; e < size; ++e) to[k + e] = vector.items[e];
     }
-    return turns;
   }
-  // The same with the sines' signs that hold for a tile.
-  static __device__ __forceinline__ Turns flipped(Turns turns, const Place& place, bool inverse) {
+  // The sines with the signs that hold for a tile.
+  static __device__ __forceinline__ void load_sines(const T* values, const Place& place, bool inverse,
+                                                    T (&sine)[tile_bits]) {
+    load_four(values, sine);
 #pragma unroll
-    for (std::uint32_t k = 0; k < tile_bits; ++k) turns.sine[k] = negate_if(place.flipped(k) != inverse, turns.sine[k]);
-    return turns;
+    for (std::uint32_t k = 0; k < tile_bits; ++k) sine[k] = negate_if(place.flipped(k) != inverse, sine[k]);
   }
 
-  static __device__ __forceinline__ void rotate_tile(T (&tile)[tile_size], const Turns& turns, std::uint32_t n) {
+  __device__ __forceinline__ void rotate_tile(const Pass& pass, const Place& place, bool inverse,
+                                              T (&tile)[tile_size]) const {
+    const T* values = a_.values + pass.values;
+    T sine[tile_bits], cosine[tile_bits];
+    load_sines(values, place, inverse, sine);
+    const T scale = values[2 * tile_bits];
+    if (scale == 0) {
+      load_four(values + tile_bits, cosine);
+      return rotate_pairs<false>(tile, sine, cosine, pass.n_items);
+    }
+    rotate_pairs<true>(tile, sine, cosine, pass.n_items);
+#pragma unroll
+    for (std::uint32_t v = 0; v < tile_size; ++v) tile[v] *= scale;
+  }
+  template <bool tangent>
+  static __device__ __forceinline__ void rotate_pairs(T (&tile)[tile_size], const T (&sine)[tile_bits],
+                                                      const T (&cosine)[tile_bits], std::uint32_t n) {
 #pragma unroll
     for (std::uint32_t k = 0; k < tile_bits; ++k) {
       if (k >= n) continue;
 #pragma unroll
       for (std::uint32_t v = 0; v < tile_size; ++v) {
         if (v >> k & 1) continue;
-        const T a = tile[v], b = tile[v | 1 << k];
-        tile[v] = turns.cosine[k] * a - turns.sine[k] * b;
-        tile[v | 1 << k] = turns.cosine[k] * b + turns.sine[k] * a;
+        const T a = tile[v], b = tile[v | 1u << k];
+        tile[v] = (tangent ? a : cosine[k] * a) - sine[k] * b;
+        tile[v | 1u << k] = (tangent ? b : cosine[k] * b) + sine[k] * a;
       }
     }
   }
 
   __device__ __forceinline__ void rotate(const Pass& pass) {
-    const Turns turns = turns_of(pass);
     for_tiles(pass, [&](const Place& place, std::uint32_t first) {
-      const Turns here = flipped(turns, place, false);
       for (std::uint32_t part = 0; part <= pass.complex_before; ++part) {
         T tile[tile_size];
         load(place, in_part(first, part), tile);
-        rotate_tile(tile, here, pass.n_items);
+        rotate_tile(pass, place, false, tile);
         store(place, in_part(first, part), tile);
       }
     });
@@ -559,14 +582,12 @@ class Worker {
   // Undoes the rotations on ket and bra. The derivative of each is the sum over pairs of bra_b ket_a - bra_a ket_b,
   // which is the same before and after.
   __device__ __forceinline__ void rotate_back(const Pass& pass) {
-    const Turns turns = turns_of(pass);
     T derivative[tile_bits] = {};
     for_tiles(pass, [&](const Place& place, std::uint32_t first) {
-      const Turns here = flipped(turns, place, true);
       for (std::uint32_t part = 0; part <= pass.complex_before; ++part) {
         T ket[tile_size], bra[tile_size];
         load(place, in_part(first, part), ket);
-        load(place, in_part(first, bra_ + part), bra);
+        load(place, in_part(first, block_.bra + part), bra);
 #pragma unroll
         for (std::uint32_t k = 0; k < tile_bits; ++k) {
           if (k >= pass.n_items) continue;
@@ -574,15 +595,15 @@ class Worker {
 #pragma unroll
           for (std::uint32_t v = 0; v < tile_size; ++v) {
             if (v >> k & 1) continue;
-            sum += bra[v | 1 << k] * ket[v];
-            sum -= bra[v] * ket[v | 1 << k];
+            sum += bra[v | 1u << k] * ket[v];
+            sum -= bra[v] * ket[v | 1u << k];
           }
           derivative[k] += negate_if(place.flipped(k), sum);
         }
-        rotate_tile(ket, here, pass.n_items);
-        rotate_tile(bra, here, pass.n_items);
+        rotate_tile(pass, place, true, ket);
         store(place, in_part(first, part), ket);
-        store(place, in_part(first, bra_ + part), bra);
+        rotate_tile(pass, place, true, bra);
+        store(place, in_part(first, block_.bra + part), bra);
       }
     });
     add_to_slots(pass, 0, derivative);
@@ -600,28 +621,25 @@ class Worker {
   // that tell the amplitudes apart turns it on.
   struct Diagonal {
     Amplitude high[tile_bits];  // for the two higher bits
-    Turns turns;
+    T sine[tile_bits], cosine[tile_bits];
     __device__ __forceinline__ Amplitude turned(const Amplitude& a, std::uint32_t k) const {
-      return a.times(turns.cosine[k], turns.sine[k]);
+      return a.times(cosine[k], sine[k]);
     }
-    // Calls f(v, value) for all amplitudes v.
-    template <class F>
-    __device__ __forceinline__ void each(F&& f) const {
-#pragma unroll
-      for (std::uint32_t h = 0; h < 4; ++h) {
-        const Amplitude one = turned(high[h], 0), two = turned(high[h], 1);
-        f(4 * h, high[h]);
-        f(4 * h + 1, one);
-        f(4 * h + 2, two);
-        f(4 * h + 3, turned(two, 0));
-      }
+    // The values at amplitudes 4 q to 4 q + 3.
+    __device__ __forceinline__ void quad(std::uint32_t q, Amplitude (&value)[4]) const {
+      value[0] = high[q];
+      value[1] = turned(high[q], 0);
+      value[2] = turned(high[q], 1);
+      value[3] = turned(value[2], 0);
     }
   };
   __device__ __forceinline__ Diagonal diagonal_of(const Pass& pass, const Place& place, std::uint32_t t,
                                                   bool conjugate) const {
-    const T* base = a_.values + pass.values + 2 * tile_bits + 2 * t;
+    const T* values = a_.values + pass.values;
+    const T* base = values + turn_values + 2 * t;
     Diagonal out;
-    out.turns = flipped(turns_of(pass), place, conjugate);
+    load_sines(values, place, conjugate, out.sine);
+    load_four(values + tile_bits, out.cosine);
     out.high[0] = {base[0], negate_if(conjugate, base[1])};
     out.high[1] = out.turned(out.high[0], 2);
     out.high[2] = out.turned(out.high[0], 3);
@@ -641,11 +659,17 @@ class Worker {
     std::uint32_t t = first_tile_;
     for_tiles(pass, [&](const Place& place, std::uint32_t first) {
       const Diagonal diagonal = diagonal_of(pass, place, t, false);
-      diagonal.each([&](std::uint32_t v, const Amplitude& factor) {
-        const std::uint32_t address = place.address(first, v);
-        set(address, get(address, pass.complex_before).times(factor.re, factor.im), true);
-      });
-      t += stride_;
+#pragma unroll
+      for (std::uint32_t q = 0; q < 4; ++q) {
+        Amplitude factor[4];
+        diagonal.quad(q, factor);
+#pragma unroll
+        for (std::uint32_t v = 0; v < 4; ++v) {
+          const std::uint32_t address = place.address(first, 4 * q + v);
+          set(address, get(address, pass.complex_before).times(factor[v].re, factor[v].im), true);
+        }
+      }
+      t += stride();
     });
   }
 
@@ -656,16 +680,24 @@ class Worker {
     std::uint32_t t = first_tile_;
     for_tiles(pass, [&](const Place& place, std::uint32_t first) {
       const Diagonal diagonal = diagonal_of(pass, place, t, true);
-      T overlap[tile_size];
-      diagonal.each([&](std::uint32_t v, const Amplitude& factor) {
-        const std::uint32_t address = place.address(first, v), bra_address = in_part(address, bra_);
-        const Amplitude ket = get(address, true), bra = get(bra_address, true);
-        overlap[v] = bra.re * ket.im - bra.im * ket.re;
-        set(address, ket.times(factor.re, factor.im), pass.complex_before);
-        set(bra_address, bra.times(factor.re, factor.im), pass.complex_before);
-      });
-      signed_sums(pass, place, overlap, [&](std::uint32_t k, const T(&sums)[tile_bits]) { add_to_slots(pass, k, sums); });
-      t += stride_;
+      TileSums sums;
+#pragma unroll
+      for (std::uint32_t q = 0; q < 4; ++q) {
+        Amplitude factor[4];
+        diagonal.quad(q, factor);
+        T overlap[4];
+#pragma unroll
+        for (std::uint32_t v = 0; v < 4; ++v) {
+          const std::uint32_t address = place.address(first, 4 * q + v), bra_address = in_part(address, block_.bra);
+          const Amplitude ket = get(address, true), bra = get(bra_address, true);
+          overlap[v] = bra.re * ket.im - bra.im * ket.re;
+          set(address, ket.times(factor[v].re, factor[v].im), pass.complex_before);
+          set(bra_address, bra.times(factor[v].re, factor[v].im), pass.complex_before);
+        }
+        sums.add(q, overlap);
+      }
+      for_sums(pass, place, sums, [&](std::uint32_t k, const T(&value)[tile_bits]) { add_to_slots(pass, k, value); });
+      t += stride();
     });
   }
 
@@ -673,7 +705,7 @@ class Worker {
   __device__ __forceinline__ void multiply_part(const Pass& pass, const Place& place, std::uint32_t first) {
     const T* table = a_.values + pass.values;
     place.each(first, [&](std::uint32_t, std::uint32_t address) {
-      const Index i = place.base() ^ ((address ^ first) >> unit_);
+      const Index i = place.base() ^ ((address ^ first) >> block_.unit);
       const T re = table[2 * i], im = negate_if(conjugate, table[2 * i + 1]);
       if (!pass.complex_after) {
         at(address) *= re;
@@ -689,35 +721,39 @@ class Worker {
   __device__ __forceinline__ void multiply_back(const Pass& pass) {
     for_tiles(pass, [&](const Place& place, std::uint32_t first) {
       multiply_part<true>(pass, place, first);
-      multiply_part<true>(pass, place, in_part(first, bra_));
+      multiply_part<true>(pass, place, in_part(first, block_.bra));
     });
   }
 
   // ---------------------------------------------------------------------------------------------- sums
 
-  // Calls take(k, sums) with the signed sums of a tile's values for items k to k + 3 of the pass.
+  // Signed sums of a tile's values, which come four at a time.
+  struct TileSums {
+    T difference[tile_bits] = {}, quad[4];
+    __device__ __forceinline__ void add(std::uint32_t q, const T (&value)[4]) {
+      const T low = value[0] + value[1], high = value[2] + value[3];
+      difference[0] += (value[0] - value[1]) + (value[2] - value[3]);
+      difference[1] += low - high;
+      quad[q] = low + high;
+    }
+  };
+
+  // Calls take(k, sums) with the signed sums for items k to k + 3 of the pass.
   template <class Take>
-  __device__ __forceinline__ void signed_sums(const Pass& pass, const Place& place, T (&value)[tile_size],
-                                              Take&& take) const {
+  __device__ __forceinline__ void for_sums(const Pass& pass, const Place& place, TileSums& tile, Take&& take) const {
+    const T low = tile.quad[0] + tile.quad[1], high = tile.quad[2] + tile.quad[3];
+    tile.difference[2] = (tile.quad[0] - tile.quad[1]) + (tile.quad[2] - tile.quad[3]);
+    tile.difference[3] = low - high;
     T sums[tile_bits];
 #pragma unroll
-    for (std::uint32_t k = 0; k < tile_bits; ++k) {
-      T difference = 0;
-#pragma unroll
-      for (std::uint32_t v = 0; v < tile_size / 2; ++v) {
-        if (v >= tile_size >> (k + 1)) continue;  // a bound that all unrolled loops share
-        difference += value[2 * v] - value[2 * v + 1];
-        value[v] = value[2 * v] + value[2 * v + 1];
-      }
-      sums[k] = negate_if(place.flipped(k), difference);
-    }
+    for (std::uint32_t k = 0; k < tile_bits; ++k) sums[k] = negate_if(place.flipped(k), tile.difference[k]);
     take(0, sums);
     const Item* items = layout_.items.in(a_.description) + pass.first_item;
     for (std::uint32_t first = tile_bits; first < pass.n_items; first += tile_bits) {
 #pragma unroll
       for (std::uint32_t k = 0; k < tile_bits; ++k) {
         const bool here = first + k < pass.n_items;
-        sums[k] = here ? negate_if(odd(items[here ? first + k : 0].z & place.base()), value[0]) : T(0);
+        sums[k] = here ? negate_if(odd(items[here ? first + k : 0].z & place.base()), low + high) : T(0);
       }
       take(first, sums);
     }
@@ -731,27 +767,36 @@ class Worker {
   __device__ __forceinline__ void add_to_slots(const Pass& pass, std::uint32_t first, const T (&value)[tile_bits]) const {
     const T sum = sum_lanes(value, lane_, 1);
     const std::uint32_t slot = id_for_lane(pass, first);
-    if (lane_ % 8 == 0 && slot != unused) sums_.slots[slot * n_warps_ + warp_] += sum;
+    if (lane_ % 8 == 0 && slot != unused) slot_sum(slot, warp_) += sum;
   }
   __device__ __forceinline__ void put_strings(const Pass& pass, std::uint32_t first, const T (&value)[tile_bits],
                                               bool add) const {
     const T sum = sum_lanes(value, lane_, n_states());
     const std::uint32_t string = id_for_lane(pass, first);
     if (lane_ % 8 >= n_states() || string == unused) return;
-    T& total = sums_.strings[string * sums_.width + (in_warp ? state_ : warp_)];
+    T& total = string_sum(string, in_warp ? state_ : warp_);
     total = add ? total + sum : sum;
   }
 
   // ---------------------------------------------------------------------------------------------- strings
 
   __device__ __forceinline__ T string_value(std::uint32_t string) const {
-    if constexpr (in_warp) return sums_.strings[string * sums_.width + state_];
+    if constexpr (in_warp) return string_sum(string, state_);
     T value = 0;
-    for (std::uint32_t w = 0; w < n_warps_; ++w) value += sums_.strings[string * sums_.width + w];
+    for (std::uint32_t w = 0; w < block_.n_warps; ++w) value += string_sum(string, w);
     return value;
   }
   __device__ __forceinline__ T weight_of(std::uint32_t string) const {
-    return string == unused ? T(0) : sums_.weights[string * n_states() + state_];
+    return string == unused ? T(0) : string_weight(string);
+  }
+
+  // to[v] = to[0] +- a +- b, with the signs of the bits of v.
+  static __device__ __forceinline__ void spread(T (&to)[4], T a, T b) {
+    const T sum = to[0];
+    to[0] = sum + a + b;
+    to[1] = sum - a + b;
+    to[2] = sum + a - b;
+    to[3] = sum - a - b;
   }
 
   template <bool apply>
@@ -760,35 +805,36 @@ class Worker {
     const Item* items = layout_.items.in(a_.description) + pass.first_item;
     bool first_tile = true;
     for_tiles(pass, [&](const Place& place, std::uint32_t first) {
-      T weight[tile_size], square[tile_size];
+      T low[4] = {}, high[4] = {};  // weights: those of amplitude v are low[v & 3] + high[v >> 2]
       if constexpr (apply) {
-        weight[0] = 0;
         for (std::uint32_t k = tile_bits; k < pass.n_items; ++k) {
-          weight[0] += negate_if(odd(items[k].z & place.base()), weight_of(items[k].id));
+          high[0] += negate_if(odd(items[k].z & place.base()), weight_of(items[k].id));
         }
+        auto weight = [&](std::uint32_t k) { return negate_if(place.flipped(k), weight_of(items[k].id)); };
+        spread(low, weight(0), weight(1));
+        spread(high, weight(2), weight(3));
+      }
+      TileSums sums;
 #pragma unroll
-        for (std::uint32_t k = 0; k < tile_bits; ++k) {
-          const T w = negate_if(place.flipped(k), weight_of(items[k].id));
+      for (std::uint32_t q = 0; q < 4; ++q) {
+        T square[4];
 #pragma unroll
-          for (std::uint32_t v = 0; v < tile_size / 2; ++v) {
-            if (v >= 1u << k) continue;
-            weight[v | 1 << k] = weight[v] - w;
-            weight[v] += w;
+        for (std::uint32_t v = 0; v < 4; ++v) {
+          const std::uint32_t address = place.address(first, 4 * q + v);
+          const Amplitude ket = get(address, complex);
+          square[v] = ket.re * ket.re + ket.im * ket.im;
+          if constexpr (apply) {
+            const std::uint32_t bra_address = in_part(address, block_.bra);
+            const Amplitude bra = first_pass ? Amplitude{0, 0} : get(bra_address, complex);
+            const T weight = high[q] + low[v];
+            set(bra_address, {bra.re + weight * ket.re, bra.im + weight * ket.im}, complex);
+            overlap_ += weight * square[v];
           }
         }
+        sums.add(q, square);
       }
-      place.each(first, [&](std::uint32_t v, std::uint32_t address) {
-        const Amplitude ket = get(address, complex);
-        square[v] = ket.re * ket.re + ket.im * ket.im;
-        if constexpr (apply) {
-          const std::uint32_t bra_address = in_part(address, bra_);
-          const Amplitude bra = first_pass ? Amplitude{0, 0} : get(bra_address, complex);
-          set(bra_address, {bra.re + weight[v] * ket.re, bra.im + weight[v] * ket.im}, complex);
-          overlap_ += weight[v] * square[v];
-        }
-      });
-      signed_sums(pass, place, square, [&](std::uint32_t k, const T(&sums)[tile_bits]) {
-        put_strings(pass, k, sums, !first_tile);
+      for_sums(pass, place, sums, [&](std::uint32_t k, const T(&value)[tile_bits]) {
+        put_strings(pass, k, value, !first_tile);
       });
       first_tile = false;
     });
@@ -802,26 +848,27 @@ class Worker {
       for (std::uint32_t m = 0; m < tile_bits; ++m) change[m] = signs >> m & 1 ? T(-1) : T(1);
     }
   };
-  // The sum over pairs v, u = v ^ (1 << k) of sign(v) a[v] b[u]. Along a Gray code one bit changes at a time, and with it
+  // The sum over pairs v, u = v ^ (1 << k) of sign(v) a[v] b(u). Along a Gray code one bit changes at a time, and with it
   // the sign of all that was summed before; the last step is v = 0, which has none.
-  static __device__ __forceinline__ T pair_sum(std::uint32_t k, const Signs& signs, const T (&a)[tile_size],
-                                               const T (&b)[tile_size]) {
+  template <class B>
+  static __device__ __forceinline__ T pair_sum(std::uint32_t k, const Signs& signs, const T (&a)[tile_size], B&& b) {
     T sum = 0;
 #pragma unroll
     for (std::uint32_t i = tile_size / 2; i-- > 0;) {
       const std::uint32_t code = gray(i), v = (code >> k << (k + 1)) | (code & ((1u << k) - 1));
-      sum += a[v] * b[v | 1 << k];
+      sum += a[v] * b(v | 1u << k);
       if (i > 0) sum *= signs.change[changed_bit(i) + (changed_bit(i) >= k)];
     }
     return sum;
   }
-  // to[v] += weight sign(v) from[v ^ (1 << k)]
-  static __device__ __forceinline__ void add_flipped(std::uint32_t k, const Signs& signs, T weight, const T (&from)[tile_size],
+  // to[v] += weight sign(v) from(v ^ (1 << k))
+  template <class From>
+  static __device__ __forceinline__ void add_flipped(std::uint32_t k, const Signs& signs, T weight, From&& from,
                                                      T (&to)[tile_size]) {
 #pragma unroll
     for (std::uint32_t i = 0; i < tile_size; ++i) {
       if (i > 0) weight *= signs.change[changed_bit(i)];
-      to[gray(i)] += weight * from[gray(i) ^ 1 << k];
+      to[gray(i)] += weight * from(gray(i) ^ 1u << k);
     }
   }
 
@@ -831,44 +878,42 @@ class Worker {
     const Item* items = layout_.items.in(a_.description) + pass.first_item;
     T total[tile_bits] = {};
     for_tiles(pass, [&](const Place& place, std::uint32_t first) {
-      T re[tile_size], im[tile_size];
-      load(place, first, re);
-      if (complex) load(place, in_part(first, 1), im);
+      for (std::uint32_t part = 0; part <= std::uint32_t(complex); ++part) {
+        T own[tile_size];
+        load(place, in_part(first, part), own);
+        // Strings that read Im are rare: they take the other part from where it lies.
+        auto other = [&](std::uint32_t v) { return at(place.address(in_part(first, part ^ 1), v)); };
 #pragma unroll
-      for (std::uint32_t k = 0; k < tile_bits; ++k) {
-        const bool mirrored = pass.mirrored >> k & 1;
-        if (k >= pass.n_items || (mirrored && !complex)) continue;
-        const Signs signs(pass.signs[k]);
-        T sum;
-        if (!mirrored) {
-          sum = pair_sum(k, signs, re, re);
-          if (complex) sum += pair_sum(k, signs, im, im);
-        } else {
-          sum = pair_sum(k, signs, re, im) - pair_sum(k, signs, im, re);
+        for (std::uint32_t k = 0; k < tile_bits; ++k) {
+          if (k >= pass.n_items) continue;
+          const Signs signs(pass.signs[k]);
+          if (!(pass.mirrored >> k & 1)) {
+            total[k] += negate_if(place.flipped(k), pair_sum(k, signs, own, [&](std::uint32_t v) { return own[v]; }));
+          } else if (complex) {
+            total[k] += negate_if(place.flipped(k) != (part == 1), pair_sum(k, signs, own, other));
+          }
         }
-        total[k] += 2 * negate_if(place.flipped(k), sum);
-      }
-      if constexpr (apply) {
-        for (std::uint32_t part = 0; part <= std::uint32_t(complex); ++part) {
-          const std::uint32_t first_bra = in_part(first, bra_ + part);
+        if constexpr (apply) {
+          const std::uint32_t first_bra = in_part(first, block_.bra + part);
           T bra[tile_size];
           place.each(first_bra, [&](std::uint32_t v, std::uint32_t address) { bra[v] = first_pass ? T(0) : at(address); });
 #pragma unroll
           for (std::uint32_t k = 0; k < tile_bits; ++k) {
-            const bool mirrored = pass.mirrored >> k & 1;
-            if (k >= pass.n_items || (mirrored && !complex)) continue;
+            if (k >= pass.n_items) continue;
             const Signs signs(pass.signs[k]);
-            const T weight = negate_if(place.flipped(k) != (mirrored && part == 1), weight_of(items[k].id));
-            if (mirrored == (part == 1)) {
-              add_flipped(k, signs, weight, re, bra);
-            } else {
-              add_flipped(k, signs, weight, im, bra);
+            const T weight = negate_if(place.flipped(k), weight_of(items[k].id));
+            if (!(pass.mirrored >> k & 1)) {
+              add_flipped(k, signs, weight, [&](std::uint32_t v) { return own[v]; }, bra);
+            } else if (complex) {
+              add_flipped(k, signs, negate_if(part == 1, weight), other, bra);
             }
           }
           store(place, first_bra, bra);
         }
       }
     });
+#pragma unroll
+    for (std::uint32_t k = 0; k < tile_bits; ++k) total[k] *= 2;
     if constexpr (apply) {
 #pragma unroll
       for (std::uint32_t k = 0; k < tile_bits; ++k) {
@@ -887,7 +932,7 @@ class Worker {
     const T* coefficients = a_.values + layout_.coefficient_values;
     S* row = static_cast<S*>(a_.features.data) + row_ * a_.features.row_stride;
     if (!active_) return;
-    for (std::uint32_t k = first_tile_; k < layout_.n_columns; k += stride_) {
+    for (std::uint32_t k = first_tile_; k < layout_.n_columns; k += stride()) {
       T feature = 0;
       for (std::uint32_t t = first_term[k]; t < first_term[k + 1]; ++t) {
         feature += coefficients[t] * string_value(terms[t].string);
@@ -908,12 +953,12 @@ class Worker {
     const ReadoutTerm* terms = layout_.terms.in(a_.description);
     const T* coefficients = a_.values + layout_.coefficient_values;
     const S* row = static_cast<const S*>(a_.grad.data) + row_ * a_.grad.row_stride;
-    for (std::uint32_t s = first_tile_; s < layout_.n_strings; s += stride_) {
+    for (std::uint32_t s = first_tile_; s < layout_.n_strings; s += stride()) {
       T weight = 0;
       for (std::uint32_t k = first_term[s]; k < first_term[s + 1]; ++k) {
         weight += coefficients[order[k]] * grad_of(row, terms[order[k]].output);
       }
-      sums_.weights[s * n_states() + state_] = weight;
+      string_weight(s) = weight;
     }
   }
 
@@ -922,14 +967,14 @@ class Worker {
   __device__ __forceinline__ void differentiate_terms(const S*) {
     const ReadoutTerm* terms = layout_.terms.in(a_.description);
     const S* row = static_cast<const S*>(a_.grad.data) + row_ * a_.grad.row_stride;
-    for (std::uint32_t first = 0; first < layout_.terms.size; first += stride_) {
+    for (std::uint32_t first = 0; first < layout_.terms.size; first += stride()) {
       const std::uint32_t t = first + first_tile_;
       const std::uint32_t slot = t < layout_.terms.size ? terms[t].slot : unused;
       T derivative = slot == unused ? T(0) : grad_of(row, terms[t].output) * string_value(terms[t].string);
       for (std::uint32_t step = 1; step < n_states(); step *= 2) {
         derivative += __shfl_xor_sync(whole_warp, derivative, step);
       }
-      if (slot != unused && state_ == 0) sums_.slots[slot * n_warps_ + (in_warp ? warp_ : 0)] += derivative;
+      if (slot != unused && state_ == 0) slot_sum(slot, in_warp ? warp_ : 0) += derivative;
     }
   }
 
@@ -952,13 +997,13 @@ class Worker {
         if (layout_.readout == ReadoutKind::probs) {
           const Amplitude ket = get(address(ket_re, i), complex);
           const Amplitude bra{grad * ket.re, grad * ket.im};
-          set(address(bra_, i), bra, complex);
+          set(address(block_.bra, i), bra, complex);
           overlap_ += bra.re * ket.re + bra.im * ket.im;
         } else {
           const bool imaginary = (where >> layout_.n_wires) & 1;
           if (imaginary && !complex) continue;
           const T bra = negate_if(where & negative, grad);
-          at(address(bra_ + imaginary, i)) = bra;
+          at(address(block_.bra + imaginary, i)) = bra;
           overlap_ += bra * at(address(imaginary, i));
         }
       }
@@ -967,16 +1012,12 @@ class Worker {
 
   const Arguments<T>& a_;
   const Layout& layout_;
+  const BlockMemory& block_;
   const std::uint32_t warp_, lane_;
-  std::uint32_t n_warps_;
-  std::uint32_t n_tiles_;               // of a state
-  std::uint32_t first_tile_, stride_;   // this thread's tiles, or whatever else is dealt to the threads of a state
-  std::uint32_t shift_, state_;         // log2 of the states that lie interleaved in a warp's memory, and which one
-  std::uint32_t unit_;                  // log2 of the bytes from one amplitude to the next
-  std::uint32_t bra_;                   // the part where the bra starts
-  std::uint32_t origin_;                // the address of this state's first number
+  std::uint32_t state_;       // which of the states that lie interleaved in a warp's memory
+  std::uint32_t first_tile_;  // this thread's first tile, or first of whatever else is dealt to the threads of a state
+  std::uint32_t origin_;      // the address of this state's first number
   unsigned char* memory_;
-  Sums<T> sums_{};
   std::int64_t row_ = 0;
   bool active_ = false;  // whether there is such a row
   T squared_ = 0;        // of the vector that was embedded
@@ -987,11 +1028,17 @@ class Worker {
 
 // ------------------------------------------------------------------------------------------------ kernels
 
+template <bool in_warp>
+constexpr std::uint32_t threads = in_warp ? threads_of_whole_warps : max_threads;
+// Blocks that fit on a multiprocessor by their registers: 80 registers a thread, 128 for the adjoint of float32.
+template <class T, bool in_warp, bool backward>
+constexpr std::uint32_t blocks = (sizeof(T) == 8 ? 1 : backward ? 2 : 3) * max_threads / threads<in_warp>;
+
 template <class T, bool in_warp, bool in_shared>
-__global__ void __launch_bounds__(in_warp ? threads_of_whole_warps : max_threads<T>) forward_kernel(
+__global__ void __launch_bounds__(threads<in_warp>, blocks<T, in_warp, false>) forward_kernel(
     const __grid_constant__ Arguments<T> a) {
   QAA_DYNAMIC_SHARED(unsigned char, shared);
-  Worker<T, in_warp, in_shared> worker(a, shared, false);
+  Worker<T, in_warp, in_shared> worker(a, shared);
   const Pass* passes = worker.passes();
   const std::int64_t rows_per_block = worker.rows_per_block();
   for (std::int64_t row = blockIdx.x * rows_per_block; row < a.x.rows; row += gridDim.x * rows_per_block) {
@@ -1007,10 +1054,10 @@ __global__ void __launch_bounds__(in_warp ? threads_of_whole_warps : max_threads
 }
 
 template <class T, bool in_warp, bool in_shared>
-__global__ void __launch_bounds__(in_warp ? threads_of_whole_warps : max_threads<T>) backward_kernel(
+__global__ void __launch_bounds__(threads<in_warp>, blocks<T, in_warp, true>) backward_kernel(
     const __grid_constant__ Arguments<T> a) {
   QAA_DYNAMIC_SHARED(unsigned char, shared);
-  Worker<T, in_warp, in_shared> worker(a, shared, true);
+  Worker<T, in_warp, in_shared> worker(a, shared);
   const Pass* passes = worker.passes();
   const std::int64_t rows_per_block = worker.rows_per_block();
   worker.clear_slots();
@@ -1071,6 +1118,8 @@ __device__ double coefficient_of(const Arguments<T>& a, std::uint32_t t, std::ui
   return value;
 }
 
+constexpr double min_cosine = 1.0 / 64;  // below it a pass keeps its cosines
+
 // The numbers that the circuit's kernels read, from the angles: one block for every pass of the circuit, and one for the
 // readout and the chain rule. The only place where float32 kernels compute in double precision.
 template <class T>
@@ -1099,13 +1148,26 @@ __global__ void __launch_bounds__(threads_of_whole_warps) bind_kernel(const __gr
   }
   // A rotation turns by half its angle; from one amplitude to its partner a phase turns by all of it.
   const bool phases = pass.kind == PassKind::phases;
-  for (std::uint32_t k = threadIdx.x; k < tile_bits; k += blockDim.x) {
+  QAA_SHARED(double, cosines, tile_bits);
+  QAA_SHARED(double, sines, tile_bits);
+  if (threadIdx.x < tile_bits) {
+    const std::uint32_t k = threadIdx.x;
     double sine = 0, cosine = 1;
     if (k < pass.n_items && items[k].angle != unused) {
       sine_and_cosine(angle_of(a, items[k].angle) * (phases ? 1.0 : 0.5), &sine, &cosine);
     }
-    values[2 * k] = T(cosine);
-    values[2 * k + 1] = T(sine);
+    cosines[k] = cosine;
+    sines[k] = sine;
+  }
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    double scale = phases ? 0 : 1;
+    for (std::uint32_t k = 0; k < tile_bits; ++k) scale = fabs(cosines[k]) >= min_cosine ? scale * cosines[k] : 0;
+    for (std::uint32_t k = 0; k < tile_bits; ++k) {
+      values[k] = T(scale != 0 ? sines[k] / cosines[k] : sines[k]);
+      values[tile_bits + k] = T(cosines[k]);
+    }
+    values[2 * tile_bits] = T(scale);
   }
   if (!phases) return;
   QAA_SHARED(double, angles, max_items);
@@ -1120,8 +1182,8 @@ __global__ void __launch_bounds__(threads_of_whole_warps) bind_kernel(const __gr
       angle += negate_if(odd(items[k].z & tiles[t] & 0xffff), angles[k]);
     }
     sine_and_cosine(-angle / 2, &sine, &cosine);
-    values[2 * tile_bits + 2 * t] = T(cosine);
-    values[2 * tile_bits + 2 * t + 1] = T(sine);
+    values[turn_values + 2 * t] = T(cosine);
+    values[turn_values + 2 * t + 1] = T(sine);
   }
 }
 

@@ -24,49 +24,35 @@ int shared_memory_limit() {
 // How a call is spread over the device, and the workspace's parts in bytes from its start.
 struct Shape {
   std::uint32_t n_threads, n_blocks;
-  bool in_warp, states_in_shared, sums_in_shared;
-  std::uint32_t sums_per_block;  // in numbers
-  std::size_t shared_bytes;
-  std::size_t partial, states, sums, workspace_bytes;  // the bound values come first
+  bool in_warp, in_shared;
+  BlockMemory block;
+  std::size_t partial, memory, workspace_bytes;  // the bound values come first
 };
 
 // Without a limit on blocks rows would be spread most evenly; but every block has sums to be added up in the end, or
 // a part of the workspace.
 constexpr std::int64_t max_blocks = 4096, max_blocks_with_workspace = 256;
 // What a block may have of shared memory without asking, and with room for a neighbour on every device.
-constexpr std::size_t modest_shared_bytes = 48 << 10;
+constexpr std::uint32_t modest_shared_bytes = 48 << 10;
 
 template <class T>
 Shape shape_of(const Layout& layout, std::int64_t rows, bool backward) {
   Shape s{};
   s.in_warp = layout.n_wires <= warp_wires;
-  const std::uint32_t states_per_warp = warp_size >> lane_bits(layout.n_wires);
-  const std::uint32_t parts = (layout.ends_complex ? 2 : 1) << backward;
-  const std::size_t state = (std::size_t{parts} << layout.n_wires) * sizeof(T);
   std::uint32_t n_warps =
-      (s.in_warp ? threads_of_whole_warps : std::min(layout.n_tiles(), max_threads<T>)) / warp_size;
-  std::size_t states, sums;
-  auto measure = [&] {
-    states = state * (s.in_warp ? n_warps * states_per_warp : 1);
-    s.sums_per_block = Sums<T>::size(layout, n_warps, backward);
-    sums = s.sums_per_block * sizeof(T);
-  };
-  measure();
-  while (s.in_warp && n_warps > 1 && states + sums > modest_shared_bytes) {
+      (s.in_warp ? threads_of_whole_warps : std::min(layout.n_tiles(), max_threads)) / warp_size;
+  auto measured = [&] { return BlockMemory(layout, sizeof(T), n_warps, backward); };
+  s.block = measured();
+  while (s.in_warp && n_warps > 1 && s.block.bytes > modest_shared_bytes) {
     n_warps /= 2;
-    measure();
+    s.block = measured();
   }
-  const std::size_t limit = std::size_t(shared_memory_limit());
-  s.states_in_shared = s.in_warp || states <= limit;
-  if (s.states_in_shared) s.shared_bytes = states;
-  s.sums_in_shared = s.shared_bytes + sums <= limit;
-  if (s.sums_in_shared) s.shared_bytes += sums;
-
-  const bool own_workspace = !s.states_in_shared || !s.sums_in_shared;
-  const std::int64_t rows_per_block = s.in_warp ? n_warps * states_per_warp : 1;
+  s.in_shared = s.block.bytes <= std::uint32_t(shared_memory_limit());
+  if (!s.in_shared) s.block.bytes = (s.block.bytes + 255) / 256 * 256;
+  const std::int64_t rows_per_block = s.in_warp ? n_warps * s.block.n_states : 1;
   s.n_threads = n_warps * warp_size;
   s.n_blocks = std::uint32_t(std::min((rows + rows_per_block - 1) / rows_per_block,
-                                      own_workspace ? max_blocks_with_workspace : max_blocks));
+                                      s.in_shared ? max_blocks : max_blocks_with_workspace));
   auto take = [&](std::size_t bytes) {
     const std::size_t at = s.workspace_bytes;
     s.workspace_bytes += (bytes + 255) / 256 * 256;
@@ -74,8 +60,7 @@ Shape shape_of(const Layout& layout, std::int64_t rows, bool backward) {
   };
   take(layout.n_values * sizeof(T));
   s.partial = take(backward ? std::size_t{layout.n_slots} * s.n_blocks * sizeof(T) : 0);
-  s.states = take(s.states_in_shared ? 0 : s.n_blocks * states);
-  s.sums = take(s.sums_in_shared ? 0 : s.n_blocks * sums);
+  s.memory = take(s.in_shared ? 0 : std::size_t{s.n_blocks} * s.block.bytes);
   return s;
 }
 
@@ -84,6 +69,7 @@ Arguments<T> arguments(const Call& call, const Shape& shape) {
   Arguments<T> a{};
   auto* workspace = static_cast<unsigned char*>(call.workspace);
   a.layout = call.program.layout;
+  a.block = shape.block;
   a.description = static_cast<const unsigned char*>(call.description);
   a.theta = call.theta;
   a.theta_is_double = call.theta_scalar == Scalar::float64;
@@ -91,9 +77,7 @@ Arguments<T> arguments(const Call& call, const Shape& shape) {
   a.x = call.x;
   a.partial = reinterpret_cast<T*>(workspace + shape.partial);
   a.n_blocks = shape.n_blocks;
-  a.states = shape.states_in_shared ? nullptr : workspace + shape.states;
-  a.sums = shape.sums_in_shared ? nullptr : reinterpret_cast<T*>(workspace + shape.sums);
-  a.sums_per_block = shape.sums_per_block;
+  a.memory = workspace + shape.memory;
   return a;
 }
 
@@ -109,11 +93,12 @@ void bind(const Arguments<T>& a, void* workspace, cudaStream_t stream) {
 
 template <class T>
 void launch(Kernel<T> kernel, const Arguments<T>& a, const Shape& shape, cudaStream_t stream) {
-  if (shape.shared_bytes > modest_shared_bytes) {
-    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shape.shared_bytes)),
+  const std::uint32_t shared_bytes = shape.in_shared ? shape.block.bytes : 0;
+  if (shared_bytes > modest_shared_bytes) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
           "give a block more shared memory");
   }
-  QAA_LAUNCH(kernel, shape.n_blocks, shape.n_threads, shape.shared_bytes, stream, a);
+  QAA_LAUNCH(kernel, shape.n_blocks, shape.n_threads, shared_bytes, stream, a);
   check(cudaGetLastError(), "run a circuit");
 }
 
@@ -124,10 +109,9 @@ void forward_as(const ForwardCall& call) {
   Arguments<T> a = arguments<T>(call, shape);
   a.features = call.features;
   bind(a, call.workspace, stream);
-  const Kernel<T> kernel = shape.in_warp            ? forward_kernel<T, true, true>
-                           : shape.states_in_shared ? forward_kernel<T, false, true>
-                                                    : forward_kernel<T, false, false>;
-  launch(kernel, a, shape, stream);
+  static constexpr Kernel<T> kernels[2][2] = {{forward_kernel<T, false, false>, forward_kernel<T, false, true>},
+                                              {forward_kernel<T, true, false>, forward_kernel<T, true, true>}};
+  launch(kernels[shape.in_warp][shape.in_shared], a, shape, stream);
 }
 
 template <class T>
@@ -139,10 +123,9 @@ void backward_as(const BackwardCall& call) {
   a.grad_theta = call.grad_theta;
   a.grad_x = call.grad_x;
   bind(a, call.workspace, stream);
-  const Kernel<T> kernel = shape.in_warp            ? backward_kernel<T, true, true>
-                           : shape.states_in_shared ? backward_kernel<T, false, true>
-                                                    : backward_kernel<T, false, false>;
-  if (shape.n_blocks > 0) launch(kernel, a, shape, stream);
+  static constexpr Kernel<T> kernels[2][2] = {{backward_kernel<T, false, false>, backward_kernel<T, false, true>},
+                                              {backward_kernel<T, true, false>, backward_kernel<T, true, true>}};
+  if (shape.n_blocks > 0) launch(kernels[shape.in_warp][shape.in_shared], a, shape, stream);
   if (a.layout.n_parameters == 0) return;
   QAA_LAUNCH(chain_rule_kernel<T>, a.layout.n_parameters, threads_of_whole_warps, 0, stream, a);
   check(cudaGetLastError(), "add up the gradient of the angles");

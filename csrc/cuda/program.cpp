@@ -214,7 +214,7 @@ class Builder {
           note(rotation.angle, first_slot + std::uint32_t(r));
           masks.push_back(rotation.x);
         }
-        add_pass(PassKind::rotations, items, std::move(masks), 2 * tile_bits, complex, complex);
+        add_pass(PassKind::rotations, items, std::move(masks), turn_values, complex, complex);
       }
       return;
     }
@@ -230,7 +230,7 @@ class Builder {
       complex = after;
     }
     for (const Tree& tree : stage.trees) {
-      add_tree(PassKind::phases, tree, 2 * tile_bits + 2 * n_tiles(), complex, after, [&](std::uint32_t k) {
+      add_tree(PassKind::phases, tree, turn_values + 2 * n_tiles(), complex, after, [&](std::uint32_t k) {
         note(stage.phases[k].angle, first_slot + k);
         return Item{stage.phases[k].z, add_angle(stage.phases[k].angle), first_slot + k};
       });

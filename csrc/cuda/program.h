@@ -24,6 +24,7 @@ constexpr std::uint32_t tile_bits = 4, tile_size = 1u << tile_bits;
 constexpr std::uint32_t min_wires = 6;   // fewer wires are padded with amplitudes that stay zero
 constexpr std::uint32_t warp_wires = 9;  // up to here one warp holds whole states
 constexpr std::uint32_t max_items = 17;  // of a pass: a mask for each of 16 wires, and the mask without any
+constexpr std::uint32_t turn_values = 2 * tile_bits + 4;  // sines and cosines of four angles, a scale, padding
 constexpr std::uint32_t unused = ~0u;
 
 enum class PassKind : std::uint32_t {
