@@ -31,7 +31,10 @@ struct Shape {
 
 // Without a limit on blocks rows would be spread most evenly; but every block has sums to be added up in the end, or
 // a part of the workspace.
-constexpr std::int64_t max_blocks = 4096, max_blocks_with_workspace = 256;
+#ifndef QAA_MAX_BLOCKS
+#define QAA_MAX_BLOCKS 4096  // tests lower it, so that blocks have several rows
+#endif
+constexpr std::int64_t max_blocks = QAA_MAX_BLOCKS, max_blocks_with_workspace = std::min(QAA_MAX_BLOCKS, 256);
 // What a block may have of shared memory without asking, and with room for a neighbour on every device.
 constexpr std::uint32_t modest_shared_bytes = 48 << 10;
 
