@@ -1,5 +1,7 @@
 #include "emulator.h"
 
+#include <cxxabi.h>
+#include <dlfcn.h>
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -9,6 +11,7 @@
 #include <memory>
 #include <new>
 #include <random>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
@@ -120,6 +123,8 @@ std::size_t random_below(std::size_t n) { return engine() % n; }
 std::size_t shared_limit = 227 * 1024;
 std::map<const void*, std::size_t> allowed_shared;  // kernels that asked for more than 48 KiB
 
+std::set<std::string> launched;  // so far
+
 cudaError_t last_error = cudaSuccess;
 std::string last_message;
 cudaError_t fail(cudaError_t error, std::string message) {
@@ -196,6 +201,7 @@ struct Thread {
 
 struct SharedArray {
   const void* which;  // null for dynamic shared memory
+  std::size_t bytes;
   std::unique_ptr<void, void (*)(void*)> memory;
 };
 
@@ -214,7 +220,7 @@ struct Block {
     if (AnnotateIgnoreWritesBegin != nullptr) AnnotateIgnoreWritesBegin(__FILE__, __LINE__);
     void* memory = std::malloc(bytes);
     std::memset(memory, 0xff, bytes);
-    shared.push_back({which, {memory, std::free}});
+    shared.push_back({which, bytes, {memory, std::free}});
     if (AnnotateIgnoreWritesEnd != nullptr) AnnotateIgnoreWritesEnd(__FILE__, __LINE__);
     shared_bytes += bytes;
     return memory;
@@ -234,6 +240,15 @@ std::string text_of(const Wait& wait) {
   char mask[32] = "";
   if (!wait.whole_block) std::snprintf(mask, sizeof mask, " with mask 0x%08x", wait.mask);
   return std::string("came to ") + wait.name + " at " + text_of(wait.site) + mask;
+}
+
+std::string name_of(const void* kernel) {
+  Dl_info info{};
+  if (dladdr(kernel, &info) == 0 || info.dli_sname == nullptr) return "unknown kernel";
+  char* name = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, nullptr);
+  std::string text(name != nullptr ? name : info.dli_sname);
+  std::free(name);
+  return text;
 }
 
 class Grid;
@@ -471,6 +486,19 @@ Answer exchange(const char* name, const Site& site, unsigned mask, std::uint64_t
   return self.answer;
 }
 
+Memory memory_of(const void* address) {
+  if (grid == nullptr) return Memory::host;
+  auto inside = [&](const void* start, std::size_t bytes) {
+    return std::uintptr_t(address) - std::uintptr_t(start) < bytes;
+  };
+  const Thread& self = grid->running();
+  if (inside(self.stack.bottom(), Stack::size)) return Memory::local;
+  for (const SharedArray& array : self.block->shared) {
+    if (inside(array.memory.get(), array.bytes)) return Memory::shared;
+  }
+  return Memory::global;
+}
+
 void* dynamic_shared() { return grid->running().block->shared.front().memory.get(); }
 
 void* static_shared(const void* which, std::size_t bytes) {
@@ -503,6 +531,8 @@ void launch(const Launch& launch) {
                                     std::to_string(launch.shared_bytes));
     return;
   }
+  const unsigned n_threads = launch.block.x * launch.block.y * launch.block.z;
+  launched.insert(name_of(launch.kernel) + '\t' + std::to_string(n_threads) + '\t' + std::to_string(launch.shared_bytes));
   Grid running(launch);
   grid = &running;
   try {
@@ -543,3 +573,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
 
 extern "C" void qaa_emulator_seed(std::uint64_t seed) { emulator::engine.seed(seed); }
 extern "C" void qaa_emulator_shared_limit(std::size_t bytes) { emulator::shared_limit = bytes; }
+extern "C" const char* qaa_emulator_launches() {
+  static std::string lines;
+  lines.clear();
+  for (const std::string& launch : std::exchange(emulator::launched, {})) lines += launch + '\n';
+  return lines.c_str();
+}

@@ -89,6 +89,7 @@ cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, in
 // For tests.
 extern "C" void qaa_emulator_seed(std::uint64_t seed);
 extern "C" void qaa_emulator_shared_limit(std::size_t bytes);  // per block, for kernels that ask for more than 48 KiB
+extern "C" const char* qaa_emulator_launches();  // since the last call: lines of kernel, threads, dynamic shared bytes
 
 // ------------------------------------------------------------------------------------------------ threads together
 
@@ -105,6 +106,10 @@ struct Answer {
   unsigned non_zero;
 };
 Answer exchange(const char* name, const Site& site, unsigned mask, std::uint64_t value, unsigned source);
+
+// What a CUDA thread finds at an address; outside of launches everything is the host's.
+enum class Memory { host, local, shared, global };
+Memory memory_of(const void* address);
 
 unsigned lane();
 void* dynamic_shared();
