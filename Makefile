@@ -7,10 +7,11 @@ OUTPUT ?= reports/compare
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc python -type f -not -name '*.pyc' -not -name '*.so') CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: help compare test bench bench-environments bench-plots lint stubs clean
+.PHONY: help compare test gpu-check bench bench-environments bench-plots lint stubs clean
 help:
 	@echo "make compare   train QAA, LoRA, SoRA, Prefix and full fine-tuning on a real LLM; report in $(OUTPUT)"
 	@echo "make test      the test-suite"
+	@echo "make gpu-check CUDA kernels on this machine's GPU: tests, compute-sanitizer, times; results in reports/gpu"
 	@echo "make bench     kernels against simulators and LoRA, and the goals; results in reports/bench"
 	@echo "make bench-environments   environments for simulators that do not fit into the project's own"
 	@echo "make bench-plots          cost per state against wires, layers and batch; figures in reports/bench"
@@ -37,6 +38,15 @@ compare: $(VENV)/.compare
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses auto --dist loadfile
 
+# An environment of its own, in which torch has CUDA and the kernels are compiled for this machine's GPU alone.
+gpu-check:
+	@nvidia-smi >/dev/null 2>&1 || { echo "expected a machine with an NVIDIA GPU and its driver, received one without" >&2; exit 1; }
+	$(PYTHON) -m venv .venv-gpu
+	.venv-gpu/bin/python -m pip install --quiet --constraint constraints.txt torch
+	.venv-gpu/bin/python -m pip install --quiet --constraint constraints.txt '.[test]' \
+	  -Ccmake.define.QAA_CUDA=ON -Ccmake.define.CMAKE_CUDA_ARCHITECTURES=native
+	.venv-gpu/bin/python -m benchmarks.gpu
+
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks
 
@@ -56,4 +66,4 @@ stubs: $(VENV)/.dev
 	cp build/stubs/qaa/_core.pyi python/qaa/_core.pyi && $(BIN)/ruff format python/qaa/_core.pyi
 
 clean:
-	rm -rf build dist reports $(VENV) .venv-bench
+	rm -rf build dist reports $(VENV) .venv-bench .venv-gpu

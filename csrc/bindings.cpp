@@ -7,6 +7,7 @@
 #include <optional>
 #include <stdexcept>
 
+#include "cuda.h"
 #include "gates.h"
 #include "qaa.h"
 
@@ -101,6 +102,28 @@ void run_project_backward(const ConstMatrix& grad, const ConstMatrix& features, 
   project_backward({grad, features, up, scale, grad_features, grad_up, grad_bias, threads});
 }
 
+py::bytes description_of(const cuda::Program& program) {
+  return {reinterpret_cast<const char*>(program.description.data()), program.description.size()};
+}
+
+void run_cuda_forward(const cuda::Program& program, std::uintptr_t description, std::uintptr_t theta,
+                      Scalar theta_scalar, const ConstMatrix& x, const Matrix& features, std::uintptr_t workspace,
+                      std::uintptr_t stream) {
+  const py::gil_scoped_release release;
+  auto pointer = [](std::uintptr_t address) { return reinterpret_cast<void*>(address); };
+  cuda::forward({program, pointer(description), pointer(theta), theta_scalar, x, features, pointer(workspace),
+                 pointer(stream)});
+}
+
+void run_cuda_backward(const cuda::Program& program, std::uintptr_t description, std::uintptr_t theta,
+                       Scalar theta_scalar, const ConstMatrix& x, const ConstMatrix& grad, std::uintptr_t grad_theta,
+                       const Matrix& grad_x, std::uintptr_t workspace, std::uintptr_t stream) {
+  const py::gil_scoped_release release;
+  auto pointer = [](std::uintptr_t address) { return reinterpret_cast<void*>(address); };
+  cuda::backward({program, pointer(description), pointer(theta), theta_scalar, x, grad, pointer(grad_theta), grad_x,
+                  pointer(workspace), pointer(stream)});
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -149,6 +172,21 @@ PYBIND11_MODULE(_core, m) {
   m.def("project_backward", &run_project_backward, py::arg("grad"), py::arg("features"), py::arg("up"),
         py::arg("scale"), py::arg("grad_features"), py::arg("grad_up"), py::arg("grad_bias"), py::arg("threads"),
         "The adjoint of project in one pass over grad; releases the GIL.");
+  py::class_<cuda::Program>(m, "CudaProgram", "A plan as the CUDA kernels read it.")
+      .def(py::init<const Plan&>(), py::arg("plan"), py::keep_alive<1, 2>())
+      .def_property_readonly("description", &description_of, "Bytes that a call wants in device memory.")
+      .def("workspace_bytes", &cuda::workspace_bytes, py::arg("rows"), py::arg("scalar"), py::arg("backward"),
+           "Scratch memory of a call on the current device.");
+  m.def("cuda_is_built", &cuda::is_built, "Whether this build has CUDA kernels.");
+  m.def("cuda_is_available", &cuda::is_available, "Whether it has, and there is a driver with a device.");
+  m.def("cuda_forward", &run_cuda_forward, py::arg("program"), py::arg("description_address"),
+        py::arg("theta_address"), py::arg("theta_scalar"), py::arg("x"), py::arg("features"),
+        py::arg("workspace_address"), py::arg("stream"),
+        "As forward, on the current device and asynchronous on the stream.");
+  m.def("cuda_backward", &run_cuda_backward, py::arg("program"), py::arg("description_address"),
+        py::arg("theta_address"), py::arg("theta_scalar"), py::arg("x"), py::arg("grad"),
+        py::arg("grad_theta_address"), py::arg("grad_x"), py::arg("workspace_address"), py::arg("stream"),
+        "As backward, on the current device and asynchronous on the stream.");
   m.def("instruction_set", &instruction_set, "The instruction set in use; QAA_ISA forces one.");
   m.def("gate_table", [] {
     std::vector<std::tuple<std::string, int, int>> table;

@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "checks.h"
 #include "threads.h"
 
 namespace qaa {
@@ -140,29 +141,6 @@ int useful_threads(int threads, const Plan& plan, std::int64_t rows) {
   return int(std::min<std::int64_t>(threads, useful));
 }
 
-template <class M>
-void check(const M& m, const char* name, std::int64_t rows, std::int64_t columns, bool is_double) {
-  auto refuse = [&](const std::string& expected, const std::string& received) {
-    throw std::invalid_argument(std::string("expected ") + name + " with " + expected + ", received " + received);
-  };
-  if (m.rows != rows) refuse(std::to_string(rows) + " rows", std::to_string(m.rows));
-  if (m.columns != columns) refuse(std::to_string(columns) + " columns", std::to_string(m.columns));
-  if ((m.scalar == Scalar::float64) != is_double) {
-    refuse(is_double ? "float64 numbers, as x has" : "at most float32 numbers, as x has", "the other precision");
-  }
-  if (m.rows > 0 && m.data == nullptr) refuse("data", "a null pointer");
-}
-
-void check_x(const Plan& plan, const ConstMatrix& x) {
-  if (x.rows < 0) {
-    throw std::invalid_argument("expected a batch of at least 0 rows, received " + std::to_string(x.rows));
-  }
-  if (x.columns < 1 || x.columns > std::int64_t{plan.n_amplitudes()}) {
-    throw std::invalid_argument("expected x with 1 to " + std::to_string(plan.n_amplitudes()) + " columns for " +
-                                std::to_string(plan.n_wires) + " wires, received " + std::to_string(x.columns));
-  }
-}
-
 template <class T>
 void forward_as(const ForwardCall& call) {
   const BoundPlanStorage<T> storage(call.plan, call.theta);
@@ -270,38 +248,18 @@ PlanOptions default_options() {
 }
 
 void forward(const ForwardCall& call) {
-  check_x(call.plan, call.x);
-  const bool is_double = call.x.scalar == Scalar::float64;
-  check(call.features, "features", call.x.rows, call.plan.n_columns(), is_double);
+  check_forward(call.plan, call.x, call.features);
   if (call.x.rows == 0) return;
-  if (call.x.data == nullptr) throw std::invalid_argument("expected x with data, received a null pointer");
-  is_double ? forward_as<double>(call) : forward_as<float>(call);
+  call.x.scalar == Scalar::float64 ? forward_as<double>(call) : forward_as<float>(call);
 }
 
 void backward(const BackwardCall& call) {
-  check_x(call.plan, call.x);
-  const bool is_double = call.x.scalar == Scalar::float64;
-  check(call.grad, "grad", call.x.rows, call.plan.n_columns(), is_double);
-  if (call.x.rows > 0 && call.x.data == nullptr) {
-    if (call.plan.is_quadratic() || call.plan.normalize) {
-      throw std::invalid_argument("expected x with data for a readout that is not linear in x, received a null "
-                                  "pointer");
-    }
-    if (call.grad_x.data == nullptr) {
-      throw std::invalid_argument("expected grad_x with data where x has none, received a null pointer");
-    }
-  }
-  if (call.grad_x.data != nullptr) {
-    check(call.grad_x, "grad_x", call.x.rows, call.x.columns, is_double);
-    if (call.grad_x.scalar != call.x.scalar) {
-      throw std::invalid_argument("expected grad_x in the type of x, received another one");
-    }
-  }
+  check_backward(call.plan, call.x, call.grad, call.grad_x);
   if (call.x.rows == 0) {
     std::fill_n(call.grad_theta, call.plan.n_parameters, 0.0);
     return;
   }
-  is_double ? backward_as<double>(call) : backward_as<float>(call);
+  call.x.scalar == Scalar::float64 ? backward_as<double>(call) : backward_as<float>(call);
 }
 
 namespace {

@@ -40,7 +40,7 @@ void forward(const ForwardCall& call);
 
 // The vector-Jacobian product: with E = sum(grad * features),
 //   grad_theta[p] = dE/dtheta[p], overwritten (plan.n_parameters doubles)
-//   grad_x[r]     = dE/dx[r], overwritten, in the type of x; left out if grad_x.data is null
+//   grad_x[r]     = dE/dx[r], overwritten; left out if grad_x.data is null
 // For `state` without normalization, which is linear in x, x.data may be null: grad_x does not depend on it, and
 // grad_theta is what it is for zeros.
 // The same thread-independent order of summation is used for any number of threads.

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 from hypothesis import HealthCheck, settings
+
+import cuda_tools
 
 settings.register_profile(
     "repeatable",
@@ -12,3 +17,15 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 settings.load_profile("repeatable")
+
+
+@pytest.fixture(scope="session")
+def emulated_objects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Object files of everything but the kernels, for libraries in which the kernels run on an emulated device."""
+    return cuda_tools.compile_hosts(tmp_path_factory.mktemp("emulated"))
+
+
+@pytest.fixture(scope="session")
+def emulated_library(emulated_objects: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The library without sanitizers."""
+    return cuda_tools.link_kernels(emulated_objects, tmp_path_factory.mktemp("plain"))

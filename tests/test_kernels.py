@@ -24,6 +24,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -72,11 +73,11 @@ def natural_sizes(problem: Problem) -> tuple[Array, Array, Array]:
     return (size if problem.readout.kind == "state" else size**2), np.sum(bra * size), per_length
 
 
-def relative_error(ours: Array, exact: Array, size: Array) -> float:
-    """max |ours - exact| / size, where an exact agreement counts as 0 whatever the size; NaN and Inf never agree."""
+def relative_error(ours: Array, exact: Array, size: Array, rounding: Array | float = 0) -> float:
+    """max |ours - exact| / size beyond ``rounding``; 0 / 0 counts as 0, and NaN and Inf never agree."""
     assert ours.shape == exact.shape
     difference = np.asarray(np.abs(ours.astype(exact.dtype) - exact))
-    difference = np.where(np.isnan(difference), np.inf, difference)
+    difference = np.where(np.isnan(difference), np.inf, np.maximum(difference - rounding, 0))
     return float(np.max(np.divide(difference, size, out=np.zeros_like(difference), where=difference != 0), initial=0))
 
 
@@ -84,17 +85,26 @@ def check(problem: Problem, dtype: Any, threads: int | None = None) -> None:
     """The core's three results have the right shapes and dtypes and are as close to the oracle as promised."""
     problem = cast(problem, dtype)
     ours = solve(problem, threads)
-    exact = solve_by_oracle(problem)
     complex_dtype = np.result_type(dtype, np.complex64)
     assert ours[0].dtype == (complex_dtype if problem.readout.kind == "state" else dtype), problem
     assert ours[1].dtype == ours[2].dtype == dtype, problem
+    assert_accurate(problem, ours, dtype)
+
+
+def assert_accurate(problem: Problem, ours: tuple[Array, Array, Array], dtype: Any, storage: Any = None) -> None:
+    """The results are as close to the oracle as arithmetic in ``dtype`` allows, and one rounding to ``storage``."""
+    exact = solve_by_oracle(problem)
     single = solve_by_oracle(problem, np.complex64) if dtype == np.float32 else exact
     walk = np.finfo(np.float32).eps * np.sqrt(len(problem.circuit.gates) + problem.circuit.n_wires)
     angles = [abs(float(problem.theta.flat[p])) for gate in problem.circuit.gates for p in gate.parameters]
     in_double = 1e-12 + np.finfo(np.float64).eps * sum(angles)
     for name, value, reference, plain, size in zip(NAMES, ours, exact, single, natural_sizes(problem), strict=True):
         allowed = in_double if dtype == np.float64 else MULTIPLE * max(relative_error(plain, reference, size), walk)
-        error = relative_error(value, reference, size)
+        rounding: Array | float = 0
+        if storage is not None and name != "grad_theta":
+            info = ml_dtypes.finfo(storage)
+            rounding = float(info.eps) / 2 * np.abs(reference) + float(info.smallest_subnormal)
+        error = relative_error(value, reference, size, rounding)
         assert error <= allowed, f"{name}, {np.dtype(dtype)}: error {error:.2g} > {allowed:.2g} for {problem}"
 
 

@@ -40,7 +40,7 @@ def gate_by_gate(task: Task) -> Rival:
     return differentiable(task, features, rows=task.rows(2**18))
 
 
-class _Circuit:
+class Circuit:
     """``ring`` on real rows: a layer of RY is two small real GEMMs, all RZ one diagonal, the CNOTs one gather."""
 
     def __init__(self, n_wires: int) -> None:
@@ -95,7 +95,7 @@ def _compiled(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor,
 
 
 def _kronecker(task: Task) -> Callable[[Tensor, Tensor], Tensor]:
-    circuit = _Circuit(task.n_wires)
+    circuit = Circuit(task.n_wires)
 
     def features(theta: Tensor, x: Tensor) -> Tensor:
         re, im = circuit(theta, pad_and_normalize(x, task.n_wires))
@@ -115,7 +115,7 @@ def dense_compiled(task: Task) -> Rival:
 
 
 def _dense(task: Task) -> Callable[[Tensor, Tensor], Tensor]:
-    circuit, identity = _Circuit(task.n_wires), torch.eye(task.width, 2**task.n_wires)
+    circuit, identity = Circuit(task.n_wires), torch.eye(task.width, 2**task.n_wires)
 
     def features(theta: Tensor, x: Tensor) -> Tensor:
         rows = circuit(theta, identity)  # row i: real and imaginary part of U |i>

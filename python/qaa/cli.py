@@ -134,7 +134,7 @@ def _core() -> str:
     except ImportError as error:
         return f"not available ({error})"
     facts = []
-    for name in ("instruction_set", "num_threads", "cuda"):
+    for name in ("instruction_set", "cuda_is_built", "cuda_is_available"):
         value = getattr(_core, name, None)
         if value is not None:
             facts.append(f"{name.replace('_', ' ')} {value() if callable(value) else value}")

@@ -7,12 +7,13 @@ the same code is called through an ``autograd.Function``, which costs a fraction
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from qaa import _core
+from qaa import _core, cuda
 from qaa.circuit import Circuit, Readout
 from qaa.program import Program, program
 
@@ -42,7 +43,8 @@ def quantum_features(
         circuit: U, on ``n`` wires; wire 0 is the most significant bit of an amplitude's index.
         theta: angles in radians, shape ``circuit.parameter_shape``, any real floating dtype.
         x: shape ``(..., d)`` with ``1 <= d <= 2**n``, padded with zeros to ``2**n``; float16, bfloat16, float32 or
-            float64, on the CPU. States are float64 for float64, else float32; autocast does not change that.
+            float64, on the CPU or, in builds with CUDA kernels, on a GPU. States are float64 for float64, else
+            float32; autocast does not change that.
         readout: see :class:`qaa.Readout`.
         normalize: if False, the vector itself goes through the circuit: expectations and probabilities become
             quadratic forms of it, amplitudes a linear map.
@@ -72,6 +74,7 @@ def quantum_features(
     what = program(circuit, readout, normalize)
     _check_theta(what, theta)
     _check_x(what, x)
+    _check_together(theta, "x", x)
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     if _is_plain(theta, x):
         features = _Features.apply(theta, rows, what)
@@ -220,8 +223,15 @@ def _check_x(what: Program, x: Tensor) -> None:
 
 
 def _check_device(name: str, tensor: Tensor) -> None:
-    if tensor.device.type not in ("cpu", "meta"):
-        raise ValueError(f"expected {name} on the CPU, the only device this build has, received {tensor.device}")
+    if tensor.device.type in ("cpu", "meta") or (tensor.device.type == "cuda" and cuda.is_built()):
+        return
+    where = "a GPU" if cuda.is_built() else f"a GPU with {cuda.HOW_TO_BUILD}"
+    raise ValueError(f"expected {name} on the CPU, or on {where}, received {tensor.device}")
+
+
+def _check_together(theta: Tensor, name: str, tensor: Tensor) -> None:
+    if theta.device != tensor.device:
+        raise ValueError(f"expected theta and {name} on one device, received {theta.device} and {tensor.device}")
 
 
 def _is_plain(*tensors: Tensor) -> bool:
@@ -233,7 +243,7 @@ def _is_plain(*tensors: Tensor) -> bool:
         if transform.key() == torch._C._functorch.TransformType.Jvp:  # torch would take an op's tangent to be zero
             raise RuntimeError("expected reverse mode, received torch.func.jvp: the kernels have no forward mode")
         return False
-    return all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type == "cpu" for t in tensors)
+    return all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type in ("cpu", "cuda") for t in tensors)
 
 
 # ------------------------------------------------------------------------------------------------ calls of the core
@@ -269,51 +279,86 @@ def _angles(theta: Tensor) -> Tensor:
 
 def _forward(what: Program, theta: Tensor, x: Tensor) -> Tensor:
     angles, x = _angles(theta), _readable(x)
-    features = torch.empty(x.shape[0], what.n_outputs, dtype=_feature_dtype(what, x.dtype))
+    features = torch.empty(x.shape[0], what.n_outputs, dtype=_feature_dtype(what, x.dtype), device=x.device)
     out = torch.view_as_real(features).flatten(-2) if what.is_complex else features
-    _core.forward(
-        what.plan,
-        angles.data_ptr(),
-        _SCALARS[angles.dtype],
-        _core.ConstMatrix(*_layout(x)),
-        _core.Matrix(*_layout(out)),
-        torch.get_num_threads(),
-    )
+    matrices = _core.ConstMatrix(*_layout(x)), _core.Matrix(*_layout(out))
+    if x.is_cuda:
+        with torch.cuda.device(x.device):
+            program, description = _on_device(str(what), x.device)
+            workspace = _workspace(program, _layout(x), x.device, backward=False)
+            _core.cuda_forward(
+                program,
+                description.data_ptr(),
+                angles.data_ptr(),
+                _SCALARS[angles.dtype],
+                *matrices,
+                workspace.data_ptr(),
+                torch.cuda.current_stream().cuda_stream,
+            )
+    else:
+        _core.forward(what.plan, angles.data_ptr(), _SCALARS[angles.dtype], *matrices, torch.get_num_threads())
     return features
 
 
 def _backward(what: Program, theta: Tensor, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     angles, x, grad = _angles(theta), _readable(x), _readable(grad)
-    grad_x = torch.empty(x.shape, dtype=x.dtype)
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     return _call_backward(what, theta, angles, _layout(x), grad, _layout(grad_x)), grad_x
 
 
 def _call_backward(what: Program, theta: Tensor, angles: Tensor, x: _Layout, grad: Tensor, grad_x: _Layout) -> Tensor:
-    grad_angles = torch.empty(angles.shape, dtype=angles.dtype)
-    _core.backward(
-        what.plan,
-        angles.data_ptr(),
-        _SCALARS[angles.dtype],
-        _core.ConstMatrix(*x),
-        _core.ConstMatrix(*_layout(grad)),
-        grad_angles.data_ptr(),
-        _core.Matrix(*grad_x),
-        torch.get_num_threads(),
-    )
+    grad_angles = torch.empty(angles.shape, dtype=angles.dtype, device=angles.device)
+    matrices = _core.ConstMatrix(*x), _core.ConstMatrix(*_layout(grad))
+    if angles.is_cuda:
+        with torch.cuda.device(angles.device):
+            program, description = _on_device(str(what), angles.device)
+            workspace = _workspace(program, x, angles.device, backward=True)
+            _core.cuda_backward(
+                program,
+                description.data_ptr(),
+                angles.data_ptr(),
+                _SCALARS[angles.dtype],
+                *matrices,
+                grad_angles.data_ptr(),
+                _core.Matrix(*grad_x),
+                workspace.data_ptr(),
+                torch.cuda.current_stream().cuda_stream,
+            )
+    else:
+        _core.backward(
+            what.plan,
+            angles.data_ptr(),
+            _SCALARS[angles.dtype],
+            *matrices,
+            grad_angles.data_ptr(),
+            _core.Matrix(*grad_x),
+            torch.get_num_threads(),
+        )
     return grad_angles if grad_angles.dtype == theta.dtype else grad_angles.to(theta.dtype)
+
+
+@lru_cache(maxsize=256)
+def _on_device(text: str, device: torch.device) -> tuple[_core.CudaProgram, Tensor]:
+    """A program as the CUDA kernels read it, and its description in the device's memory; copied there once."""
+    program = _core.CudaProgram(Program.parse(text).plan)
+    return program, torch.frombuffer(bytearray(program.description), dtype=torch.uint8).to(device)
+
+
+def _workspace(program: _core.CudaProgram, x: _Layout, device: torch.device, backward: bool) -> Tensor:
+    return torch.empty(program.workspace_bytes(x[1], x[4], backward), dtype=torch.uint8, device=device)
 
 
 def _unit_gradients(what: Program, theta: Tensor, real: bool) -> tuple[Tensor, torch.dtype]:
     """Gradients that pick Re of amplitude b for b < k, shape (k, k), and below them those that pick Im."""
     dtype = torch.float64 if theta.dtype == torch.float64 else torch.float32
-    eye = torch.eye(what.n_outputs, dtype=_feature_dtype(what, dtype))
+    eye = torch.eye(what.n_outputs, dtype=_feature_dtype(what, dtype), device=theta.device)
     return (eye if real else torch.cat([eye, 1j * eye])), dtype
 
 
 def _rows(what: Program, theta: Tensor, width: int, real: bool) -> Tensor:
     # The readout is linear in x, so the gradient of Re phi_b with respect to x is row b of Re U, whatever x is.
     units, dtype = _unit_gradients(what, theta, real)
-    grad_x = torch.empty(len(units), width, dtype=dtype)
+    grad_x = torch.empty(len(units), width, dtype=dtype, device=theta.device)
     layout = _layout(grad_x)
     _call_backward(what, theta, _angles(theta), (0, *layout[1:]), _readable(units), layout)
     return grad_x if real else torch.complex(*grad_x.chunk(2))
@@ -451,6 +496,7 @@ def _checked(text: str, theta: Tensor, x: Tensor | None = None, grad: Tensor | N
     _check_theta(what, theta)
     if x is not None:
         _check_x(what, x)
+        _check_together(theta, "x", x)
         if x.ndim != 2:
             raise ValueError(f"expected x of shape (batch, d), received {tuple(x.shape)}")
         if grad is not None:
@@ -459,6 +505,7 @@ def _checked(text: str, theta: Tensor, x: Tensor | None = None, grad: Tensor | N
                 raise ValueError(
                     f"expected grad of shape {shape} and dtype {dtype}, received {tuple(grad.shape)} and {grad.dtype}"
                 )
+            _check_together(theta, "grad", grad)
     elif what.readout.kind != "state" or what.normalize:
         raise ValueError(f"expected a program that reads amplitudes 'as is', received {text[-40:]!r}")
     return what
@@ -495,10 +542,11 @@ def _op_rows_backward(theta: Tensor, grad: Tensor, program: str, real: bool) -> 
     return _rows_backward(what, theta, grad, real)
 
 
-_library.impl("forward", _op_forward, "CPU")
-_library.impl("backward", _op_backward, "CPU")
-_library.impl("rows", _op_rows, "CPU")
-_library.impl("rows_backward", _op_rows_backward, "CPU")
+for _device in ("CPU", "CUDA"):
+    _library.impl("forward", _op_forward, _device)
+    _library.impl("backward", _op_backward, _device)
+    _library.impl("rows", _op_rows, _device)
+    _library.impl("rows_backward", _op_rows_backward, _device)
 _library.impl("project", _project, "CPU")
 _library.impl("project_backward", _project_backward, "CPU")
 

@@ -1,0 +1,110 @@
+"""What the CUDA kernels should cost, on paper: ``python -m benchmarks.gpu_model`` prints the table in ``docs/cuda.md``.
+
+The default circuit with one layer and ``<Z>`` on every wire, bfloat16 rows, float32 states. Counted per row: 128-byte
+transactions of shared memory and the first-level cache, which go through one pipe at one per cycle; arithmetic and
+address instructions; bytes of device memory. The kernels' time is at least that of the busiest of the three.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+
+TILE = 16  # amplitudes of a thread
+TABLES = 8  # transactions of a warp in a pass besides its tile: the pass, its table of tiles, its sines and cosines
+SUM = 6  # shuffles for four sums over a warp
+
+
+@dataclass(frozen=True)
+class Device:
+    name: str
+    processors: int
+    gigahertz: float
+    terabytes_per_second: float
+
+
+DEVICES = [
+    Device("A100 SXM 80 GB", 108, 1.41, 2.04),
+    Device("H100 SXM", 132, 1.755, 3.35),
+    Device("RTX 4090", 128, 2.52, 1.01),
+]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one row."""
+
+    sweeps: float  # reads or writes of 2**n numbers in shared memory
+    sums: int  # groups of four sums over a warp
+    passes: int
+    instructions: float  # arithmetic, per amplitude
+    bytes: float
+    n_wires: int
+
+    @property
+    def transactions(self) -> float:
+        warps = 2**self.n_wires / TILE / 32
+        return self.sweeps * 2**self.n_wires / 32 + warps * (SUM * self.sums + TABLES * self.passes + 5)
+
+    @property
+    def slots(self) -> float:
+        """Warp instructions: arithmetic, one access with one address for every 32 numbers, and the other transactions."""
+        swept = self.sweeps * 2**self.n_wires / 32
+        return self.instructions * 2**self.n_wires / 32 + 2 * swept + (self.transactions - swept)
+
+    def microseconds(self, rows: int, device: Device) -> dict[str, float]:
+        cycles = rows / device.processors / (device.gigahertz * 1e3)
+        return {
+            "shared memory": self.transactions * cycles,
+            "instructions": self.slots / 4 * cycles,
+            "device memory": rows * self.bytes / (device.terabytes_per_second * 1e6),
+        }
+
+
+def costs(n: int, width: int, real: bool) -> dict[str, Cost]:
+    """Forward and adjoint; ``real`` where the phases are in the observables and the state stays real."""
+    turns, pairs = ceil(n / 4), ceil(n / 4)  # passes of rotations; of strings with X
+    parts = 1 if real else 2
+    z_sums = 1 + ceil((n - 4) / 4)
+    rotate = n + turns  # a multiply-add for each rotation, a multiplication for each pass
+    phases = 0 if real else 6
+    measure = (parts + 3) + n * (parts + 1) / 2 * parts
+    forward = Cost(
+        sweeps=1 + 2 * turns + (0 if real else 3) + parts + parts * pairs,
+        sums=z_sums + pairs,
+        passes=turns + (not real) + 1 + pairs,
+        instructions=2 + rotate + phases + measure,
+        bytes=2 * width + 2 * n,
+        n_wires=n,
+    )
+    adjoint = Cost(
+        sweeps=1 + 2 * turns + (0 if real else 3) + 2 * parts + 3 * parts * pairs + (0 if real else 6) + 4 * turns + 2,
+        sums=z_sums + pairs + (0 if real else z_sums) + turns,
+        passes=2 * turns + 2 * (not real) + 1 + pairs,
+        instructions=4 + rotate + phases + measure + 2 * parts * n + (0 if real else 14) + 2 * rotate + n,
+        bytes=2 * width + 2 * n + 2 * width,
+        n_wires=n,
+    )
+    return {"forward": forward, "adjoint": adjoint}
+
+
+def main() -> None:
+    rows = 8192
+    print("| | | transactions | instructions / 4 | bytes |" + "".join(f" {d.name} |" for d in DEVICES))
+    print("|---|---|---:|---:|---:|" + "---:|" * len(DEVICES))
+    for real in (False, True):
+        for n, width in ((10, 768), (11, 2048), (12, 4096), (13, 8192)):
+            for direction, cost in costs(n, width, real).items():
+                cells = []
+                for device in DEVICES:
+                    times = cost.microseconds(rows, device)
+                    cells.append(f"{max(times.values()):.0f} µs")
+                state = "real" if real else "complex"
+                print(
+                    f"| n = {n}, d = {width}, {state} | {direction} | {cost.transactions:.0f} | {cost.slots / 4:.0f} "
+                    f"| {cost.bytes:.0f} | " + " | ".join(cells) + " |"
+                )
+
+
+if __name__ == "__main__":
+    main()

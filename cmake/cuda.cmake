@@ -1,0 +1,39 @@
+# The CUDA kernels as a part of qaa_core. nvcc comes from CUDACXX, from PATH, or from the wheels nvidia-cuda-nvcc,
+# nvidia-cuda-crt, nvidia-nvvm, nvidia-cuda-runtime and nvidia-cuda-cccl in the Python environment that builds.
+if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+  find_program(QAA_NVCC nvcc PATHS /usr/local/cuda/bin)
+  if(NOT QAA_NVCC)
+    find_package(Python COMPONENTS Interpreter)
+    execute_process(COMMAND ${Python_EXECUTABLE} -c "import nvidia; print(*nvidia.__path__, sep=';')"
+      OUTPUT_VARIABLE wheels OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+    foreach(folder IN LISTS wheels)
+      list(APPEND places ${folder}/cu13)
+    endforeach()
+    find_program(QAA_NVCC nvcc PATHS ${places} PATH_SUFFIXES bin NO_DEFAULT_PATH)
+  endif()
+  if(QAA_NVCC)
+    set(CMAKE_CUDA_COMPILER ${QAA_NVCC})
+  endif()
+endif()
+if(QAA_CUDA STREQUAL "AUTO" AND NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+  target_sources(qaa_core PRIVATE csrc/cuda_absent.cpp)
+  return()
+endif()
+
+# Real code for every generation since Turing; the last entry carries PTX for those to come.
+if(NOT DEFINED CMAKE_CUDA_ARCHITECTURES)
+  set(CMAKE_CUDA_ARCHITECTURES 75-real 80-real 86-real 89-real 90-real 100-real 120)
+endif()
+set(CMAKE_CUDA_STANDARD 20)
+set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+set(CMAKE_CUDA_RUNTIME_LIBRARY Static)  # so that a machine without CUDA can load the module
+enable_language(CUDA)
+
+add_library(qaa_cuda OBJECT csrc/cuda/program.cpp csrc/cuda/launch.cu)
+target_include_directories(qaa_cuda PRIVATE csrc)
+target_compile_options(qaa_cuda PRIVATE
+  $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra>
+  "$<$<COMPILE_LANGUAGE:CUDA>:-O3;-Werror=all-warnings;--threads=0;-Xcompiler=-Wall,-Wextra>")
+target_sources(qaa_core PRIVATE $<TARGET_OBJECTS:qaa_cuda>)
+find_library(QAA_CUDART cudart_static HINTS ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES} REQUIRED)
+target_link_libraries(qaa_core PUBLIC ${QAA_CUDART} ${CMAKE_DL_LIBS} rt)

@@ -1,0 +1,56 @@
+// Checks of a call's arguments, the same on every device. They throw std::invalid_argument.
+#pragma once
+
+#include <stdexcept>
+#include <string>
+
+#include "qaa.h"
+
+namespace qaa {
+
+template <class M>
+inline void check(const M& m, const char* name, std::int64_t rows, std::int64_t columns, bool is_double) {
+  auto refuse = [&](const std::string& expected, const std::string& received) {
+    throw std::invalid_argument(std::string("expected ") + name + " with " + expected + ", received " + received);
+  };
+  if (m.rows != rows) refuse(std::to_string(rows) + " rows", std::to_string(m.rows));
+  if (m.columns != columns) refuse(std::to_string(columns) + " columns", std::to_string(m.columns));
+  if ((m.scalar == Scalar::float64) != is_double) {
+    refuse(is_double ? "float64 numbers, as x has" : "at most float32 numbers, as x has", "the other precision");
+  }
+  if (m.rows > 0 && m.data == nullptr) refuse("data", "a null pointer");
+}
+
+inline void check_x(const Plan& plan, const ConstMatrix& x) {
+  if (x.rows < 0) {
+    throw std::invalid_argument("expected a batch of at least 0 rows, received " + std::to_string(x.rows));
+  }
+  if (x.columns < 1 || x.columns > std::int64_t{plan.n_amplitudes()}) {
+    throw std::invalid_argument("expected x with 1 to " + std::to_string(plan.n_amplitudes()) + " columns for " +
+                                std::to_string(plan.n_wires) + " wires, received " + std::to_string(x.columns));
+  }
+}
+
+inline void check_forward(const Plan& plan, const ConstMatrix& x, const Matrix& features) {
+  check_x(plan, x);
+  check(features, "features", x.rows, plan.n_columns(), x.scalar == Scalar::float64);
+  if (x.rows > 0 && x.data == nullptr) throw std::invalid_argument("expected x with data, received a null pointer");
+}
+
+inline void check_backward(const Plan& plan, const ConstMatrix& x, const ConstMatrix& grad, const Matrix& grad_x) {
+  check_x(plan, x);
+  const bool is_double = x.scalar == Scalar::float64;
+  check(grad, "grad", x.rows, plan.n_columns(), is_double);
+  if (x.rows > 0 && x.data == nullptr) {
+    if (plan.is_quadratic() || plan.normalize) {
+      throw std::invalid_argument("expected x with data for a readout that is not linear in x, received a null "
+                                  "pointer");
+    }
+    if (grad_x.data == nullptr) {
+      throw std::invalid_argument("expected grad_x with data where x has none, received a null pointer");
+    }
+  }
+  if (grad_x.data != nullptr) check(grad_x, "grad_x", x.rows, x.columns, is_double);
+}
+
+}  // namespace qaa

@@ -1,0 +1,48 @@
+// The same calls as in qaa.h for arrays on a CUDA device: asynchronous on the caller's stream, without allocations and
+// without synchronisation, so that they can be captured into a graph. Where the build has no CUDA, every call but
+// `is_built` and `is_available` throws std::runtime_error.
+#pragma once
+
+#include <cstddef>
+
+#include "cuda/program.h"
+#include "qaa.h"
+
+namespace qaa::cuda {
+
+// Whether this build has CUDA kernels, and whether there is also a driver with a device.
+bool is_built();
+bool is_available();
+
+// Bytes of scratch memory on the current device for a call with so many rows; aligned to 256 bytes.
+std::size_t workspace_bytes(const Program& program, std::int64_t rows, Scalar scalar, bool backward);
+
+// As qaa::ForwardCall. All pointers are to memory of the current device; `theta` has float32 or float64 numbers.
+struct ForwardCall {
+  const Program& program;
+  const void* description;  // a copy of program.description, aligned to 16 bytes
+  const void* theta;
+  Scalar theta_scalar;
+  ConstMatrix x;
+  Matrix features;
+  void* workspace;
+  void* stream;  // a cudaStream_t
+};
+void forward(const ForwardCall& call);
+
+// As qaa::BackwardCall. grad_theta has theta's type; the order of every sum depends on the number of rows alone.
+struct BackwardCall {
+  const Program& program;
+  const void* description;
+  const void* theta;
+  Scalar theta_scalar;
+  ConstMatrix x;
+  ConstMatrix grad;
+  void* grad_theta;
+  Matrix grad_x;
+  void* workspace;
+  void* stream;
+};
+void backward(const BackwardCall& call);
+
+}  // namespace qaa::cuda

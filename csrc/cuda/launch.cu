@@ -1,0 +1,171 @@
+// Launches: the shape of a grid, where its memory lies, and which instance of a kernel runs.
+#include <algorithm>
+#include <string>
+
+#include "checks.h"
+#include "cuda.h"
+#include "kernels.cuh"
+
+namespace qaa::cuda {
+namespace {
+
+void check(cudaError_t error, const char* what) {
+  if (error == cudaSuccess) return;
+  throw std::runtime_error(std::string("expected CUDA to ") + what + ", received: " + cudaGetErrorString(error));
+}
+
+int shared_memory_limit() {
+  int device = 0, limit = 0;
+  check(cudaGetDevice(&device), "name the current device");
+  check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "describe the device");
+  return limit;
+}
+
+// How a call is spread over the device, and the workspace's parts in bytes from its start.
+struct Shape {
+  std::uint32_t n_threads, n_blocks;
+  bool in_warp, in_shared;
+  BlockMemory block;
+  std::size_t partial, memory, workspace_bytes;  // the bound values come first
+};
+
+// Without a limit on blocks rows would be spread most evenly; but every block has sums to be added up in the end, or
+// a part of the workspace.
+#ifndef QAA_MAX_BLOCKS
+#define QAA_MAX_BLOCKS 4096  // tests lower it, so that blocks have several rows
+#endif
+constexpr std::int64_t max_blocks = QAA_MAX_BLOCKS, max_blocks_with_workspace = std::min(QAA_MAX_BLOCKS, 256);
+// What a block may have of shared memory without asking, and with room for a neighbour on every device.
+constexpr std::uint32_t modest_shared_bytes = 48 << 10;
+
+template <class T>
+Shape shape_of(const Layout& layout, std::int64_t rows, bool backward) {
+  Shape s{};
+  s.in_warp = layout.n_wires <= warp_wires;
+  std::uint32_t n_warps =
+      (s.in_warp ? threads_of_whole_warps : std::min(layout.n_tiles(), max_threads)) / warp_size;
+  auto measured = [&] { return BlockMemory(layout, sizeof(T), n_warps, backward); };
+  s.block = measured();
+  while (s.in_warp && n_warps > 1 && s.block.bytes > modest_shared_bytes) {
+    n_warps /= 2;
+    s.block = measured();
+  }
+  s.in_shared = s.block.bytes <= std::uint32_t(shared_memory_limit());
+  if (!s.in_shared) s.block.bytes = (s.block.bytes + 255) / 256 * 256;
+  const std::int64_t rows_per_block = s.in_warp ? n_warps * s.block.n_states : 1;
+  s.n_threads = n_warps * warp_size;
+  s.n_blocks = std::uint32_t(std::min((rows + rows_per_block - 1) / rows_per_block,
+                                      s.in_shared ? max_blocks : max_blocks_with_workspace));
+  auto take = [&](std::size_t bytes) {
+    const std::size_t at = s.workspace_bytes;
+    s.workspace_bytes += (bytes + 255) / 256 * 256;
+    return at;
+  };
+  take(layout.n_values * sizeof(T));
+  s.partial = take(backward ? std::size_t{layout.n_slots} * s.n_blocks * sizeof(T) : 0);
+  s.memory = take(s.in_shared ? 0 : std::size_t{s.n_blocks} * s.block.bytes);
+  return s;
+}
+
+template <class T, class Call>
+Arguments<T> arguments(const Call& call, const Shape& shape) {
+  Arguments<T> a{};
+  auto* workspace = static_cast<unsigned char*>(call.workspace);
+  a.layout = call.program.layout;
+  a.block = shape.block;
+  a.description = static_cast<const unsigned char*>(call.description);
+  a.theta = call.theta;
+  a.theta_is_double = call.theta_scalar == Scalar::float64;
+  a.values = reinterpret_cast<const T*>(workspace);
+  a.x = call.x;
+  a.partial = reinterpret_cast<T*>(workspace + shape.partial);
+  a.n_blocks = shape.n_blocks;
+  a.memory = workspace + shape.memory;
+  return a;
+}
+
+template <class T>
+using Kernel = void (*)(const Arguments<T>);
+
+template <class T>
+void bind(const Arguments<T>& a, void* workspace, cudaStream_t stream) {
+  QAA_LAUNCH(bind_kernel<T>, a.layout.n_circuit_passes + 1, threads_of_whole_warps, 0, stream, a,
+             static_cast<T*>(workspace));
+  check(cudaGetLastError(), "compute a circuit's tables");
+}
+
+template <class T>
+void launch(Kernel<T> kernel, const Arguments<T>& a, const Shape& shape, cudaStream_t stream) {
+  const std::uint32_t shared_bytes = shape.in_shared ? shape.block.bytes : 0;
+  if (shared_bytes > modest_shared_bytes) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
+          "give a block more shared memory");
+  }
+  QAA_LAUNCH(kernel, shape.n_blocks, shape.n_threads, shared_bytes, stream, a);
+  check(cudaGetLastError(), "run a circuit");
+}
+
+template <class T>
+void forward_as(const ForwardCall& call) {
+  const Shape shape = shape_of<T>(call.program.layout, call.x.rows, false);
+  const auto stream = static_cast<cudaStream_t>(call.stream);
+  Arguments<T> a = arguments<T>(call, shape);
+  a.features = call.features;
+  bind(a, call.workspace, stream);
+  static constexpr Kernel<T> kernels[2][2] = {{forward_kernel<T, false, false>, forward_kernel<T, false, true>},
+                                              {forward_kernel<T, true, false>, forward_kernel<T, true, true>}};
+  launch(kernels[shape.in_warp][shape.in_shared], a, shape, stream);
+}
+
+template <class T>
+void backward_as(const BackwardCall& call) {
+  const Shape shape = shape_of<T>(call.program.layout, call.x.rows, true);
+  const auto stream = static_cast<cudaStream_t>(call.stream);
+  Arguments<T> a = arguments<T>(call, shape);
+  a.grad = call.grad;
+  a.grad_theta = call.grad_theta;
+  a.grad_x = call.grad_x;
+  bind(a, call.workspace, stream);
+  static constexpr Kernel<T> kernels[2][2] = {{backward_kernel<T, false, false>, backward_kernel<T, false, true>},
+                                              {backward_kernel<T, true, false>, backward_kernel<T, true, true>}};
+  if (shape.n_blocks > 0) launch(kernels[shape.in_warp][shape.in_shared], a, shape, stream);
+  if (a.layout.n_parameters == 0) return;
+  QAA_LAUNCH(chain_rule_kernel<T>, a.layout.n_parameters, threads_of_whole_warps, 0, stream, a);
+  check(cudaGetLastError(), "add up the gradient of the angles");
+}
+
+void check_angles(Scalar scalar) {
+  if (scalar == Scalar::float32 || scalar == Scalar::float64) return;
+  throw std::invalid_argument("expected angles of float32 or float64, received a narrower type");
+}
+
+}  // namespace
+
+bool is_built() { return true; }
+
+bool is_available() {
+  int n_devices = 0;
+  if (cudaGetDeviceCount(&n_devices) == cudaSuccess && n_devices > 0) return true;
+  cudaGetLastError();  // forgets the error
+  return false;
+}
+
+std::size_t workspace_bytes(const Program& program, std::int64_t rows, Scalar scalar, bool backward) {
+  return scalar == Scalar::float64 ? shape_of<double>(program.layout, rows, backward).workspace_bytes
+                                   : shape_of<float>(program.layout, rows, backward).workspace_bytes;
+}
+
+void forward(const ForwardCall& call) {
+  check_forward(call.program.plan, call.x, call.features);
+  check_angles(call.theta_scalar);
+  if (call.x.rows == 0) return;
+  call.x.scalar == Scalar::float64 ? forward_as<double>(call) : forward_as<float>(call);
+}
+
+void backward(const BackwardCall& call) {
+  check_backward(call.program.plan, call.x, call.grad, call.grad_x);
+  check_angles(call.theta_scalar);
+  call.x.scalar == Scalar::float64 ? backward_as<double>(call) : backward_as<float>(call);
+}
+
+}  // namespace qaa::cuda

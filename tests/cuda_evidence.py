@@ -1,0 +1,156 @@
+"""What compiled CUDA kernels tell without a GPU: registers, spills, occupancy and instructions.
+
+``python tests/cuda_evidence.py`` (``make cuda-evidence``) writes ``tests/cuda/resources.json``; ``test_cuda_static``
+compares. Kernels become PTX once and machine code for each architecture. ptxas takes spills, local memory and double
+arithmetic in float kernels for errors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import cuda_tools
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_120")
+#: float64 has no goal of speed: its kernels may use double arithmetic, and are looked at for one architecture.
+CASES = [*((architecture, "float") for architecture in ARCHITECTURES), ("sm_90", "double")]
+TABLE = cuda_tools.ROOT / "tests/cuda/resources.json"
+SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_120": 99}
+WIRES = (4, 8, 9, 10, 11, 12, 13, 14)
+
+Resources = dict[str, dict[str, int]]  # of each kernel
+
+
+@cache
+def find(tool: str) -> Path | None:
+    """A tool of the CUDA toolkit: of the system, or from the wheels nvidia-cuda-nvcc, nvidia-cuda-nvdisasm, ..."""
+    folders = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "bin"]
+    folders += [Path(path) / "nvidia/cu13/bin" for path in sys.path]
+    found = shutil.which(tool) or next((f"{f}/{tool}" for f in folders if (f / tool).is_file()), None)
+    return Path(found) if found else None
+
+
+def _checked(*command: str | Path, **options: Any) -> str:
+    result = cuda_tools.run(list(command), **options)
+    assert result.returncode == 0, f"{command[0]}: {result.stdout[-2000:]}{result.stderr[-2000:]}"
+    return result.stdout + result.stderr
+
+
+def compile_ptx(number: str, folder: Path) -> Path:
+    """The PTX of the kernels of one precision; those that compute in double on purpose come with ``double``."""
+    nvcc = find("nvcc")
+    assert nvcc is not None
+    target = folder / f"{number}.ptx"
+    defines = [f"-DQAA_NUMBER={number}", *(["-DQAA_AT_THE_ENDS"] if number == "double" else [])]
+    source = cuda_tools.ROOT / "tests/cuda/instances.cu"
+    flags = ["-std=c++20", "-O3", "-Werror", "all-warnings", "-arch=compute_80", "-ptx", f"-I{cuda_tools.ROOT / 'csrc'}"]
+    _checked(nvcc, *flags, *defines, source, "-o", target)
+    return target
+
+
+def assemble(ptx: Path, architecture: str) -> tuple[Path, Resources]:
+    """Machine code, and what each kernel needs; float kernels that spill or compute in double are refused."""
+    nvcc = find("nvcc")
+    assert nvcc is not None
+    target = ptx.with_suffix(f".{architecture}.cubin")
+    warnings = ["-warn-spills", "-warn-lmem-usage"] + (["-warn-double-usage"] if ptx.stem == "float" else [])
+    options = ",".join(["-v", *warnings, "-Werror"])
+    log = _checked(nvcc, f"-arch={architecture}", "-cubin", "-Xptxas", options, ptx, "-o", target)
+    pattern = (
+        r"Compiling entry function '(\w+)' for '\w+'\n.*\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads\n.*Used (\d+) registers(?:.*?(\d+) bytes smem)?"
+    )
+    resources = {}
+    for name, stack, stores, loads, registers, shared in re.findall(pattern, log):
+        resources[_demangled(name)] = {
+            "registers": int(registers),
+            "static_shared_bytes": int(shared or 0),
+            "stack_bytes": int(stack),
+            "spill_bytes": int(stores) + int(loads),
+        }
+    return target, dict(sorted(resources.items()))
+
+
+def _demangled(name: str) -> str:
+    """``forward_kernel<float, true, false>``"""
+    text = _checked("c++filt", name).strip()
+    return text[text.index("cuda::") + 6 : text.index(">(") + 1].replace("qaa::cuda::", "")
+
+
+def instructions(cubin: Path) -> dict[str, list[str]]:
+    """Opcodes of each kernel, with their modifiers: ``LDG.E.128``."""
+    nvdisasm = find("nvdisasm")
+    assert nvdisasm is not None
+    kernels: dict[str, list[str]] = {}
+    for part in re.split(r"^\.text\.", _checked(nvdisasm, "-c", cubin), flags=re.MULTILINE)[1:]:
+        name = _demangled(part[: part.index(":")])
+        kernels[name] = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_.]+)", part, re.MULTILINE)
+    return kernels
+
+
+# ------------------------------------------------------------------------------------------------- occupancy
+
+
+def launches(library: Path) -> dict[str, Any]:
+    """How float kernels of the default circuit are launched, for each architecture's shared memory."""
+    import numpy as np
+
+    from emulated import Device, draw, rounded
+    from qaa.circuit import ansatz
+
+    device = Device(library)
+    found: dict[str, Any] = {}
+    for architecture, kib in SHARED_KIB.items():
+        for n_wires in WIRES:
+            problem = draw(0, n_wires, "z", circuit=ansatz("ring", n_wires, 1), batch=1)
+            device.schedule(0, kib * 1024)
+            device.launches()
+            device.solve(rounded(problem, np.float32), np.float32)
+            for kernel, threads, shared in device.launches():
+                name = kernel[kernel.index("cuda::") + 6 : kernel.index(">(") + 1]
+                if name.startswith(("forward", "backward")):
+                    found[f"{architecture} {name.split('_')[0]}, {n_wires} wires"] = (architecture, name, threads, shared)
+    return found
+
+
+def occupancies(launched: dict[str, Any], resources: dict[str, Resources], folder: Path) -> dict[str, Any]:
+    """The percentage of a multiprocessor's warps that may be resident."""
+    nvcc = find("nvcc")
+    assert nvcc is not None
+    places = [nvcc.resolve().parents[1] / "include", Path("/usr/local/cuda/include")]
+    include = next(place for place in places if (place / "cuda_occupancy.h").is_file())
+    program = folder / "occupancy"
+    source = cuda_tools.ROOT / "tests/cuda/occupancy.cpp"
+    _checked(cuda_tools.COMPILER, "-std=c++20", "-isystem", include, source, "-o", program)
+    lines = []
+    for architecture, kernel, threads, shared in launched.values():
+        needs = resources[f"{architecture} float"][kernel]
+        lines.append(f"{architecture} {needs['registers']} {needs['static_shared_bytes']} {threads} {shared}")
+    percent = _checked(program, input="\n".join(lines)).split()
+    return {
+        name: {"kernel": kernel, "threads": threads, "dynamic_shared_bytes": shared, "occupancy_percent": int(value)}
+        for (name, (_, kernel, threads, shared)), value in zip(launched.items(), percent, strict=True)
+    }
+
+
+def main() -> None:
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        ptx = {number: compile_ptx(number, folder) for number in ("float", "double")}
+        resources = {f"{arch} {number}": assemble(ptx[number], arch)[1] for arch, number in CASES}
+        library = cuda_tools.link_kernels(cuda_tools.compile_hosts(folder), folder)
+        table = {"resources": resources, "occupancy": occupancies(launches(library), resources, folder)}
+    TABLE.write_text(json.dumps(table, indent=1) + "\n")
+    print(f"wrote {TABLE}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""The CUDA kernels on a GPU, against the oracle; and what happens where there is no GPU, no driver or no such build."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import oracle
+import pytest
+import strategies
+
+import qaa
+from qaa import _core
+
+torch = pytest.importorskip("torch")
+import qaa.ops  # noqa: E402
+
+gpu = pytest.mark.skipif(not qaa.cuda.is_available() or not torch.cuda.is_available(), reason="needs a GPU")
+
+#: Relative error of one rounding in the narrowest type on the way, and how many of those an answer may be off.
+ROUNDING = {torch.float64: 2**-52, torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+ROUNDINGS = 64
+
+
+# ------------------------------------------------------------------------------------------------ without a GPU
+
+
+def test_states_of_a_build() -> None:
+    assert isinstance(qaa.cuda.is_built(), bool)
+    assert qaa.cuda.is_built() or not qaa.cuda.is_available()
+
+
+def test_a_cuda_tensor_meets_a_build_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(qaa.cuda, "is_built", lambda: False)
+    with pytest.raises(ValueError, match=r"expected x on the CPU, or on a GPU with a build .*QAA_CUDA=ON.*cuda:0"):
+        qaa.ops._check_device("x", SimpleNamespace(device=torch.device("cuda", 0)))
+
+
+def test_other_devices_are_refused() -> None:
+    with pytest.raises(ValueError, match="expected x on the CPU, or on a GPU.*, received mps:0"):
+        qaa.ops._check_device("x", SimpleNamespace(device=torch.device("mps", 0)))
+
+
+def test_a_build_meets_no_driver() -> None:
+    plan = qaa.program.program(qaa.ansatz("ring", 3), "z", True).plan
+    if not qaa.cuda.is_built():
+        with pytest.raises(RuntimeError, match="expected a build of qaa with CUDA kernels"):
+            _core.CudaProgram(plan)
+    elif not qaa.cuda.is_available():
+        with pytest.raises(RuntimeError, match="expected CUDA to name the current device, received: "):
+            _core.CudaProgram(plan).workspace_bytes(8, _core.Scalar.float32, True)
+
+
+# ------------------------------------------------------------------------------------------------ with one
+
+
+def run(problem: strategies.Problem, dtype: Any, x: Any = None) -> tuple[Any, Any, Any]:
+    """Features and gradients on the GPU."""
+    theta = torch.tensor(problem.theta, device="cuda", requires_grad=True)
+    rows = torch.tensor(problem.x, device="cuda").to(dtype) if x is None else x
+    rows = rows.detach().requires_grad_()
+    features = qaa.ops.quantum_features(
+        problem.circuit, theta, rows, problem.readout, normalize=problem.normalize
+    )
+    features.backward(torch.tensor(problem.grad, device="cuda").to(features.dtype))
+    return features.detach(), theta.grad, rows.grad
+
+
+def assert_right(problem: strategies.Problem, dtype: Any) -> None:
+    features, grad_theta, grad_x = run(problem, dtype)
+    x = torch.tensor(problem.x).to(dtype).double().numpy()
+    grad = torch.tensor(problem.grad).to(features.dtype).to(torch.complex128 if features.is_complex() else torch.double)
+    expected = oracle.features(problem.circuit, problem.theta, x, problem.readout, normalize=problem.normalize)
+    expected_theta, expected_x = oracle.vjp(
+        problem.circuit, problem.theta, x, grad.numpy(), problem.readout, normalize=problem.normalize
+    )
+    for name, value, wanted in (
+        ("features", features, expected),
+        ("grad_theta", grad_theta, expected_theta),
+        ("grad_x", grad_x, expected_x),
+    ):
+        error = np.max(np.abs(value.cpu().to(torch.complex128).numpy() - wanted), initial=0)
+        allowed = ROUNDINGS * ROUNDING[dtype] * max(1.0, np.max(np.abs(wanted), initial=0))
+        assert error <= allowed, f"{name} off by {error:.1e}, allowed {allowed:.1e}: {problem}"
+
+
+@gpu
+@pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
+@pytest.mark.parametrize("readout", ["z", "probs", "state", None])
+@pytest.mark.parametrize("n_wires", range(1, 15))
+def test_against_the_oracle(n_wires: int, readout: str | None, dtype: Any) -> None:
+    rng = np.random.default_rng(n_wires)
+    circuit = strategies.random_circuit(rng, n_wires, 24)
+    assert_right(strategies.random_problem(rng, circuit, readout, batch=37 if n_wires < 12 else 3), dtype)
+
+
+@gpu
+@pytest.mark.parametrize("n_wires", [15, 16])
+def test_states_in_global_memory(n_wires: int) -> None:
+    rng = np.random.default_rng(n_wires)
+    circuit = strategies.random_circuit(rng, n_wires, 12)
+    assert_right(strategies.random_problem(rng, circuit, "z", batch=2), torch.float32)
+
+
+@gpu
+def test_rows_of_zeros_nan_and_extreme_size() -> None:
+    rng = np.random.default_rng(0)
+    problem = strategies.random_problem(rng, qaa.ansatz("ring", 10), "z", batch=6, d=700, normalize=True)
+    x = torch.tensor(problem.x, dtype=torch.float32, device="cuda")
+    expected, _, _ = run(problem, torch.float32, x)
+    for row, factor in enumerate((0, np.nan, 1e30, 1e-30)):
+        x[row] *= factor
+    features, _, grad_x = run(problem, torch.float32, x)
+    assert not features[0].any() and not grad_x[0].any()
+    assert features[1].isnan().all() and grad_x[1].isnan().all()
+    torch.testing.assert_close(features[2:], expected[2:], rtol=1e-5, atol=1e-6)
+
+
+@gpu
+def test_gradients_are_the_same_bits_every_time() -> None:
+    rng = np.random.default_rng(1)
+    problem = strategies.random_problem(rng, qaa.ansatz("ring", 11, 2), "z", batch=9000, normalize=True)
+    first, second = (run(problem, torch.float32) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@gpu
+def test_layouts_streams_and_graphs() -> None:
+    rng = np.random.default_rng(2)
+    circuit = qaa.ansatz("ring", 10)
+    theta = torch.tensor(strategies.random_angles(rng, circuit.parameter_shape), device="cuda")
+    wide = torch.randn(64, 1001, device="cuda", dtype=torch.bfloat16)
+    x = wide[:, 1:769]  # rows that no 16-byte load may touch
+    expected = qaa.ops.quantum_features(circuit, theta, x.contiguous())
+    torch.testing.assert_close(qaa.ops.quantum_features(circuit, theta, x), expected, rtol=0, atol=0)
+    with torch.cuda.stream(torch.cuda.Stream()):
+        other = qaa.ops.quantum_features(circuit, theta, x)
+    torch.cuda.synchronize()
+    torch.testing.assert_close(other, expected, rtol=0, atol=0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = qaa.ops.quantum_features(circuit, theta, x)
+    theta += 1
+    graph.replay()
+    torch.testing.assert_close(captured, qaa.ops.quantum_features(circuit, theta, x), rtol=0, atol=0)
+
+
+@gpu
+def test_ops_are_well_formed() -> None:
+    circuit = qaa.ansatz("ring", 4)
+    theta = torch.rand(circuit.parameter_shape, device="cuda", dtype=torch.float64, requires_grad=True)
+    x = torch.randn(5, 16, device="cuda", dtype=torch.float64, requires_grad=True)
+    program = str(qaa.program.program(circuit, "z", True))
+    torch.library.opcheck(torch.ops.qaa.forward, (theta, x, program))
+    rows = qaa.ops.amplitude_rows(circuit, theta, 3)
+    torch.testing.assert_close(rows.cpu(), qaa.ops.amplitude_rows(circuit, theta.cpu(), 3))
+
+
+@gpu
+def test_an_empty_batch() -> None:
+    circuit = qaa.ansatz("ring", 4)
+    theta = torch.rand(circuit.parameter_shape, device="cuda", requires_grad=True)
+    features = qaa.ops.quantum_features(circuit, theta, torch.zeros(0, 16, device="cuda"))
+    assert features.shape == (0, 4) and features.is_cuda
+    features.sum().backward()
+    assert not theta.grad.any()
