@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -77,5 +76,3 @@ def sanitized(command: list[str | Path], sanitizer: str, timeout: float = 600) -
     words = [f"{name}={value}" for name, value in {**options, **preload}.items()]
     return run([*fixed, *words, *command], timeout=timeout)
 
-
-PYTHON = Path(sys.executable)

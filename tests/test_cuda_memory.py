@@ -80,7 +80,7 @@ def test_shared_memory_has_hardly_any_bank_conflicts(tracer: Tracer, n_wires: in
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_move_in_whole_sectors(tracer: Tracer, dtype: Any) -> None:
     """Aligned rows are read and written 16 bytes per lane: x by each of the two kernels, the gradient at x once."""
-    problem = draw(2, 11, "state", batch=2, d=2048)
+    problem = draw(2, 11, "z", batch=2, d=2048)
     requests = [r for r in tracer.trace(problem, dtype) if r.memory == "global" and r.size == 16]
     bytes_of = Counter[str]()
     for r in requests:

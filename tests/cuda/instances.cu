@@ -8,6 +8,7 @@ namespace qaa::cuda {
   template __global__ void forward_kernel<T, in_warp, in_shared>(const __grid_constant__ Arguments<T>); \
   template __global__ void backward_kernel<T, in_warp, in_shared>(const __grid_constant__ Arguments<T>);
 QAA_CIRCUIT_KERNELS(QAA_NUMBER, true, true)
+QAA_CIRCUIT_KERNELS(QAA_NUMBER, true, false)
 QAA_CIRCUIT_KERNELS(QAA_NUMBER, false, true)
 QAA_CIRCUIT_KERNELS(QAA_NUMBER, false, false)
 
