@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from qaa.circuit import Circuit, Readout
-from strategies import Array, Problem, random_circuit, random_grad, random_problem
+from qaa.circuit import Readout
+from strategies import Array, Problem, random_circuit, random_problem
 from test_kernels import assert_accurate
 
 DTYPES = [np.dtype(name) for name in (np.float16, ml_dtypes.bfloat16, np.float32, np.float64)]  # enum Scalar
@@ -71,9 +71,8 @@ class Device:
         call = (plan, _pointer(theta), DTYPES.index(theta.dtype), x.pointer, *x.shape, x.stride, scalar)
         try:
             self._run("qaa_forward", *call, features.pointer, features.stride, scalar)
-            self._run(
-                "qaa_backward", *call, grad.pointer, grad.stride, scalar, _pointer(grad_theta), grad_x.pointer, grad_x.stride
-            )
+            gradients = (_pointer(grad_theta), grad_x.pointer, grad_x.stride)
+            self._run("qaa_backward", *call, grad.pointer, grad.stride, scalar, *gradients)
         finally:
             self._library.qaa_plan_free(plan)
         value = features.take()
@@ -103,7 +102,7 @@ class Device:
 
 
 class Rows:
-    """A matrix whose rows lie apart, with numbers in between that ``take`` finds unchanged; it ends with its last row."""
+    """A matrix whose rows lie apart, with numbers in between that ``take`` finds unchanged; its last row is the end."""
 
     def __init__(self, values: Array, dtype: Any, padding: int, offset: int) -> None:
         batch, width = self.shape = values.shape
@@ -171,8 +170,18 @@ def rounded(problem: Problem, dtype: Any) -> Problem:
     return replace(problem, theta=problem.theta.astype(work), x=problem.x.astype(dtype).astype(work), grad=grad)
 
 
-def check(device: Device, problem: Problem, dtype: Any, seeds: range = range(1), shared_bytes: int = SHARED_BYTES, **layout: Any) -> None:
-    """The device's results are close to the oracle, and under every schedule the same to the last bit."""
+def check(
+    device: Device,
+    problem: Problem,
+    dtype: Any,
+    seeds: range = range(1),
+    shared_bytes: int = SHARED_BYTES,
+    **layout: Any,
+) -> None:
+    """The device's results are close to the oracle, and under every schedule the same to the last bit.
+
+    ``layout`` is what ``Device.solve`` takes.
+    """
     problem = rounded(problem, dtype)
     first: Results | None = None
     for seed in seeds:

@@ -58,7 +58,7 @@ def test_occupancy(machine: Machine, table: dict, emulated_library: Path) -> Non
 @pytest.mark.skipif(evidence.find("nvdisasm") is None, reason="needs nvdisasm (pip install '.[cuda-test]')")
 @pytest.mark.parametrize("architecture", evidence.ARCHITECTURES)
 def test_instructions(machine: Machine, architecture: str) -> None:
-    """No double arithmetic, no local memory, rows in 16-byte loads and stores, and one barrier only for what needs it."""
+    """No double arithmetic, no local memory, rows in 16-byte loads and stores, barriers where a block has one state."""
     kernels = evidence.instructions(machine.code(architecture, "float")[0])
     assert len(kernels) == 8
     for name, opcodes in kernels.items():
@@ -67,5 +67,5 @@ def test_instructions(machine: Machine, architecture: str) -> None:
         assert not forbidden, f"{name} on {architecture} has {sorted(set(forbidden))}"
         wide = [sum(opcode.startswith(f"{kind}.E.128") for opcode in opcodes) for kind in ("LDG", "STG")]
         assert min(wide) >= 3, f"{name} on {architecture}: (LDG.E.128, STG.E.128) = {wide}, one for each dtype of a row"
-        one_block_per_state = "true, " not in name
-        assert any(opcode.startswith("BAR.SYNC") for opcode in opcodes) >= one_block_per_state
+        if "<float, false" in name:
+            assert any(opcode.startswith("BAR.SYNC") for opcode in opcodes), name

@@ -1,5 +1,5 @@
-// The instances of the kernels that launch.cu uses, for tests/cuda/evidence.py. Those of float (QAA_NUMBER=float) have no
-// double arithmetic; the two small kernels at the ends of a call have, on purpose, and are compiled with those of double.
+// The instances of the kernels that launch.cu uses, for tests/cuda_evidence.py. Those of float (QAA_NUMBER=float) have
+// no double arithmetic; the two small kernels at the ends of a call have, on purpose, and are compiled with double.
 #include "cuda/kernels.cuh"
 
 namespace qaa::cuda {
