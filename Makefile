@@ -7,11 +7,12 @@ OUTPUT ?= reports/compare
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc python -type f -not -name '*.pyc' -not -name '*.so') CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: help compare test gpu-check bench bench-environments bench-plots lint stubs clean
+.PHONY: help compare test gpu-check cuda-evidence bench bench-environments bench-plots lint stubs clean
 help:
 	@echo "make compare   train QAA, LoRA, SoRA, Prefix and full fine-tuning on a real LLM; report in $(OUTPUT)"
 	@echo "make test      the test-suite"
 	@echo "make gpu-check CUDA kernels on this machine's GPU: tests, compute-sanitizer, times; results in reports/gpu"
+	@echo "make cuda-evidence        registers, spills and occupancy of compiled CUDA kernels, into tests/cuda/resources.json"
 	@echo "make bench     kernels against simulators and LoRA, and the goals; results in reports/bench"
 	@echo "make bench-environments   environments for simulators that do not fit into the project's own"
 	@echo "make bench-plots          cost per state against wires, layers and batch; figures in reports/bench"
@@ -46,6 +47,10 @@ gpu-check:
 	.venv-gpu/bin/python -m pip install --quiet --constraint constraints.txt '.[test]' \
 	  -Ccmake.define.QAA_CUDA=ON -Ccmake.define.CMAKE_CUDA_ARCHITECTURES=native
 	.venv-gpu/bin/python -m benchmarks.gpu
+
+# What test_cuda_static.py compares with; needs no GPU.
+cuda-evidence: $(VENV)/.dev
+	$(BIN)/python tests/cuda_evidence.py
 
 bench: $(VENV)/.dev
 	$(BIN)/python -m benchmarks

@@ -1,16 +1,16 @@
-# The CUDA kernels as a part of qaa_core. nvcc comes from CUDACXX, from PATH, or from the wheels nvidia-cuda-nvcc,
-# nvidia-cuda-crt, nvidia-nvvm, nvidia-cuda-runtime and nvidia-cuda-cccl in the Python environment that builds.
+# The CUDA kernels as a part of qaa_core. nvcc comes from CUDACXX, from the wheels nvidia-cuda-nvcc, nvidia-cuda-crt,
+# nvidia-nvvm, nvidia-cuda-runtime and nvidia-cuda-cccl if they are in the Python environment that builds, or from PATH.
+cmake_minimum_required(VERSION 3.26)  # the first that knows C++20 of nvcc
 if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
+  find_package(Python COMPONENTS Interpreter)
+  execute_process(COMMAND ${Python_EXECUTABLE} -c "import nvidia; print(*nvidia.__path__, sep=';')"
+    OUTPUT_VARIABLE wheels OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
+  list(TRANSFORM wheels APPEND /cu13)
+  find_program(QAA_NVCC nvcc PATHS ${wheels} PATH_SUFFIXES bin NO_DEFAULT_PATH)
+  foreach(folder IN LISTS wheels)  # their libraries are where nvcc does not look
+    set(ENV{LIBRARY_PATH} "${folder}/lib:$ENV{LIBRARY_PATH}")
+  endforeach()
   find_program(QAA_NVCC nvcc PATHS /usr/local/cuda/bin)
-  if(NOT QAA_NVCC)
-    find_package(Python COMPONENTS Interpreter)
-    execute_process(COMMAND ${Python_EXECUTABLE} -c "import nvidia; print(*nvidia.__path__, sep=';')"
-      OUTPUT_VARIABLE wheels OUTPUT_STRIP_TRAILING_WHITESPACE ERROR_QUIET)
-    foreach(folder IN LISTS wheels)
-      list(APPEND places ${folder}/cu13)
-    endforeach()
-    find_program(QAA_NVCC nvcc PATHS ${places} PATH_SUFFIXES bin NO_DEFAULT_PATH)
-  endif()
   if(QAA_NVCC)
     set(CMAKE_CUDA_COMPILER ${QAA_NVCC})
   endif()

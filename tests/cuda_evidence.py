@@ -40,8 +40,10 @@ def find(tool: str) -> Path | None:
 
 def _checked(*command: str | Path, **options: Any) -> str:
     result = cuda_tools.run(list(command), **options)
-    assert result.returncode == 0, f"{command[0]}: {result.stdout[-2000:]}{result.stderr[-2000:]}"
-    return result.stdout + result.stderr
+    output = result.stdout + result.stderr
+    errors = "\n".join(line for line in output.splitlines() if "error" in line)
+    assert result.returncode == 0, f"{command[0]}: {errors or output[-2000:]}"
+    return output
 
 
 def compile_ptx(number: str, folder: Path) -> Path:
@@ -49,10 +51,12 @@ def compile_ptx(number: str, folder: Path) -> Path:
     nvcc = find("nvcc")
     assert nvcc is not None
     target = folder / f"{number}.ptx"
-    defines = [f"-DQAA_NUMBER={number}", *(["-DQAA_AT_THE_ENDS"] if number == "double" else [])]
+    options = [f"-I{cuda_tools.ROOT / 'csrc'}", f"-DQAA_NUMBER={number}"]
+    if number == "double":
+        options.append("-DQAA_AT_THE_ENDS")
     source = cuda_tools.ROOT / "tests/cuda/instances.cu"
-    flags = ["-std=c++20", "-O3", "-Werror", "all-warnings", "-arch=compute_80", "-ptx", f"-I{cuda_tools.ROOT / 'csrc'}"]
-    _checked(nvcc, *flags, *defines, source, "-o", target)
+    flags = ["-std=c++20", "-O3", "-Werror", "all-warnings", "-arch=compute_80", "-ptx"]
+    _checked(nvcc, *flags, *options, source, "-o", target)
     return target
 
 
@@ -61,8 +65,7 @@ def assemble(ptx: Path, architecture: str) -> tuple[Path, Resources]:
     nvcc = find("nvcc")
     assert nvcc is not None
     target = ptx.with_suffix(f".{architecture}.cubin")
-    warnings = ["-warn-spills", "-warn-lmem-usage"] + (["-warn-double-usage"] if ptx.stem == "float" else [])
-    options = ",".join(["-v", *warnings, "-Werror"])
+    options = "-v,-warn-spills,-warn-lmem-usage,-warn-double-usage,-Werror" if ptx.stem == "float" else "-v"
     log = _checked(nvcc, f"-arch={architecture}", "-cubin", "-Xptxas", options, ptx, "-o", target)
     pattern = (
         r"Compiling entry function '(\w+)' for '\w+'\n.*\n\s*(\d+) bytes stack frame, (\d+) bytes spill stores, "
@@ -117,7 +120,8 @@ def launches(library: Path) -> dict[str, Any]:
             for kernel, threads, shared in device.launches():
                 name = kernel[kernel.index("cuda::") + 6 : kernel.index(">(") + 1]
                 if name.startswith(("forward", "backward")):
-                    found[f"{architecture} {name.split('_')[0]}, {n_wires} wires"] = (architecture, name, threads, shared)
+                    case = f"{architecture} {name.split('_')[0]}, {n_wires} wires"
+                    found[case] = (architecture, name, threads, shared)
     return found
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -19,8 +18,9 @@ SANITIZERS = {
 _RUNTIMES = {"plain": (), "asan": ("libasan.so", "libubsan.so"), "tsan": ("libtsan.so",)}
 
 COMPILER = os.environ.get("CXX", "g++")
-_FLAGS = ("-std=c++20", "-g", "-fPIC", "-Wall", "-Wextra", "-Wno-unknown-pragmas", "-DQAA_CUDA_EMULATED", "-DQAA_MAX_BLOCKS=3")
-_FOLDERS = tuple(f"-I{ROOT / folder}" for folder in ("tests/cuda", "csrc"))
+_WARNINGS = ("-Wall", "-Wextra", "-Wno-unknown-pragmas")
+_FLAGS = ("-std=c++20", "-g", "-fPIC", *_WARNINGS, "-DQAA_CUDA_EMULATED", "-DQAA_MAX_BLOCKS=3")
+_FOLDERS = tuple(f"-I{ROOT / folder}" for folder in ("tests/cuda", "csrc", "csrc/cuda"))
 
 
 def run(command: list[str | Path], **options: object) -> subprocess.CompletedProcess[str]:
@@ -76,6 +76,3 @@ def sanitized(command: list[str | Path], sanitizer: str, timeout: float = 600) -
     fixed = ["setarch", "-R", "env"] if shutil.which("setarch") else ["env"]
     words = [f"{name}={value}" for name, value in {**options, **preload}.items()]
     return run([*fixed, *words, *command], timeout=timeout)
-
-
-PYTHON = Path(sys.executable)

@@ -44,7 +44,7 @@ def table() -> dict[str, dict[str, evidence.Resources]]:
 def test_resources(machine: Machine, table: dict, architecture: str, number: str) -> None:
     """As committed (after a change that is meant: ``make cuda-evidence``), and no float kernel needs local memory."""
     _, resources = machine.code(architecture, number)
-    assert len(resources) == {"float": 6, "double": 10}[number]
+    assert len(resources) == {"float": 8, "double": 12}[number]
     assert resources == table["resources"][f"{architecture} {number}"]
     if number == "float":
         assert all(kernel["stack_bytes"] == kernel["spill_bytes"] == 0 for kernel in resources.values())
@@ -58,14 +58,14 @@ def test_occupancy(machine: Machine, table: dict, emulated_library: Path) -> Non
 @pytest.mark.skipif(evidence.find("nvdisasm") is None, reason="needs nvdisasm (pip install '.[cuda-test]')")
 @pytest.mark.parametrize("architecture", evidence.ARCHITECTURES)
 def test_instructions(machine: Machine, architecture: str) -> None:
-    """No double arithmetic, no local memory, rows in 16-byte loads and stores, and one barrier only for what needs it."""
+    """No double arithmetic, no local memory, rows in 16-byte loads and stores, barriers where a block has one state."""
     kernels = evidence.instructions(machine.code(architecture, "float")[0])
-    assert len(kernels) == 6
+    assert len(kernels) == 8
     for name, opcodes in kernels.items():
         assert len(opcodes) > 500, f"{name}: too short to be the kernel"
         forbidden = [o for o in opcodes if re.match(r"(DADD|DMUL|DFMA|DMMA|DSETP|LDL|STL)\b|.*\.F64", o)]
         assert not forbidden, f"{name} on {architecture} has {sorted(set(forbidden))}"
         wide = [sum(opcode.startswith(f"{kind}.E.128") for opcode in opcodes) for kind in ("LDG", "STG")]
         assert min(wide) >= 3, f"{name} on {architecture}: (LDG.E.128, STG.E.128) = {wide}, one for each dtype of a row"
-        one_block_per_state = "true, true" not in name
-        assert any(opcode.startswith("BAR.SYNC") for opcode in opcodes) >= one_block_per_state
+        if "<float, false" in name:
+            assert any(opcode.startswith("BAR.SYNC") for opcode in opcodes), name

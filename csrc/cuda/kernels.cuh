@@ -1030,12 +1030,17 @@ class Worker {
 
 template <bool in_warp>
 constexpr std::uint32_t threads = in_warp ? threads_of_whole_warps : max_threads;
-// Blocks that fit on a multiprocessor by their registers: 80 registers a thread, 128 for the adjoint of float32.
-template <class T, bool in_warp, bool backward>
-constexpr std::uint32_t blocks = (sizeof(T) == 8 ? 1 : backward ? 2 : 3) * max_threads / threads<in_warp>;
+// Registers of a thread that let no kernel of float32 spill, on any architecture; and the blocks of a multiprocessor that
+// can be resident then.
+template <class T, bool in_warp, bool in_shared, bool backward>
+constexpr std::uint32_t registers = sizeof(T) == 8 ? 255
+                                    : !backward    ? (in_warp ? 96 : 80)
+                                                   : (in_warp ? 168 : in_shared ? 128 : 255);
+template <class T, bool in_warp, bool in_shared, bool backward>
+constexpr std::uint32_t blocks = 65536 / (registers<T, in_warp, in_shared, backward> * threads<in_warp>);
 
 template <class T, bool in_warp, bool in_shared>
-__global__ void __launch_bounds__(threads<in_warp>, blocks<T, in_warp, false>) forward_kernel(
+__global__ void __launch_bounds__(threads<in_warp>, blocks<T, in_warp, in_shared, false>) forward_kernel(
     const __grid_constant__ Arguments<T> a) {
   QAA_DYNAMIC_SHARED(unsigned char, shared);
   Worker<T, in_warp, in_shared> worker(a, shared);
@@ -1054,7 +1059,7 @@ __global__ void __launch_bounds__(threads<in_warp>, blocks<T, in_warp, false>) f
 }
 
 template <class T, bool in_warp, bool in_shared>
-__global__ void __launch_bounds__(threads<in_warp>, blocks<T, in_warp, true>) backward_kernel(
+__global__ void __launch_bounds__(threads<in_warp>, blocks<T, in_warp, in_shared, true>) backward_kernel(
     const __grid_constant__ Arguments<T> a) {
   QAA_DYNAMIC_SHARED(unsigned char, shared);
   Worker<T, in_warp, in_shared> worker(a, shared);

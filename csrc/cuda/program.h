@@ -79,7 +79,7 @@ struct Contribution {
 
 // A chunk of columns of a row, 16 bytes wide: its first column, and the address of that column's number. The address is
 // the amplitude's index; for the readout `state` bit n_wires tells imaginary from real parts, and bit 31 is a sign.
-struct Chunk {
+struct alignas(8) Chunk {
   std::uint32_t column, address;
 };
 constexpr std::uint32_t negative = 1u << 31;

@@ -441,7 +441,8 @@ class Grid {
         return of.state == State::exited ? "exited" : text_of(of.wait);
       };
       while (end < block.threads.size() && fate(end) == fate(i)) ++end;
-      message += (i > 0 ? ", threads " : " threads ") + std::to_string(i) + " to " + std::to_string(end - 1) + " " + fate(i);
+      message += i > 0 ? ", threads " : " threads ";
+      message += std::to_string(i) + " to " + std::to_string(end - 1) + " " + fate(i);
     }
     return message;
   }
@@ -532,7 +533,8 @@ void launch(const Launch& launch) {
     return;
   }
   const unsigned n_threads = launch.block.x * launch.block.y * launch.block.z;
-  launched.insert(name_of(launch.kernel) + '\t' + std::to_string(n_threads) + '\t' + std::to_string(launch.shared_bytes));
+  launched.insert(name_of(launch.kernel) + '\t' + std::to_string(n_threads) + '\t' +
+                  std::to_string(launch.shared_bytes));
   Grid running(launch);
   grid = &running;
   try {

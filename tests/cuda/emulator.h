@@ -1,9 +1,9 @@
 // A GPU on the CPU, for tests: kernel source compiled by the host's compiler, a fiber for every CUDA thread.
 //
-// A launch runs its grid to the end before it returns. Threads run one at a time, each up to its next barrier or shuffle;
-// which one is next, and which blocks are in flight, a seed decides (QAA_EMULATOR_SEED). Shared memory is NaN when a
-// block starts. A launch that CUDA would refuse or leave undefined (limits, a barrier that some threads never reach, a
-// lane that its mask does not name) fails as a launch does, and cudaGetErrorString tells what happened.
+// A launch runs its grid to the end before it returns. Threads run one at a time, each up to its next barrier or
+// shuffle; which one is next, and which blocks are in flight, a seed decides (QAA_EMULATOR_SEED). Shared memory is NaN
+// when a block starts. A launch that CUDA would refuse or leave undefined (limits, a barrier that some threads never
+// reach, a lane that its mask does not name) fails as a launch does, and cudaGetErrorString tells what happened.
 //
 // With the address sanitizer, every shared array is an allocation of its own. With the thread sanitizer, every CUDA
 // thread is a thread, and nothing but barriers and shuffles orders what two of them do. emulator.cpp itself is always
@@ -138,7 +138,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t sh
   using Call = std::tuple<void (*)(Parameters...), std::remove_const_t<Parameters>...>;
   const Call call{kernel, arguments...};
   auto run = [](const void* call) {
-    std::apply([](auto kernel, const auto&... arguments) { kernel(arguments...); }, *static_cast<const Call*>(call));
+    std::apply([](auto kernel, const auto&... each) { kernel(each...); }, *static_cast<const Call*>(call));
   };
   launch(Launch{reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, run, &call});
 }

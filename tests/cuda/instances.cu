@@ -1,5 +1,5 @@
-// The instances of the kernels that launch.cu uses, for tests/cuda/evidence.py. Those of float (QAA_NUMBER=float) have no
-// double arithmetic; the two small kernels at the ends of a call have, on purpose, and are compiled with those of double.
+// The instances of the kernels that launch.cu uses, for tests/cuda_evidence.py. Those of float (QAA_NUMBER=float) have
+// no double arithmetic; the two small kernels at the ends of a call have, on purpose, and are compiled with double.
 #include "cuda/kernels.cuh"
 
 namespace qaa::cuda {
@@ -8,6 +8,7 @@ namespace qaa::cuda {
   template __global__ void forward_kernel<T, in_warp, in_shared>(const __grid_constant__ Arguments<T>); \
   template __global__ void backward_kernel<T, in_warp, in_shared>(const __grid_constant__ Arguments<T>);
 QAA_CIRCUIT_KERNELS(QAA_NUMBER, true, true)
+QAA_CIRCUIT_KERNELS(QAA_NUMBER, true, false)
 QAA_CIRCUIT_KERNELS(QAA_NUMBER, false, true)
 QAA_CIRCUIT_KERNELS(QAA_NUMBER, false, false)
 

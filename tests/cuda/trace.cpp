@@ -1,9 +1,9 @@
-// What a warp's accesses to memory cost, from the kernels' own code: they are compiled with -fsanitize=thread, and this
-// file takes the place of the sanitizer's runtime, which is told of every load and store.
+// What a warp's accesses to memory cost, from the kernels' own code: they are compiled with -fsanitize=thread, and
+// this file takes the place of the sanitizer's runtime, which is told of every load and store.
 //
-// The k-th time that the lanes of a warp come to an instruction is one request. Shared memory has 32 banks of 4 bytes; a
-// request takes as many passes as the bank with most of its words has (16-byte accesses go by quarters of a warp, 8-byte
-// ones by halves). Global memory moves sectors of 32 bytes. At best a request takes as many as its bytes fill.
+// The k-th time that the lanes of a warp come to an instruction is one request. Shared memory has 32 banks of 4 bytes;
+// a request takes as many passes as the bank with most of its words has (16-byte accesses go by quarters of a warp,
+// 8-byte ones by halves). Global memory moves sectors of 32 bytes. At best a request takes as many as its bytes fill.
 #include <algorithm>
 #include <map>
 #include <set>
@@ -42,7 +42,9 @@ struct Cost {
 
 std::size_t divided(std::size_t n, std::size_t by) { return (n + by - 1) / by; }
 
-void add_request(Cost& cost, const Instruction& instruction, const std::vector<std::pair<unsigned, std::uintptr_t>>& lanes) {
+using Lanes = std::vector<std::pair<unsigned, std::uintptr_t>>;  // and their addresses
+
+void add_request(Cost& cost, const Instruction& instruction, const Lanes& lanes) {
   ++cost.requests;
   if (instruction.memory == emulator::Memory::global) {
     std::set<std::uintptr_t> bytes, sectors;
@@ -77,7 +79,7 @@ extern "C" const char* qaa_trace() {
     std::size_t most = 0;
     for (const auto& addresses : lanes) most = std::max(most, addresses.size());
     for (std::size_t k = 0; k < most; ++k) {
-      std::vector<std::pair<unsigned, std::uintptr_t>> request;
+      Lanes request;
       for (unsigned lane = 0; lane < 32; ++lane) {
         if (k < lanes[lane].size()) request.emplace_back(lane, lanes[lane][k]);
       }
