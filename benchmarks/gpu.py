@@ -86,11 +86,9 @@ def sanitize() -> dict[str, str]:
     chosen = "(test_against_the_oracle and float32 and (6 or 9 or 10 or 11)) or extreme or empty"
     verdicts = {}
     for tool in ("memcheck", "racecheck", "initcheck"):
-        done = subprocess.run(
-            ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable, "-m", "pytest", "-q"]
-            + ["tests/test_cuda.py", "-k", chosen],
-            check=False,
-        )
+        checked = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
+        tests = [sys.executable, "-m", "pytest", "-q", "tests/test_cuda.py", "-k", chosen]
+        done = subprocess.run([*checked, *tests], check=False)
         verdicts[tool] = "clean" if done.returncode == 0 else f"exit status {done.returncode}"
     return verdicts
 
@@ -100,10 +98,11 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=Path("reports/gpu/results.json"))
     output: Path = parser.parse_args().output
     if not torch.cuda.is_available() or not qaa.cuda.is_available():
+        seen = "with" if torch.cuda.is_available() else "without"
         built = "with" if qaa.cuda.is_built() else "without"
         print(
-            f"expected a GPU that torch and a build of qaa with CUDA kernels can use, received torch {torch.__version__} "
-            f"{'with' if torch.cuda.is_available() else 'without'} a GPU and a build of qaa {built} kernels",
+            f"expected a GPU that torch and qaa can use, received torch {torch.__version__} {seen} a GPU "
+            f"and qaa {built} CUDA kernels",
             file=sys.stderr,
         )
         return 1

@@ -48,7 +48,7 @@ class Cost:
 
     @property
     def slots(self) -> float:
-        """Warp instructions: arithmetic, one access with one address for every 32 numbers, and the other transactions."""
+        """Warp instructions: arithmetic, an access and its address for every 32 numbers swept, other transactions."""
         swept = self.sweeps * 2**self.n_wires / 32
         return self.instructions * 2**self.n_wires / 32 + 2 * swept + (self.transactions - swept)
 

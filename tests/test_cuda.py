@@ -6,11 +6,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
-import strategies
 
+import oracle
 import qaa
+import strategies
 from qaa import _core
 
 torch = pytest.importorskip("torch")
@@ -38,7 +38,7 @@ def test_a_cuda_tensor_meets_a_build_without_kernels(monkeypatch: pytest.MonkeyP
 
 
 def test_other_devices_are_refused() -> None:
-    with pytest.raises(ValueError, match="expected x on the CPU, or on a GPU.*, received mps:0"):
+    with pytest.raises(ValueError, match=r"expected x on the CPU, or on a GPU.*, received mps:0"):
         qaa.ops._check_device("x", SimpleNamespace(device=torch.device("mps", 0)))
 
 
@@ -60,9 +60,7 @@ def run(problem: strategies.Problem, dtype: Any, x: Any = None) -> tuple[Any, An
     theta = torch.tensor(problem.theta, device="cuda", requires_grad=True)
     rows = torch.tensor(problem.x, device="cuda").to(dtype) if x is None else x
     rows = rows.detach().requires_grad_()
-    features = qaa.ops.quantum_features(
-        problem.circuit, theta, rows, problem.readout, normalize=problem.normalize
-    )
+    features = qaa.ops.quantum_features(problem.circuit, theta, rows, problem.readout, normalize=problem.normalize)
     features.backward(torch.tensor(problem.grad, device="cuda").to(features.dtype))
     return features.detach(), theta.grad, rows.grad
 
