@@ -31,10 +31,10 @@ GOALS = {"forward": 60.0, "forward + adjoint": 250.0}  # microseconds at 11 wire
 def microseconds(call: Callable[[], Any], repeats: int = 30) -> float:
     """The median time of a call on the GPU; a flush of the second-level cache comes before each."""
     flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
-    times = []
+    times: list[float] = []
     for repeat in range(repeats + 5):
         flush.zero_()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         call()
         end.record()
@@ -70,7 +70,8 @@ def measure(n_wires: int, width: int) -> dict[str, dict[str, float]]:
 
     def in_torch(theta: Tensor, x: Tensor) -> Tensor:
         re, im = by_hand(theta, pad_and_normalize(x.float(), n_wires))
-        return (re**2 + im**2) @ by_hand.signs
+        features: Tensor = (re**2 + im**2) @ by_hand.signs
+        return features
 
     return {
         "qaa": directions(lambda theta, x: qaa.ops.quantum_features(circuit, theta, x), theta, x),

@@ -43,14 +43,14 @@ class Cost:
 
     @property
     def transactions(self) -> float:
-        warps = 2**self.n_wires / TILE / 32
-        return self.sweeps * 2**self.n_wires / 32 + warps * (SUM * self.sums + TABLES * self.passes + 5)
+        warps = float(2**self.n_wires) / TILE / 32
+        return self.sweeps * float(2**self.n_wires) / 32 + warps * (SUM * self.sums + TABLES * self.passes + 5)
 
     @property
     def slots(self) -> float:
         """Warp instructions: arithmetic, an access and its address for every 32 numbers swept, other transactions."""
-        swept = self.sweeps * 2**self.n_wires / 32
-        return self.instructions * 2**self.n_wires / 32 + 2 * swept + (self.transactions - swept)
+        swept = self.sweeps * float(2**self.n_wires) / 32
+        return self.instructions * float(2**self.n_wires) / 32 + 2 * swept + (self.transactions - swept)
 
     def microseconds(self, rows: int, device: Device) -> dict[str, float]:
         cycles = rows / device.processors / (device.gigahertz * 1e3)

@@ -8,6 +8,12 @@ import collections.abc
 import typing
 
 __all__: list[str] = [
+    "CudaProgram",
+    "cuda_backward",
+    "cuda_forward",
+    "cuda_is_available",
+    "cuda_is_built",
+] = [
     "ConstMatrix",
     "Matrix",
     "Plan",
@@ -126,6 +132,22 @@ class ConstMatrix:
         scalar: Scalar,
     ) -> None: ...
 
+class CudaProgram:
+    """
+    A plan as the CUDA kernels read it.
+    """
+    def __init__(self, plan: Plan) -> None: ...
+    def workspace_bytes(self, rows: typing.SupportsInt | typing.SupportsIndex, scalar: Scalar, backward: bool) -> int:
+        """
+        Scratch memory of a call on the current device.
+        """
+
+    @property
+    def description(self) -> bytes:
+        """
+        Bytes that a call wants in device memory.
+        """
+
 class Plan:
     """
     A compiled circuit and readout.
@@ -228,4 +250,44 @@ def project_backward(
 ) -> None:
     """
     The adjoint of project in one pass over grad; releases the GIL.
+    """
+
+def cuda_is_built() -> bool:
+    """
+    Whether this build has CUDA kernels.
+    """
+
+def cuda_is_available() -> bool:
+    """
+    Whether it has, and there is a driver with a device.
+    """
+
+def cuda_forward(
+    program: CudaProgram,
+    description_address: typing.SupportsInt | typing.SupportsIndex,
+    theta_address: typing.SupportsInt | typing.SupportsIndex,
+    theta_scalar: Scalar,
+    x: ConstMatrix,
+    features: Matrix,
+    workspace_address: typing.SupportsInt | typing.SupportsIndex,
+    stream: typing.SupportsInt | typing.SupportsIndex,
+) -> None:
+    """
+    As forward, on the current device and asynchronous on the stream.
+    """
+
+def cuda_backward(
+    program: CudaProgram,
+    description_address: typing.SupportsInt | typing.SupportsIndex,
+    theta_address: typing.SupportsInt | typing.SupportsIndex,
+    theta_scalar: Scalar,
+    x: ConstMatrix,
+    grad: ConstMatrix,
+    grad_theta_address: typing.SupportsInt | typing.SupportsIndex,
+    grad_x: Matrix,
+    workspace_address: typing.SupportsInt | typing.SupportsIndex,
+    stream: typing.SupportsInt | typing.SupportsIndex,
+) -> None:
+    """
+    As backward, on the current device and asynchronous on the stream.
     """
