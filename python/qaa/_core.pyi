@@ -8,18 +8,17 @@ import collections.abc
 import typing
 
 __all__: list[str] = [
-    "CudaProgram",
-    "cuda_backward",
-    "cuda_forward",
-    "cuda_is_available",
-    "cuda_is_built",
-] = [
     "ConstMatrix",
+    "CudaProgram",
     "Matrix",
     "Plan",
     "ReadoutKind",
     "Scalar",
     "backward",
+    "cuda_backward",
+    "cuda_forward",
+    "cuda_is_available",
+    "cuda_is_built",
     "forward",
     "gate_table",
     "instruction_set",
