@@ -31,7 +31,8 @@ struct Workspace {
 
   static std::size_t scratch_size(const BoundPlan<T>& p) { return p.n_amplitudes / 8 + 8; }
   static std::size_t vectors(const BoundPlan<T>& p) {
-    return (std::size_t{4} + 2 * p.n_kept) * p.n_amplitudes + 2 * scratch_size(p) + 2 * std::size_t{p.n_strings} + p.n_columns +
+    const std::size_t states = std::size_t{2} + p.n_kept;
+    return 2 * states * p.n_amplitudes + 2 * scratch_size(p) + 2 * std::size_t{p.n_strings} + p.n_columns +
            sizeof(Wide<T>) / sizeof(Vec<T>) * p.n_slots;
   }
   Workspace(const BoundPlan<T>& p, void* memory) {

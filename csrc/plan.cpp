@@ -334,8 +334,8 @@ std::vector<Pass> rotation_passes(const std::vector<Rotation>& rotations, std::u
   return passes;
 }
 
-// Moves the rotations of the columns' lowest bits to the front, lowest first: at most `radix` of them, which kernels can
-// do while they load rows. Returns how many there are.
+// Moves the rotations of the columns' lowest bits to the front, lowest first: at most `radix` of them, which kernels do
+// while they load rows. Returns how many there are.
 std::uint32_t lowest_first(std::vector<Rotation>& rotations, const std::vector<Index>& inputs, std::uint32_t n_wires,
                            int radix) {
   auto is_of_bit = [&](const Rotation& r, std::uint32_t bit) {
