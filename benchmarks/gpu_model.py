@@ -61,27 +61,27 @@ class Cost:
         }
 
 
-def costs(n: int, width: int, real: bool) -> dict[str, Cost]:
-    """Forward and adjoint; ``real`` where the phases are in the observables and the state stays real."""
-    turns, pairs = ceil(n / 4), ceil(n / 4)  # passes of rotations; of strings with X
-    parts = 1 if real else 2
+def costs(n: int, width: int) -> dict[str, Cost]:
+    """Forward and adjoint. With one layer the phases are in the observables, and the state stays real."""
+    turns = ceil(n / 4)  # passes of rotations
+    strings = 2 * n + 2  # with X: pairs of <X...X> and the same with two Y, and four strings where the ring closes
+    pairs = ceil(strings / 4)
     z_sums = 1 + ceil((n - 4) / 4)
     rotate = n + turns  # a multiply-add for each rotation, a multiplication for each pass
-    phases = 0 if real else 6
-    measure = (parts + 3) + n * (parts + 1) / 2 * parts
+    measure = 4 + strings
     forward = Cost(
-        sweeps=1 + 2 * turns + (0 if real else 3) + parts + parts * pairs,
+        sweeps=2 + 2 * turns + pairs,
         sums=z_sums + pairs,
-        passes=turns + (not real) + 1 + pairs,
-        instructions=2 + rotate + phases + measure,
+        passes=turns + 1 + pairs,
+        instructions=2 + rotate + measure,
         bytes=2 * width + 2 * n,
         n_wires=n,
     )
     adjoint = Cost(
-        sweeps=1 + 2 * turns + (0 if real else 3) + 2 * parts + 3 * parts * pairs + (0 if real else 6) + 4 * turns + 2,
-        sums=z_sums + pairs + (0 if real else z_sums) + turns,
-        passes=2 * turns + 2 * (not real) + 1 + pairs,
-        instructions=4 + rotate + phases + measure + 2 * parts * n + (0 if real else 14) + 2 * rotate + n,
+        sweeps=5 + 6 * turns + 3 * pairs,
+        sums=z_sums + pairs + turns,
+        passes=2 * turns + 1 + pairs,
+        instructions=4 + rotate + measure + 2 * strings + 2 * rotate + n,
         bytes=2 * width + 2 * n + 2 * width,
         n_wires=n,
     )
@@ -92,18 +92,13 @@ def main() -> None:
     rows = 8192
     print("| | | transactions | instructions / 4 | bytes |" + "".join(f" {d.name} |" for d in DEVICES))
     print("|---|---|---:|---:|---:|" + "---:|" * len(DEVICES))
-    for real in (False, True):
-        for n, width in ((10, 768), (11, 2048), (12, 4096), (13, 8192)):
-            for direction, cost in costs(n, width, real).items():
-                cells = []
-                for device in DEVICES:
-                    times = cost.microseconds(rows, device)
-                    cells.append(f"{max(times.values()):.0f} µs")
-                state = "real" if real else "complex"
-                print(
-                    f"| n = {n}, d = {width}, {state} | {direction} | {cost.transactions:.0f} | {cost.slots / 4:.0f} "
-                    f"| {cost.bytes:.0f} | " + " | ".join(cells) + " |"
-                )
+    for n, width in ((10, 768), (11, 2048), (12, 4096), (13, 8192)):
+        for direction, cost in costs(n, width).items():
+            cells = [f"{max(cost.microseconds(rows, device).values()):.0f} µs" for device in DEVICES]
+            print(
+                f"| n = {n}, d = {width} | {direction} | {cost.transactions:.0f} | {cost.slots / 4:.0f} "
+                f"| {cost.bytes:.0f} | " + " | ".join(cells) + " |"
+            )
 
 
 if __name__ == "__main__":
