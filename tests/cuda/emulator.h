@@ -133,7 +133,7 @@ void launch(const Launch& launch);
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes, cudaStream_t,
             const Arguments&... arguments) {
-  static_assert((std::is_trivially_copyable_v<std::remove_const_t<Parameters>> && ...), "arguments are copied as bytes");
+  static_assert((std::is_trivially_copyable_v<Parameters> && ...), "arguments are copied as bytes");
   static_assert((sizeof(Parameters) + ... + 0) <= 4096, "arguments have room for 4 KiB");
   using Call = std::tuple<void (*)(Parameters...), std::remove_const_t<Parameters>...>;
   const Call call{kernel, arguments...};
