@@ -14,6 +14,7 @@ CAUGHT_BY = {
     "no_barrier_after_read": {"plain", "tsan"},
     "no_barrier_in_reduction": {"plain", "tsan"},
     "no_warp_barrier": {"plain", "tsan"},
+    "shuffle_for_barrier": {"tsan"},
     "shared_out_of_bounds": {"plain", "asan"},
     "static_shared_out_of_bounds": {"plain", "asan"},
     "global_out_of_bounds": {"plain", "asan"},

@@ -168,7 +168,7 @@ class Stack {
 struct Wait {
   const char* name;
   Site site;
-  bool whole_block;
+  bool whole_block, orders_memory;
   unsigned mask;         // of the lanes that meet, unless the whole block does
   std::uint64_t value;   // what this lane brings
   unsigned source;       // the lane that brings what this one takes away
@@ -410,7 +410,7 @@ class Grid {
       ready_.push_back(other);
     }
     block.n_ready += together_.size();
-    order(together_);
+    if (wait.orders_memory) order(together_);
   }
 
   // To the thread sanitizer: all that these threads did comes before all that they will do.
@@ -472,19 +472,24 @@ bool within(const dim3& size, unsigned x, unsigned y, unsigned z) {
 
 unsigned lane() { return grid->running().lane(); }
 
-void barrier(const char* name, const Site& site) {
-  Thread& self = grid->running();
-  self.wait = {name, site, true, all_lanes, 0, 0};
-  self.state = State::waiting;
-  grid->suspend();
-}
+namespace {
 
-Answer exchange(const char* name, const Site& site, unsigned mask, std::uint64_t value, unsigned source) {
+Answer meet(const Wait& wait) {
   Thread& self = grid->running();
-  self.wait = {name, site, false, mask, value, source};
+  self.wait = wait;
   self.state = State::waiting;
   grid->suspend();
   return self.answer;
+}
+
+}  // namespace
+
+void block_barrier(const char* name, const Site& site) { meet({name, site, true, true, all_lanes, 0, 0}); }
+void warp_barrier(const char* name, const Site& site, unsigned mask) {
+  meet({name, site, false, true, mask, 0, lane()});
+}
+Answer exchange(const char* name, const Site& site, unsigned mask, std::uint64_t value, unsigned source) {
+  return meet({name, site, false, false, mask, value, source});
 }
 
 Memory memory_of(const void* address) {

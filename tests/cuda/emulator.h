@@ -6,8 +6,8 @@
 // reach, a lane that its mask does not name) fails as a launch does, and cudaGetErrorString tells what happened.
 //
 // With the address sanitizer, every shared array is an allocation of its own. With the thread sanitizer, every CUDA
-// thread is a thread, and nothing but barriers and shuffles orders what two of them do. emulator.cpp itself is always
-// compiled without sanitizers. What this is not: a model of the memory hierarchy, of time or of streams.
+// thread is a thread, and nothing but barriers orders what two of them do; shuffles do not. emulator.cpp itself is
+// always compiled without sanitizers. What this is not: a model of the memory hierarchy, of time or of streams.
 #pragma once
 
 #include <math.h>
@@ -97,10 +97,12 @@ namespace emulator {
 
 using Site = std::source_location;
 
-// Waits for all threads of the block.
-void barrier(const char* name, const Site& site);
+// Waits for all threads of the block, or for the lanes that `mask` names.
+void block_barrier(const char* name, const Site& site);
+void warp_barrier(const char* name, const Site& site, unsigned mask);
 
-// Waits for the lanes that `mask` names; the answer is what lane `source` brought, and which lanes brought non-zeros.
+// Waits for them, too, but orders no memory; the answer is what lane `source` brought, and which lanes brought more
+// than zero.
 struct Answer {
   std::uint64_t value;
   unsigned non_zero;
@@ -133,7 +135,7 @@ void launch(const Launch& launch);
 template <class... Parameters, class... Arguments>
 void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t shared_bytes, cudaStream_t,
             const Arguments&... arguments) {
-  static_assert((std::is_trivially_copyable_v<std::remove_const_t<Parameters>> && ...), "arguments are copied as bytes");
+  static_assert((std::is_trivially_copyable_v<Parameters> && ...), "arguments are copied as bytes");
   static_assert((sizeof(Parameters) + ... + 0) <= 4096, "arguments have room for 4 KiB");
   using Call = std::tuple<void (*)(Parameters...), std::remove_const_t<Parameters>...>;
   const Call call{kernel, arguments...};
@@ -156,10 +158,10 @@ T shuffle(const char* name, const Site& site, unsigned mask, T value, unsigned s
 }  // namespace emulator
 
 inline void __syncthreads(const emulator::Site& site = emulator::Site::current()) {
-  emulator::barrier("__syncthreads", site);
+  emulator::block_barrier("__syncthreads", site);
 }
 inline void __syncwarp(unsigned mask = ~0u, const emulator::Site& site = emulator::Site::current()) {
-  emulator::exchange("__syncwarp", site, mask, 0, emulator::lane());
+  emulator::warp_barrier("__syncwarp", site, mask);
 }
 
 // A lane whose partner would lie outside of its group of `width` lanes keeps its own value.

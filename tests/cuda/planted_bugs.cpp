@@ -15,6 +15,7 @@ enum class Bug {
   no_barrier_after_read,
   no_barrier_in_reduction,
   no_warp_barrier,
+  shuffle_for_barrier,
   shared_out_of_bounds,
   static_shared_out_of_bounds,
   global_out_of_bounds,
@@ -34,6 +35,7 @@ enum class Bug {
 };
 constexpr const char* names[] = {
     "none", "no_barrier_before_read", "no_barrier_after_read", "no_barrier_in_reduction", "no_warp_barrier",
+    "shuffle_for_barrier",
     "shared_out_of_bounds", "static_shared_out_of_bounds", "global_out_of_bounds", "misaligned_vector",
     "exit_before_barrier", "divergent_barrier", "mask_without_caller", "mask_without_source", "lane_stays_away",
     "masks_differ", "uninitialised_slot", "race_between_blocks", "race_without_consequence", "too_many_threads",
@@ -103,7 +105,11 @@ __global__ void __launch_bounds__(threads) add_by_shuffles(const Arguments a) {
   }
   for (int step = 8; step > 1; step /= 2) sum += __shfl_xor_sync(whole, sum, step);
   of_warp[31 - lane] = sum;
-  if (bug != Bug::no_warp_barrier) __syncwarp();
+  if (bug == Bug::shuffle_for_barrier) {
+    __shfl_xor_sync(whole, sum, 1);
+  } else if (bug != Bug::no_warp_barrier) {
+    __syncwarp();
+  }
   if (lane == 0) a.sums[row] = of_warp[0] + of_warp[1];
 }
 
