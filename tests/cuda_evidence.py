@@ -1,8 +1,8 @@
 """What compiled CUDA kernels tell without a GPU: registers, spills, occupancy and instructions.
 
 ``python tests/cuda_evidence.py`` (``make cuda-evidence``) writes ``tests/cuda/resources.json``; ``test_cuda_static``
-compares. Kernels become PTX once and machine code for each architecture. ptxas takes spills and local memory for errors,
-and double arithmetic in float kernels.
+compares. Kernels become PTX once and machine code for each architecture. To ptxas spills, local memory and double
+arithmetic in float kernels are errors.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def compile_ptx(number: str, folder: Path) -> Path:
 
 
 def assemble(ptx: Path, architecture: str) -> tuple[Path, Resources]:
-    """Machine code, and what each kernel needs; one that spills is refused, and a float kernel that computes in double."""
+    """Machine code, and what each kernel needs; spills, and double arithmetic in float kernels, are refused."""
     nvcc = find("nvcc")
     assert nvcc is not None
     target = ptx.with_suffix(f".{architecture}.cubin")
