@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -66,15 +66,21 @@ CONTROL = "brick"
 
 
 @dataclass(frozen=True)
-class Point:
-    """The variance of dE/dtheta_k over draws of angles, input and weights, averaged over all angles k."""
+class Setting:
+    """A circuit, how its angles are drawn (a key of ``INIT_ANGLES``) and its input (a key of ``INPUTS``)."""
 
     ansatz: str
-    init: str
-    input: str
-    quantity: str
     n_wires: int
     n_layers: int
+    init: str
+    input: str
+
+
+@dataclass(frozen=True)
+class Point(Setting):
+    """The variance of dE/dtheta_k over draws of angles, input and weights, averaged over all angles k."""
+
+    quantity: str
     variance: float
     error: float  # its standard error
 
@@ -91,18 +97,23 @@ def variances(wires: Sequence[int], layers: Sequence[int], draws: int, seed: int
                 for n in wires:
                     for depth in layers:
                         rng = np.random.default_rng([seed, i, j, n, depth, is_control])
-                        yield from points(ansatz, init, kind, quantities, n, depth, draws, rng)
+                        yield from points(Setting(ansatz, n, depth, init, kind), quantities, draws, rng)
 
 
 def points(
-    ansatz: str, init: str, kind: str, quantities: Iterable[str], n: int, depth: int, draws: int, rng: Any
+    setting: Setting,
+    quantities: Iterable[str],
+    draws: int,
+    rng: np.random.Generator,
+    inputs: Mapping[str, Callable[[np.random.Generator, int], Array]] = INPUTS,
 ) -> Iterator[Point]:
     """The variances of several quantities over the same draws."""
-    circuit = qaa.ansatz(ansatz, n, depth)
+    n, half_width = setting.n_wires, INIT_ANGLES[setting.init]
+    circuit = qaa.ansatz(setting.ansatz, n, setting.n_layers)
     found: dict[str, list[Array]] = {name: [] for name in quantities}
     for _ in range(draws):
-        theta = rng.uniform(-INIT_ANGLES[init], INIT_ANGLES[init], circuit.parameter_shape)
-        x = INPUTS[kind](rng, n)[None]
+        theta = rng.uniform(-half_width, half_width, circuit.parameter_shape)
+        x = inputs[setting.input](rng, n)[None]
         for name, gradients in found.items():
             quantity = QUANTITIES[name]
             readout = qaa.Readout.parse(quantity.readout(n), n)
@@ -112,8 +123,8 @@ def points(
     for name, gradients in found.items():
         all_of = np.array(gradients)
         squares = ((all_of - all_of.mean(0)) ** 2).mean(1) * draws / (draws - 1)
-        error = squares.std(ddof=1) / math.sqrt(draws)
-        yield Point(ansatz, init, kind, name, n, depth, float(squares.mean()), float(error))
+        error = float(squares.std(ddof=1)) / math.sqrt(draws)
+        yield Point(**asdict(setting), quantity=name, variance=float(squares.mean()), error=error)
 
 
 def slope(measured: Sequence[Point], smallest: int = 4) -> float | None:
@@ -170,7 +181,7 @@ def draw_variance(measured: Sequence[Point], path: Path) -> None:
                         style = {"linestyle": "-", "marker": "o"} if kind == "random" else {"linestyle": "--"}
                         panel.plot(*zip(*line, strict=True), color=colour, markersize=3.5, linewidth=1.4, **style)
             panel.plot(wires, [0.5**n for n in wires], color="black", linestyle=(0, (1, 2)), linewidth=1.2)
-            panel.set(yscale="log", ylim=(1e-9, 30))
+            panel.set(yscale="log", ylim=(5e-6, 2))
             panel.set_xticks(wires)
             panel.grid(True, which="major", alpha=0.25)
             panel.spines[["top", "right"]].set_visible(False)
@@ -211,6 +222,59 @@ class Norm:
     norm: float
 
 
+def hidden_variances(
+    model: Any, batches: Sequence[Any], target: str, draws: int, seed: int = 0
+) -> list[dict[str, Any]]:
+    """The variance of d<Z_0>/dtheta for what really enters adapters, as a share of the bound for random inputs.
+
+    Rows are those that reach ``target`` in some decoder layers, as they are and with every channel divided by its rms;
+    the circuit is the paper form's, ``ring`` with four layers.
+    """
+    import torch
+
+    from qaa.compare.models import decoder_layers
+
+    layers = decoder_layers(model)
+    chosen = sorted({round(part * (len(layers) - 1)) for part in (0, 1 / 3, 2 / 3, 1)})
+    caught: dict[int, list[Any]] = {index: [] for index in chosen}
+    handles = [
+        next(
+            module for name, module in layers[index].named_modules() if name.endswith(target)
+        ).register_forward_pre_hook(lambda module, args, index=index: caught[index].append(args[0]))
+        for index in chosen
+    ]
+    with torch.no_grad():
+        for batch in batches:
+            model(**{key: value for key, value in batch.items() if key != "labels"})
+    for handle in handles:
+        handle.remove()
+    found = []
+    for index in chosen:
+        kept = [x[batch["attention_mask"].bool()] for x, batch in zip(caught[index], batches, strict=True)]
+        plain = torch.cat(kept).double().numpy()
+        n = max(1, (plain.shape[1] - 1).bit_length())
+        row: dict[str, Any] = {"layer": index, "n_wires": n}
+        for what, rows in (("as they are", plain), ("scaled", plain / np.sqrt((plain**2).mean(0)))):
+            for i, init in enumerate(("uniform", "small")):
+                rng = np.random.default_rng([seed, index, i])
+                inputs = {"rows": lambda rng, n, rows=rows: rows[rng.integers(len(rows))]}
+                setting = Setting("ring", n, 4, init, "rows")
+                (point,) = points(setting, ["local"], draws, rng, inputs)
+                row[f"{what}, {init}"] = [point.variance * (2**n + 2) / 2, point.error * (2**n + 2) / 2]
+        found.append(row)
+    return found
+
+
+def hidden_table(data: dict[str, Any]) -> str:
+    """Of :func:`hidden_variances`, as Markdown."""
+    columns = [key for key in data["hidden"][0] if key not in ("layer", "n_wires")]
+    lines = [f"| decoder layer | {' | '.join(columns)} |", f"|---:|{'---:|' * len(columns)}"]
+    for row in data["hidden"]:
+        cells = [f"{row[column][0]:.2f} ± {row[column][1]:.2f}" for column in columns]
+        lines.append(f"| {row['layer']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def flow(options: argparse.Namespace, seed: int = 0) -> dict[str, Any]:
     """Norms before the first training step and after the last, for LoRA and every form of QAA in the comparison.
 
@@ -247,6 +311,8 @@ def flow(options: argparse.Namespace, seed: int = 0) -> dict[str, Any]:
         padded_batch(splits.validation[at : at + batch_size], tokenizer.pad_token_id)
         for at in range(0, batch_size * probes, batch_size)
     ]
+    model = load_model(path, "cpu")
+    hidden = hidden_variances(model, probing, adapted_targets(model, chosen.targets)[0], options.draws, seed)
     norms: list[Norm] = []
     losses: dict[str, list[float]] = {}
     for name, method in METHODS.items():
@@ -292,6 +358,7 @@ def flow(options: argparse.Namespace, seed: int = 0) -> dict[str, Any]:
         "steps": steps,
         "batch_size": batch_size,
         "probes": probes,
+        "hidden": hidden,
         "losses": losses,
         "norms": [asdict(norm) for norm in norms],
     }
@@ -403,6 +470,7 @@ def main(arguments: list[str] | None = None) -> None:
         if not options.draw:
             path.write_text(json.dumps(flow(options), indent=1) + "\n")
         data = json.loads(path.read_text())
+        print(_kept(options.folder / "hidden.md", hidden_table(data)))
         print(_kept(options.folder / "flow.md", flow_table(data)))
         draw_flow(data, figures / "gradient_flow.svg")
 

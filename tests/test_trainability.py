@@ -13,16 +13,15 @@ pytest.importorskip("torch")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import trainability
-from benchmarks.trainability import Norm, Point, slope, variances
+from benchmarks.trainability import Norm, Point, Setting, slope, variances
 
 import compare_tiny
 
 
 def test_one_wire_by_hand():
     """``<Z> = cos a cos c - cos b sin a sin c`` on |0>: mean squares of its derivatives over uniform angles."""
-    (point,) = trainability.points(
-        "ring", "uniform", "0…0", ["local"], n=1, depth=1, draws=2000, rng=np.random.default_rng(0)
-    )
+    setting = Setting("ring", 1, 1, "uniform", "0…0")
+    (point,) = trainability.points(setting, ["local"], draws=2000, rng=np.random.default_rng(0))
     exact = ((1 / 4 + 1 / 8) + 1 / 8 + (1 / 4 + 1 / 8)) / 3
     assert abs(point.variance - exact) < 4 * point.error < 0.1 * exact
     assert len(list(variances([2], [1], draws=2))) == 5 * 4 + 2
@@ -42,12 +41,13 @@ def test_no_circuit_beats_the_bound_of_the_embedding(init):
     """For x uniform on the sphere, ``Var <x|A|x> <= 2 / (2**n + 2)`` for each derivative A of a Pauli string."""
     rng = np.random.default_rng(1)
     for n, depth in ((3, 1), (5, 3)):
-        for point in trainability.points("ring", init, "random", ["local", "global"], n, depth, draws=300, rng=rng):
+        setting = Setting("ring", n, depth, init, "random")
+        for point in trainability.points(setting, ["local", "global"], draws=300, rng=rng):
             assert 0 < point.variance < 2 / (2**n + 2) + 4 * point.error
 
 
 def test_slope_of_a_known_line():
-    line = [Point("ring", "uniform", "random", "z", n, 1, 3 * 0.5**n, 0.0) for n in (2, 4, 6)]
+    line = [Point("ring", n, 1, "uniform", "random", "z", 3 * 0.5**n, 0.0) for n in (2, 4, 6)]
     assert slope(line) == pytest.approx(-1)
     assert slope([line[0], line[2]]) is None  # too few wires
 
@@ -63,6 +63,8 @@ def test_the_study_from_command_to_figures(tmp_path, capsys):
     assert (folder / "flow.md").read_text(encoding="utf-8") in printed + "\n"
     found = json.loads((folder / "flow.json").read_text(encoding="utf-8"))
     norms = [Norm(**norm) for norm in found["norms"]]
+    for row in found["hidden"]:  # four layers of width 32
+        assert row["n_wires"] == 5 and all(value > 0 for key in row if "," in key for value in row[key])
     methods = {norm.method for norm in norms}
     assert "LoRA" in methods and sum(name.startswith("QAA") for name in methods) >= 2
     assert {norm.layer for norm in norms} == set(range(4)) and {norm.module for norm in norms} == {"q_proj", "v_proj"}
