@@ -183,6 +183,7 @@ def draw_variance(measured: Sequence[Point], path: Path) -> None:
             panel.plot(wires, [0.5**n for n in wires], color="black", linestyle=(0, (1, 2)), linewidth=1.2)
             panel.set(yscale="log", ylim=(5e-6, 2))
             panel.set_xticks(wires)
+            panel.minorticks_off()
             panel.grid(True, which="major", alpha=0.25)
             panel.spines[["top", "right"]].set_visible(False)
             if init == inits[0]:
@@ -409,6 +410,7 @@ def draw_flow(data: dict[str, Any], path: Path) -> None:
                     label = f"{part}, after {step} steps" if is_last else f"{part}, at the start"
                     panel.plot(*zip(*line, strict=True), color=colours.get(part, "#2ca02c"), label=label, **style)
         panel.set(title=method, xlabel="decoder layer", yscale="log")
+        panel.minorticks_off()
         panel.grid(True, which="major", alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(frameon=False, fontsize=8)
