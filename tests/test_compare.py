@@ -187,6 +187,62 @@ def test_bad_data_is_refused(tmp_path: Path, content: str, sentence: str) -> Non
         read_examples(path)
 
 
+def conversations() -> list[dict[str, Any]]:
+    """Forty conversations of two to four answers, some of which begin alike."""
+    tools = '[{"name": "paint"}]'
+    rows = []
+    for number in range(40):
+        call = json.dumps({"name": "paint", "arguments": {"number": number}})
+        turns = [
+            ("human", f"Paint {number // 2}"),
+            ("function_call", call),
+            ("observation", "done"),
+            ("gpt", "Painted."),
+        ]
+        turns += [("human", f"And {number}?"), ("gpt", f"Also {number}."), ("human", "Bye"), ("gpt", "Bye.")][
+            : number % 5
+        ]
+        rows.append({"conversations": [{"from": a, "value": b} for a, b in turns], "tools": tools})
+    return rows
+
+
+def test_conversations_become_examples_that_no_two_splits_share(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "conversations.json"
+    path.write_text(json.dumps(conversations()))
+    found = read_examples(path)
+    answers = sum(turn["from"] in ("gpt", "function_call") for row in conversations() for turn in row["conversations"])
+    # the first turns of every second conversation are those of the one before; 20 prompts are repeated
+    assert len(found) == answers - 20 == len({example.prompt for example in found})
+    assert len({example.group for example in found}) == 20
+    by_prompt = {example.prompt: example.response for example in found}
+    assert by_prompt['Functions: [{"name": "paint"}]\nUser: Paint 3'] == '{"name": "paint", "arguments": {"number": 6}}'
+    chosen = settings(train_examples=40, validation_examples=11, test_examples=12, max_tokens=400)
+    dealt = split(found, tokenizer, chosen)
+    assert [len(dealt.train), len(dealt.validation), len(dealt.test)] == [40, 11, 12]
+    groups = [{example.group for example in part} for part in (dealt.train, dealt.validation, dealt.test)]
+    assert not groups[0] & groups[1] and not groups[0] & groups[2] and not groups[1] & groups[2]
+    save_splits(dealt, tmp_path / "splits.json")
+    assert load_splits(tmp_path / "splits.json") == dealt
+    with pytest.raises(CompareError, match=f"expected at least 523 examples .* received .* of {len(found)}"):
+        split(found, tokenizer, replace(chosen, train_examples=500))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": "hello"},
+        {"conversations": [{"from": "robot", "value": "x"}]},
+        {"conversations": [{"from": "gpt"}]},
+        {"conversations": [{"from": "gpt", "value": "x"}], "tools": [1]},
+    ],
+)
+def test_odd_conversations_are_refused(row: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps([row]))
+    with pytest.raises(CompareError, match=r"expected row 1 of .* to have 'conversations', a list of texts 'value'"):
+        read_examples(path)
+
+
 def test_splits_are_disjoint_short_enough_and_survive_the_disk(tokenizer: Any, tmp_path: Path) -> None:
     chosen = settings(train_examples=30, validation_examples=10, test_examples=10, max_tokens=60)
     raw = [Example(row["instruction"], row["output"]) for row in rows()]
