@@ -153,6 +153,25 @@ def test_bad_yaml_is_refused(tmp_path: Path, content: str, sentence: str) -> Non
         settings(config=tmp_path / "absent.yaml")
 
 
+STUDY = Path(__file__).parent.parent / "docs" / "study"
+
+
+def test_the_studys_comparisons_are_valid_and_ask_the_same() -> None:
+    alpaca, calls, small = (settings(STUDY / f"{name}.yaml") for name in ("alpaca", "toolcalls", "small"))
+    own = {"data": "", "out": "", "train_examples": 0, "max_tokens": 0}
+    assert alpaca.as_dict() | own == calls.as_dict() | own and alpaca.seeds == (0, 1, 2)
+    assert {row(alpaca, name).method.name for name in alpaca.methods} == set(METHOD_NAMES)
+    fewer = {"out": "", "seeds": [], "methods": [], "references": [], "variants": {}}
+    assert small.as_dict() | fewer == alpaca.as_dict() | fewer
+    assert all(row(small, name) == row(alpaca, name) for name in small.methods)
+
+
+def test_the_studys_page_shows_its_results() -> None:
+    from qaa.compare import study
+
+    assert study.main([str(STUDY / "README.md"), "--check"]) == 0
+
+
 # ---------------------------------------------------------------------------------------------------- examples
 
 

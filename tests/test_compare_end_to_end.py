@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ pytest.importorskip("evaluate")
 from compare_browser import Browser, find_chromium
 from compare_tiny import write_data, write_encoder, write_model
 from qaa.cli import main
+from qaa.compare import study
 from qaa.compare.config import DEFAULT_METHODS, METHOD_NAMES
 from qaa.compare.report import write_report
 
@@ -183,6 +185,70 @@ def test_a_changed_variant_repeats_its_own_runs_only(wide: dict[str, Any], capsy
     said = capsys.readouterr().err
     assert said.count("done before") == 1 + len(config["methods"]) - 1
     assert "] lora-2-seed0\n" in said
+
+
+PAGE = """# A page
+<!-- losses results.json -->
+old
+<!-- end -->
+between
+<!-- differences results.json lora-2 -->
+<!-- end -->
+<!-- rates results.json -->
+<!-- end -->
+<!-- figure trade_off results.json -->
+<!-- end -->
+after
+"""
+
+
+def test_a_page_gets_its_tables_and_figures_from_results(
+    wide: dict[str, Any], finished: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "README.md"
+    page.write_text(PAGE)
+    shutil.copy(wide["out"] / "results.json", tmp_path)
+    assert study.main([str(page), "--check"]) == 1 and page.read_text() == PAGE
+    assert study.main([str(page)]) == 0 and study.main([str(page), "--check"]) == 0
+    results = read(wide["out"])
+    rows = {row["name"]: row for row in results["methods"]}
+    text = page.read_text()
+    assert text.startswith("# A page\n<!-- losses") and "\nbetween\n" in text and text.endswith("after\n")
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    losses = {line[0]: line for line in cells[2 : 2 + len(rows)]}
+    assert list(losses) == [row["label"] for row in rows.values()]
+    gain = rows["untouched"]["test_loss"] - rows["lora-4"]["test_loss"]
+    assert losses[rows["lora-4"]["label"]][3] == f"{rows['lora-4']['test_loss']:.4f}"
+    assert losses[rows["lora-4"]["label"]][4].replace("\N{MINUS SIGN}", "-") == f"{gain:.4f}"
+    found = [line for line in cells[2 + len(rows) :] if line[1].startswith(("+", "\N{MINUS SIGN}"))]
+    assert len(found) == len(rows) - 2 and all(line[3] in ("above", "level", "below") for line in found)
+    values = [float(line[1].replace("\N{MINUS SIGN}", "-")) for line in found]
+    assert values == sorted(values)
+    assert (tmp_path / "results-trade-off.png").read_bytes().startswith(b"\x89PNG")
+    # with several seeds, and with a search for the rate
+    shutil.copy(finished[0] / "results.json", tmp_path)
+    assert study.main([str(page)]) == 2 and "expected a reference among lora, untouched" in capsys.readouterr().err
+    page.write_text(PAGE.replace("lora-2", "lora"))
+    assert study.main([str(page)]) == 0 and " ± " in page.read_text() and "**1e\N{MINUS SIGN}3: " in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("block", "sentence"),
+    [
+        ("losses", "expected 1 words after 'losses', received ''"),
+        ("losses absent.json", "absent.json to be a results.json of qaa compare, received FileNotFoundError"),
+        ("figure nothing results.json", "expected a figure among difference, .*, received 'nothing'"),
+    ],
+)
+def test_a_page_with_an_impossible_block_is_left_alone(
+    block: str, sentence: str, wide: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "README.md"
+    page.write_text(f"<!-- {block} -->\n<!-- end -->\n")
+    shutil.copy(wide["out"] / "results.json", tmp_path)
+    before = page.read_text()
+    assert study.main([str(page)]) == 2 and page.read_text() == before
+    assert re.search(sentence, capsys.readouterr().err)
 
 
 @pytest.fixture(scope="module")
