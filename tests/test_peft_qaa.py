@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peft
@@ -513,22 +514,35 @@ def test_export_with_a_bias_of_one_adapter_of_several(tmp_path, make):
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_exported_folder_needs_no_qaa(tmp_path):
-    model = adapted(random_config(STATE))
+def test_the_exported_folders_need_no_qaa(tmp_path):
+    """In a process in which qaa cannot be imported: a plain adapter, a whitened one, and one with a constant."""
+    torch.save(tokens(), tmp_path / "tokens.pt")
     llama().save_pretrained(tmp_path / "base")
-    to_lora(model, tmp_path / "lora")
-    torch.save(logits(model), tmp_path / "expected.pt")
+    whitened = {"scale_channels": True, "standardize_features": True}
+    for name, fields in {
+        "plain": {},
+        "whitened": whitened,
+        "centred": {**whitened, "center_channels": True, "adapter_bias": True},
+    }.items():
+        model = adapted(random_config(STATE, **fields))
+        if fields:
+            calibrate(model, [{"input_ids": tokens()}])
+        assert to_lora(model, tmp_path / name).lora_bias == (name == "centred")
+        torch.save(logits(model), tmp_path / f"{name}.pt")
     code = f"""
-import sys, torch, transformers, peft
-base = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / "base")!r})
-model = peft.PeftModel.from_pretrained(base, {str(tmp_path / "lora")!r}).eval()
-with torch.no_grad():
-    logits = model(torch.arange(21).reshape(3, 7) * 13 % 60).logits
-assert "qaa" not in sys.modules
-torch.testing.assert_close(logits, torch.load({str(tmp_path / "expected.pt")!r}), rtol=1e-5, atol=1e-5)
+import sys, pathlib, torch, transformers, peft
+sys.modules["qaa"] = None
+folder = pathlib.Path({str(tmp_path)!r})
+for name in ("plain", "whitened", "centred"):
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
+    model = peft.PeftModel.from_pretrained(base, folder / name).eval()
+    with torch.no_grad():
+        logits = model(torch.load(folder / "tokens.pt")).logits
+    torch.testing.assert_close(logits, torch.load(folder / f"{{name}}.pt"), rtol=1e-5, atol=1e-5)
+print("three adapters")
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    assert run.returncode == 0 and run.stdout.strip() == "three adapters", run.stderr
 
 
 def test_export_refuses_what_it_cannot_write(tmp_path):
@@ -667,7 +681,7 @@ def test_a_layer_above_sixteen_wires_is_refused():
 
 def test_every_field_says_when_it_pays():
     own = set(QaaConfig.__dataclass_fields__) - set(PeftConfig.__dataclass_fields__)
-    assert len(own) == 14
+    assert len(own) == 16
     for name in own:
         assert len(QaaConfig.__dataclass_fields__[name].metadata["help"]) > 40, name
 
@@ -723,52 +737,158 @@ def test_the_printed_layer_names_the_method():
     assert peft.get_layer_status(adapted())[0].available_adapters == ["default"]
 
 
-# ------------------------------------------------------------------------------------------------- channel factors
+# ------------------------------------------------------------------------------------- whitening, standardisation
 
 
-def outlier_model() -> tuple[nn.Module, torch.Tensor]:
-    """A layer whose third input channel is hundreds of times larger than the others, and whose last one is zero."""
+def outlier_data() -> torch.Tensor:
+    """Vectors whose third channel is hundreds of times larger, whose fourth has a large mean, whose last is zero."""
     torch.manual_seed(3)
     x = torch.randn(64, 12)
     x[:, 2] *= 400
+    x[:, 3] += 30
     x[:, 11] = 0
-    return nn.Sequential(nn.Linear(12, 5)), x
+    return x
 
 
-@pytest.mark.parametrize("readout", ["state[:6]", "z"])
-def test_calibrated_channels_reach_the_features_with_unit_size(readout: str, tmp_path: Path) -> None:
-    model, x = outlier_model()
+def whitened_model(readout: str = "state[:6]", *, base_bias: bool = True, **fields: Any) -> peft.PeftModel:
+    torch.manual_seed(4)
+    config = QaaConfig(target_modules=["0"], readout=readout, **fields)
+    return get_peft_model(nn.Sequential(nn.Linear(12, 5, bias=base_bias)), config)
+
+
+def run(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return model(batch)
+
+
+@pytest.mark.parametrize("readout", ["state[:6]", "z", "probs[:6]"])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("center", [True, False])
+def test_calibrated_channels_and_features_have_unit_size(
+    readout: str, has_bias: bool, center: bool, tmp_path: Path
+) -> None:
+    x = outlier_data()
+    fields = {"scale_channels": True, "center_channels": center, "standardize_features": True}
+    model = whitened_model(readout, adapter_bias=has_bias, **fields)
+    layer = layers_of(model)[0]
     expected = model(x)
-    config = QaaConfig(target_modules=["0"], readout=readout, scale_channels=True)
-    model = peft.get_peft_model(model, config)
+    assert torch.equal(expected, layer.base_layer(x))
     trainable = model.get_nb_trainable_parameters()[0]
-    assert calibrate(model, [x[:32], x[32:]], forward=lambda model, batch: model(batch)) == 1
-    layer = model.base_model.model[0]
-    channels = layer.qaa_channels["default"]
-    torch.testing.assert_close((x * channels)[:, :11].square().mean(0), torch.ones(11))
-    assert channels[11] == 1 and not channels.requires_grad
-    assert model.get_nb_trainable_parameters()[0] == trainable  # the factors are saved, not trained
+    assert calibrate(model, (rows for rows in x.split([20, 44])), forward=run) == 1
     assert torch.equal(model(x), expected)  # still an exact no-op
+    assert model.get_nb_trainable_parameters()[0] == trainable  # statistics are saved, not trained
+
+    theta, _, bias, whitening = layer._parameters_of("default")
+    size = len(layer.qaa_up["default"][0])
+    frozen = [t for t in whitening if t is not None]
+    assert not any(t.requires_grad for t in frozen)
+    assert sum(map(torch.numel, frozen)) == 12 * (1 + center) + size * (1 + has_bias)
+    u = x if whitening.center is None else x - whitening.center
+    u = u * whitening.channels
+    torch.testing.assert_close(u[:, :11].square().mean(0), torch.ones(11))
+    assert whitening.channels[11] == 1
+    if center:
+        torch.testing.assert_close(u.mean(0), torch.zeros(12), rtol=0, atol=2e-5)
+    g = layer.qaa_adapter["default"].features(theta, u)
+    g = (g if whitening.mean is None else g - whitening.mean) * whitening.gain
+    torch.testing.assert_close(g.square().mean(0), torch.ones(size), rtol=1e-3, atol=0)
+    if has_bias:
+        torch.testing.assert_close(g.mean(0), torch.zeros(size), rtol=0, atol=1e-3)
+    else:
+        assert whitening.mean is None
 
     nn.init.normal_(layer.qaa_up["default"])
-    with_factors = layer.qaa_adapter["default"].delta(x * channels, *layer._parameters_of("default")[:3])
-    torch.testing.assert_close(model(x), expected + with_factors)
+    if has_bias:
+        nn.init.normal_(bias)
+    delta = g @ layer.qaa_up["default"].T
+    delta = layer.qaa_adapter["default"].scaling * (delta + bias if has_bias else delta)
+    torch.testing.assert_close(model(x), expected + delta, rtol=1e-4, atol=1e-4)
     model.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(outlier_model()[0], tmp_path)
-    torch.testing.assert_close(again(x), model(x))
+    again = PeftModel.from_pretrained(whitened_model().unload(), tmp_path)
+    assert torch.equal(again(x), model(x))
     if readout.startswith("state"):
-        torch.testing.assert_close(model.merge_and_unload()(x), again(x), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model.merge_and_unload(safe_merge=True)(x), again(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_a_whitened_adapter_merges_unmerges_and_exports(center: bool, tmp_path: Path) -> None:
+    x = outlier_data()
+    fields = {"scale_channels": True, "center_channels": center, "standardize_features": True, "init_weights": False}
+    model = whitened_model(**fields)
+    base = model.base_model.model[0].base_layer
+    calibrate(model, [x], forward=run)
+    before, expected = copy.deepcopy(base.state_dict()), model(x)
+    assert (expected - base(x)).abs().max() > 0.5
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    torch.testing.assert_close(base.state_dict(), before, rtol=1e-5, atol=1e-5)
+    assert to_lora(model, tmp_path).lora_bias == center
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", peft.PeftWarning)
+        loaded = PeftModel.from_pretrained(whitened_model().unload(), tmp_path)
+    torch.testing.assert_close(loaded(x), expected, rtol=1e-5, atol=1e-4)
+    assert layers_of(model)[0].supports_lora_conversion() != center
+
+
+def test_only_a_constant_term_needs_a_bias_to_merge_into() -> None:
+    x = outlier_data()
+    fields = {"scale_channels": True, "standardize_features": True, "init_weights": False, "base_bias": False}
+    model = whitened_model(**fields)
+    calibrate(model, [x], forward=run)
+    expected = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="cannot merge the QAA adapter 'default': it has a bias, and the Linear"):
+        whitened_model(center_channels=True, **fields).merge_adapter()
+
+
+def test_statistics_are_those_of_all_vectors_in_float64() -> None:
+    """A mean a million times the deviation, over uneven batches: as numpy computes it in two passes."""
+    torch.manual_seed(0)
+    x = torch.randn(3000, 12).double()
+    x[:, 0] = x[:, 0] * 1e-2 + 1e3
+    x[:, 1] = 7.3  # constant
+    model = whitened_model(scale_channels=True, center_channels=True, standardize_features=True).double()
+    calibrate(model, x.split([1, 1100, 1899]), forward=run)
+    whitening = layers_of(model)[0]._parameters_of("default")[3]
+    np.testing.assert_allclose(whitening.center, x.mean(0), rtol=1e-12, atol=1e-15)
+    deviation = x.std(0, correction=0).numpy()
+    factors = np.divide(1, deviation, out=np.ones(12), where=np.arange(12) != 1)
+    np.testing.assert_allclose(whitening.channels, factors, rtol=1e-5)
+
+
+def test_features_that_do_not_vary_keep_their_size() -> None:
+    x = torch.zeros(8, 12)
+    x[:, 0] = torch.arange(1.0, 9)  # always the first amplitude alone, with angles of zero
+    model = whitened_model("z", init_angles="zero", standardize_features=True)
+    calibrate(model, [x], forward=run)
+    layer = layers_of(model)[0]
+    assert torch.equal(layer.qaa_gain["default"], torch.ones(4))
+    torch.testing.assert_close(layer.qaa_mean["default"], torch.ones(4))
+    model = whitened_model("state[:3]", init_angles="zero", standardize_features=True)
+    calibrate(model, [x], forward=run)
+    rms = x[:, 0].square().mean().sqrt()
+    torch.testing.assert_close(layers_of(model)[0].qaa_gain["default"], torch.tensor([1 / rms, 1.0, 1.0]))
 
 
 def test_calibration_says_what_is_missing() -> None:
-    model, x = outlier_model()
-    plain = peft.get_peft_model(model, QaaConfig(target_modules=["0"]))
-    with pytest.raises(ValueError, match="scale_channels"):
-        calibrate(plain, [x], forward=lambda model, batch: model(batch))
-    scaled = peft.get_peft_model(outlier_model()[0], QaaConfig(target_modules=["0"], scale_channels=True))
+    x = outlier_data()
+    with pytest.raises(ValueError, match="has scale_channels, center_channels or standardize_features, received one"):
+        calibrate(whitened_model(), [x], forward=run)
+    model = whitened_model(scale_channels=True, standardize_features=True)
     with pytest.raises(ValueError, match="received none"):
-        calibrate(scaled, [])
-    before = scaled.base_model.model[0].qaa_channels["default"].clone()
+        calibrate(model, [])
     with pytest.raises(ValueError, match="NaN or infinity"):
-        calibrate(scaled, [x * torch.nan], forward=lambda model, batch: model(batch))
-    assert torch.equal(scaled.base_model.model[0].qaa_channels["default"], before)
+        calibrate(model, [x * torch.nan], forward=run)
+    layer = layers_of(model)[0]
+    assert torch.all(layer.qaa_channels["default"] == 1) and torch.all(layer.qaa_gain["default"] == 1)
+
+
+@pytest.mark.parametrize("readout", ["z", STATE])
+def test_a_whitened_model_compiles_without_graph_breaks(readout: str) -> None:
+    fields = {"scale_channels": True, "center_channels": True, "standardize_features": True}
+    model, x = whitened_model(readout, adapter_bias=True, init_weights=False, **fields), outlier_data()
+    calibrate(model, [x], forward=run)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    torch.testing.assert_close(compiled(x), model(x), **CLOSE)
+    compiled(x).sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)

@@ -25,7 +25,8 @@ class QaaConfig(PeftConfig):
 
     f(x) are the features of a parameterized quantum circuit U(theta) on ``ceil(log2(d_in))`` wires whose amplitudes
     hold x; V (``d_out`` x K), c and the angles theta are trained, W and b are frozen. See :class:`qaa.nn.Adapter`
-    for the features, :func:`qaa.ansatz` for the circuits.
+    for the features, :class:`qaa.nn.Whitening` for what is done to x and f with statistics of the data (off by
+    default), :func:`qaa.ansatz` for the circuits.
 
     Args:
         target_modules: names of the linear layers to adapt (a list of names or endings, a regular expression, or
@@ -41,8 +42,11 @@ class QaaConfig(PeftConfig):
         scaling: s; None means ``sqrt(2**n_wires + 1)`` for quadratic readouts and 1 for ``"state"``.
         init_weights: True for V = 0 and c = 0, an exact no-op; False for random ones (tests).
         init_angles: ``"uniform"`` in ``[-pi, pi)``, ``"small"`` in ``[-0.1, 0.1)`` radians, or ``"zero"``.
-        scale_channels: whether each input channel is first multiplied by a frozen factor, one until
-            :func:`qaa.peft.calibrate` has measured the channels.
+        scale_channels: whether each input channel is first multiplied by a frozen factor, 1/std if the channels are
+            centred, else 1/rms; one until :func:`qaa.peft.calibrate` has measured the channels.
+        center_channels: whether the frozen mean of each input channel is first subtracted.
+        standardize_features: whether features are multiplied by a frozen factor before V, 1/std after their mean is
+            subtracted if there is a c, else 1/rms, so that no constant appears in an adapter without one.
         train_circuit: whether theta is trained; otherwise it keeps its initial values and is saved with the adapter.
 
     Raises:
@@ -147,6 +151,25 @@ class QaaConfig(PeftConfig):
             "are saved but not trained."
         },
     )
+    center_channels: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the mean of each input channel is subtracted first: 0 until it is measured, which makes "
+            "the factors of scale_channels 1/std. It pays where channels have a mean far from zero, most for the "
+            "quadratic readouts, whose state would otherwise be mostly that mean; it costs d_in numbers per layer that "
+            "are saved but not trained. A 'state' adapter gets a constant term from it, so that it merges only where "
+            "the base layer has a bias, and its LoRA needs a server that knows lora_bias."
+        },
+    )
+    standardize_features: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the features are brought to unit size before V: multiplied by 1/rms, or, in adapters that "
+            "have a c, freed of their mean and multiplied by 1/std, measured with the initial angles. It pays because "
+            "one ordinary learning rate (1e-2 or so) then serves V and the angles alike; it costs K numbers per layer, "
+            "2 K with a c, that are saved but not trained, and no time."
+        },
+    )
     train_circuit: bool = field(
         default=True,
         metadata={
@@ -161,7 +184,7 @@ class QaaConfig(PeftConfig):
         self.target_modules = module_set(self.target_modules)
         self.exclude_modules = module_set(self.exclude_modules)
         check_layer_selection(self)
-        check_flag(self, "init_weights", "train_circuit", "scale_channels")
+        check_flag(self, "init_weights", "train_circuit", "scale_channels", "center_channels", "standardize_features")
         if self.adapter_bias is not None:
             check_flag(self, "adapter_bias")
         if self.scaling is not None:

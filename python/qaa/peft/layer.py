@@ -1,4 +1,4 @@
-"""The QAA layer: ``y = W x + b + sum_a s_a (V_a f_a(x) + c_a)`` over the active adapters a."""
+"""The QAA layer: ``y = W x + b + sum_a s_a (V_a g_a(x) + c_a)`` over the active adapters a."""
 
 from __future__ import annotations
 
@@ -7,23 +7,78 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qaa.nn import Adapter, draw_angles, is_private_result
+from qaa.nn import Adapter, Whitening, draw_angles, is_private_result
 
 from .tuner import AdditiveLayer
+
+#: what is measured of an adapter, in this order: features depend on the statistics of the channels
+STAGES = ("channels", "features")
+_ROWS = 1024  # vectors that are held in float64 at a time
+
+
+class Moments:
+    """Count, sum and sum of squares of vectors of one width, in float64.
+
+    Example:
+        >>> moments = Moments(2, torch.device("cpu"))
+        >>> for rows in (torch.tensor([[1.0, 4.0]]), torch.tensor([[3.0, 4.0]])):
+        ...     moments.add(rows)
+        >>> moments.count, moments.mean.tolist(), moments.rms[1].item(), moments.deviation.tolist()
+        (2.0, [2.0, 4.0], 4.0, [1.0, 0.0])
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.sums = torch.zeros(1 + 2 * width, dtype=torch.float64, device=device)  # in one tensor for one all-reduce
+
+    def add(self, rows: Tensor) -> None:
+        """Adds the rows of a matrix."""
+        rows = rows.double()
+        self.sums += torch.cat([self.sums.new_tensor([len(rows)]), rows.sum(0), rows.square().sum(0)])
+
+    @property
+    def count(self) -> float:
+        return float(self.sums[0])
+
+    @property
+    def mean(self) -> Tensor:
+        return self.sums[1:].chunk(2)[0] / self.sums[0]
+
+    @property
+    def rms(self) -> Tensor:
+        return self._mean_square.sqrt()
+
+    @property
+    def deviation(self) -> Tensor:
+        """Standard deviation; 0 where float64 cannot tell it from 0."""
+        return (self._mean_square - self.mean.square()).clamp_min(0).sqrt()
+
+    @property
+    def _mean_square(self) -> Tensor:
+        return self.sums[1:].chunk(2)[1] / self.sums[0]
+
+
+def _reciprocal(size: Tensor, reference: Tensor) -> Tensor:
+    """``1 / size``; 1 for constants and zeros, whose size is no more than float32's rounding of the reference."""
+    return torch.where(size > 1e-6 * reference, 1 / size, 1.0)
 
 
 class QaaLayer(AdditiveLayer):
     """A linear layer with QAA adapters; what an adapter computes is in :class:`qaa.nn.Adapter`."""
 
     method = "QAA"
-    adapter_layer_names = ("qaa_theta", "qaa_up", "qaa_bias", "qaa_channels")
+    frozen_names = ("qaa_channels", "qaa_center", "qaa_mean", "qaa_gain")
+    adapter_layer_names = ("qaa_theta", "qaa_up", "qaa_bias", *frozen_names)
     other_param_names = ("qaa_adapter",)
 
     def _create_containers(self) -> None:
         self.qaa_theta = nn.ParameterDict()  # angles in radians, the circuit's shape
         self.qaa_up = nn.ParameterDict()  # V, (out_features, K)
         self.qaa_bias = nn.ParameterDict()  # c, (out_features,), if the adapter has one
-        self.qaa_channels = nn.ParameterDict()  # frozen factors of the input channels, (in_features,), if it has them
+        # frozen statistics, see Whitening, each if the adapter has it; neutral until they are measured
+        self.qaa_channels = nn.ParameterDict()  # s, (in_features,)
+        self.qaa_center = nn.ParameterDict()  # mu, (in_features,)
+        self.qaa_mean = nn.ParameterDict()  # m, (K,)
+        self.qaa_gain = nn.ParameterDict()  # r, (K,)
         self.qaa_adapter: dict[str, Adapter] = {}
 
     def _create_adapter(self, adapter_name: str, config: Any) -> None:
@@ -40,12 +95,58 @@ class QaaLayer(AdditiveLayer):
                     nn.init.normal_(parameters[adapter_name], std=adapter.n_features**-0.5)
         if config.scale_channels:
             self.qaa_channels[adapter_name] = torch.ones(self.in_features)
-        frozen = ("qaa_channels",) if config.train_circuit else ("qaa_channels", "qaa_theta")
+        if config.center_channels:
+            self.qaa_center[adapter_name] = torch.zeros(self.in_features)
+        if config.standardize_features:
+            self.qaa_gain[adapter_name] = torch.ones(adapter.n_features)
+            if has_bias:  # without a bias, subtracting the mean would make one
+                self.qaa_mean[adapter_name] = torch.zeros(adapter.n_features)
+        frozen = self.frozen_names if config.train_circuit else (*self.frozen_names, "qaa_theta")
         self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: frozen}
 
-    def _parameters_of(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        bias, channels = self.qaa_bias.get(adapter_name), self.qaa_channels.get(adapter_name)
-        return self.qaa_theta[adapter_name], self.qaa_up[adapter_name], bias, channels
+    def _parameters_of(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor | None, Whitening]:
+        whitening = Whitening(*(getattr(self, name).get(adapter_name) for name in self.frozen_names))
+        return (
+            self.qaa_theta[adapter_name],
+            self.qaa_up[adapter_name],
+            self.qaa_bias.get(adapter_name),
+            whitening,
+        )
+
+    def stages(self, adapter_name: str) -> tuple[str, ...]:
+        """Those of :data:`STAGES` in which the adapter has statistics; none where there is no such adapter."""
+        has = (adapter_name in self.qaa_channels or adapter_name in self.qaa_center, adapter_name in self.qaa_gain)
+        return tuple(stage for stage, is_there in zip(STAGES, has, strict=True) if is_there)
+
+    def moments(self, adapter_name: str, stage: str) -> Moments:
+        """Moments of nothing yet, of the width and on the device of the stage's statistics."""
+        width = self.in_features if stage == "channels" else self.qaa_adapter[adapter_name].n_features
+        return Moments(width, self.qaa_theta[adapter_name].device)
+
+    @torch.no_grad()
+    def observe(self, adapter_name: str, stage: str, x: Tensor, moments: Moments) -> None:
+        """Adds the channels of the vectors x, or the features that the adapter has of them, in float64."""
+        theta, _, _, whitening = self._parameters_of(adapter_name)
+        whitening = Whitening(*(None if t is None else t.double() for t in whitening))
+        for rows in torch.split(x.detach().reshape(-1, x.shape[-1]), _ROWS):
+            rows = rows.double()
+            if stage == "features":
+                rows = self.qaa_adapter[adapter_name].features(theta.double(), rows, whitening)
+            moments.add(rows)
+
+    @torch.no_grad()
+    def set_statistics(self, adapter_name: str, stage: str, moments: Moments) -> None:
+        """Sets what the adapter has of centre and factor (channels), or of mean and gain (features)."""
+        is_channels = stage == "channels"
+        means, factors = (self.qaa_center, self.qaa_channels) if is_channels else (self.qaa_mean, self.qaa_gain)
+        # features of a layer have one natural size, channels have sizes of their own
+        reference = moments.rms if is_channels else moments.rms.max()
+        size = moments.rms
+        if adapter_name in means:
+            means[adapter_name].copy_(moments.mean)
+            size = moments.deviation
+        if adapter_name in factors:
+            factors[adapter_name].copy_(_reciprocal(size, reference))
 
     def delta(self, adapter_name: str, x: Tensor) -> Tensor:
         parameters = self._parameters_of(adapter_name)
@@ -61,14 +162,11 @@ class QaaLayer(AdditiveLayer):
         adapter = self.qaa_adapter[adapter_name]
         if not adapter.is_linear:
             raise ValueError(not_mergeable(adapter_name))
-        theta, up, bias, channels = self._parameters_of(adapter_name)
-        down = adapter.down(theta)
-        down = down if channels is None else down * channels.to(down.dtype)
-        up, bias = up.to(down.dtype), None if bias is None else bias.to(down.dtype) * adapter.scaling
-        return down, up * adapter.scaling, bias
+        return adapter.low_rank(*self._parameters_of(adapter_name))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return self.qaa_adapter[adapter_name].is_linear and adapter_name not in self.qaa_bias
+        has_constant = adapter_name in self.qaa_bias or adapter_name in self.qaa_center
+        return self.qaa_adapter[adapter_name].is_linear and not has_constant
 
 
 def not_mergeable(adapter_name: str) -> str:
