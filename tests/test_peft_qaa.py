@@ -645,6 +645,9 @@ def test_generation_in_inference_mode_and_training_afterwards():
         ({"init_weights": None}, "expected init_weights to be True or False, received None"),
         ({"train_circuit": 1}, "expected train_circuit to be True or False, received 1"),
         ({"init_angles": "none"}, "expected init_angles among uniform, small, zero, received 'none'"),
+        ({"center_channels": 1}, "expected center_channels to be True or False, received 1"),
+        ({"calibration": "never"}, "expected calibration among explicit, first_batch, received 'never'"),
+        ({"calibration": "first_batch"}, "expected one of scale_channels, .* with calibration 'first_batch', received"),
         ({"target_modules": "q", "layers_to_transform": 0}, "`layers_to_transform` cannot be used when"),
         ({"task_type": "POETRY"}, "Invalid task type: 'POETRY'"),
     ],
@@ -681,7 +684,7 @@ def test_a_layer_above_sixteen_wires_is_refused():
 
 def test_every_field_says_when_it_pays():
     own = set(QaaConfig.__dataclass_fields__) - set(PeftConfig.__dataclass_fields__)
-    assert len(own) == 16
+    assert len(own) == 17
     for name in own:
         assert len(QaaConfig.__dataclass_fields__[name].metadata["help"]) > 40, name
 
@@ -870,6 +873,168 @@ def test_features_that_do_not_vary_keep_their_size() -> None:
     torch.testing.assert_close(layers_of(model)[0].qaa_gain["default"], torch.tensor([1 / rms, 1.0, 1.0]))
 
 
+WHITENED = {"scale_channels": True, "center_channels": True, "standardize_features": True, "adapter_bias": True}
+FIRST_BATCH = {**WHITENED, "calibration": "first_batch"}
+
+
+def statistics(model: nn.Module, adapter_name: str = "default") -> list[torch.Tensor]:
+    """Copies of every statistic of every layer, without the marks."""
+    whitenings = [layer._parameters_of(adapter_name)[3] for layer in layers_of(model)]
+    return [t.detach().clone() for whitening in whitenings for t in whitening if t is not None]
+
+
+def is_equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def calibrated_by_hand(x: torch.Tensor, readout: str = "state[:6]") -> list[torch.Tensor]:
+    model = whitened_model(readout, **WHITENED)
+    calibrate(model, [x], forward=run)
+    return statistics(model)
+
+
+@pytest.mark.parametrize("readout", ["state[:6]", "z"])
+def test_the_first_training_batch_calibrates_once(readout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = outlier_data()
+    model = whitened_model(readout, **FIRST_BATCH).eval()
+    layer, neutral = layers_of(model)[0], statistics(model)
+    expected = layer.base_layer(x)
+    assert torch.equal(model(x), expected)  # evaluation
+    with torch.no_grad():
+        assert torch.equal(model.train()(x), expected)  # nothing is trained here either
+    assert is_equal(statistics(model), neutral) and layer.qaa_calibrated["default"] == 0
+    model(x[:0])  # an empty batch
+    assert is_equal(statistics(model), neutral) and layer.qaa_calibrated["default"] == 0
+    assert torch.equal(model(x[:40]), expected[:40])  # the first of two micro-batches
+    measured = statistics(model)
+    assert is_equal(measured, calibrated_by_hand(x[:40], readout)) and layer.qaa_calibrated["default"] == 1
+    with monkeypatch.context() as patch:  # later steps look at no tensor to know it
+        patch.setattr(QaaLayer, "_calibrate_on", lambda *args: pytest.fail("asked again"))
+        model(x[40:]).sum().backward()
+    assert is_equal(statistics(model), measured)
+    assert layer.qaa_up["default"].grad.abs().max() > 0 and not layer.qaa_calibrated["default"].requires_grad
+
+
+def test_the_first_batch_is_used_as_measured() -> None:
+    """The features of the step that measures are the standardised ones: V's gradient is that of a calibrated model."""
+    x = outlier_data()
+    first, second = whitened_model(**FIRST_BATCH), whitened_model(**WHITENED)
+    calibrate(second, [x], forward=run)
+    for model in (first, second):
+        model.train()(x).square().sum().backward()
+    gradients = [[p.grad for p in model.parameters() if p.requires_grad] for model in (first, second)]
+    assert is_equal(*gradients)
+
+
+def test_a_loaded_adapter_is_not_calibrated_again(tmp_path: Path) -> None:
+    x = outlier_data()
+    model = whitened_model(**FIRST_BATCH).train()
+    model.save_pretrained(tmp_path / "fresh")
+    model(x[:40])
+    measured = statistics(model)
+    model.save_pretrained(tmp_path / "measured")
+    for low_cpu_mem_usage in (False, True):
+        kwargs = {"is_trainable": True, "low_cpu_mem_usage": low_cpu_mem_usage}
+        loaded = PeftModel.from_pretrained(whitened_model().unload(), tmp_path / "measured", **kwargs)
+        loaded.train()(x[40:])
+        assert is_equal(statistics(loaded), measured)
+        fresh = PeftModel.from_pretrained(whitened_model().unload(), tmp_path / "fresh", **kwargs)
+        fresh.train()(x[40:])
+        assert not is_equal(statistics(fresh), measured)
+    frozen = PeftModel.from_pretrained(whitened_model().unload(), tmp_path / "fresh")  # only used, never trained
+    frozen.train()(x[:40])
+    assert layers_of(frozen)[0].qaa_calibrated["default"] == 0
+    model.load_state_dict(fresh.state_dict())
+    model(x[:40])
+    assert is_equal(statistics(model), statistics(fresh))
+    by_hand = whitened_model(**FIRST_BATCH)
+    calibrate(by_hand, [x], forward=run)
+    by_hand.train()(x[:40])
+    assert is_equal(statistics(by_hand), calibrated_by_hand(x))
+
+
+def test_several_adapters_are_calibrated_each_on_its_own_first_batch() -> None:
+    x = outlier_data()
+    model = whitened_model(**FIRST_BATCH).train()
+    model.add_adapter("second", QaaConfig(target_modules=["0"], readout="state[:6]", **FIRST_BATCH))
+    model.add_adapter("explicit", QaaConfig(target_modules=["0"], readout="state[:6]", **WHITENED))
+    neutral = statistics(model, "explicit")
+    model(x[:20])
+    first = statistics(model)
+    assert is_equal(statistics(model, "second"), neutral)
+    model.set_adapter("explicit")
+    model(x[20:40])
+    assert is_equal(statistics(model, "explicit"), neutral)
+    model.set_adapter("second")
+    model(x[40:])
+    channels = len(first) // 2  # the features of the second have angles of their own
+    assert is_equal(statistics(model, "second")[:channels], calibrated_by_hand(x[40:])[:channels])
+    assert is_equal(statistics(model), first)
+    model.delete_adapter("second")
+    model.set_adapter("default")
+    model(x[40:])
+    assert is_equal(statistics(model), first)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_sees_the_statistics_of_the_first_batch(use_reentrant: bool) -> None:
+    """With re-entrant checkpoints the recomputation is the first forward with gradients; V = 0 makes them equal."""
+    results = []
+    for checkpointing in (False, True):
+        model = adapted(QaaConfig(readout=STATE, n_layers=2, **FIRST_BATCH)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        model(tokens(), labels=tokens()).loss.backward()
+        assert all(layer.qaa_calibrated["default"] == 1 for layer in layers_of(model))
+        results.append([*statistics(model), *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert is_equal(*results)
+
+
+def test_compiled_models_are_calibrated_outside_of_the_graph() -> None:
+    x = outlier_data()
+    model = whitened_model(**FIRST_BATCH)
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled.eval()(x), model(x))  # neutral, and not measured
+    assert layers_of(model)[0].qaa_calibrated["default"] == 0
+    compiled.train()(x[:40])
+    for ours, theirs in zip(statistics(model), calibrated_by_hand(x[:40]), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    measured = statistics(model)
+    whole = torch.compile(model, backend="aot_eager", fullgraph=True)
+    whole(x).sum().backward()
+    assert is_equal(statistics(model), measured)
+    assert torch._dynamo.explain(model)(x).graph_break_count == 0
+
+
+def train_a_step(rank: int, folder: Path) -> None:
+    """One of two processes, each with its own part of the data."""
+    torch.set_num_threads(1)
+    store = f"file://{folder / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    try:
+        torch.manual_seed(0)
+        model = nn.parallel.DistributedDataParallel(whitened_model(**FIRST_BATCH).train())
+        for _ in range(2):
+            model(outlier_data().split([20, 44])[rank]).square().mean().backward()
+        gradients = [p.grad for p in model.parameters() if p.requires_grad]
+        torch.save((statistics(model), gradients), folder / f"{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_processes_share_the_statistics_of_all_their_first_batches(tmp_path: Path) -> None:
+    other = torch.multiprocessing.get_context("spawn").Process(target=train_a_step, args=(1, tmp_path))
+    other.start()
+    train_a_step(0, tmp_path)
+    other.join(60)
+    assert other.exitcode == 0
+    (ours, our_gradients), (theirs, their_gradients) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert is_equal(ours, theirs) and is_equal(our_gradients, their_gradients)
+    for together, alone in zip(ours, calibrated_by_hand(outlier_data()), strict=True):
+        torch.testing.assert_close(together, alone)
+
+
 def test_calibration_says_what_is_missing() -> None:
     x = outlier_data()
     with pytest.raises(ValueError, match="has scale_channels, center_channels or standardize_features, received one"):
@@ -881,6 +1046,11 @@ def test_calibration_says_what_is_missing() -> None:
         calibrate(model, [x * torch.nan], forward=run)
     layer = layers_of(model)[0]
     assert torch.all(layer.qaa_channels["default"] == 1) and torch.all(layer.qaa_gain["default"] == 1)
+    model = whitened_model(**FIRST_BATCH).train()
+    with pytest.raises(ValueError, match="expected a finite first batch to calibrate the QAA adapter 'default' on"):
+        model(x * torch.nan)
+    model(x)
+    assert is_equal(statistics(model), calibrated_by_hand(x))
 
 
 @pytest.mark.parametrize("readout", ["z", STATE])

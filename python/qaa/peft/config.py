@@ -12,6 +12,8 @@ from qaa.nn import INIT_ANGLES, check_scaling
 
 from .tuner import check_flag, check_layer_selection, module_set
 
+CALIBRATIONS = ("explicit", "first_batch")
+
 #: name -> fields; see :meth:`QaaConfig.preset`
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"n_layers": 4, "ansatz": "ring", "readout": "z", "adapter_bias": True},
@@ -47,6 +49,8 @@ class QaaConfig(PeftConfig):
         center_channels: whether the frozen mean of each input channel is first subtracted.
         standardize_features: whether features are multiplied by a frozen factor before V, 1/std after their mean is
             subtracted if there is a c, else 1/rms, so that no constant appears in an adapter without one.
+        calibration: ``"explicit"``, the statistics of these three are measured by :func:`qaa.peft.calibrate`, or
+            ``"first_batch"``, by the first forward in training mode with gradients enabled; see the help of the field.
         train_circuit: whether theta is trained; otherwise it keeps its initial values and is saved with the adapter.
 
     Raises:
@@ -170,6 +174,16 @@ class QaaConfig(PeftConfig):
             "2 K with a c, that are saved but not trained, and no time."
         },
     )
+    calibration: str = field(
+        default="explicit",
+        metadata={
+            "help": "When the statistics of scale_channels, center_channels and standardize_features are measured: "
+            "'explicit', by qaa.peft.calibrate on batches of your choice, or 'first_batch', on what reaches each layer "
+            "in its first training forward (padding counts), summed over all processes of torch.distributed, each of "
+            "which has to reach the layer. 'first_batch' pays in training programs that cannot be changed; several "
+            "batches give statistics with less noise. Either way they are saved and measured once."
+        },
+    )
     train_circuit: bool = field(
         default=True,
         metadata={
@@ -191,6 +205,11 @@ class QaaConfig(PeftConfig):
             self.scaling = check_scaling(self.scaling)
         if self.init_angles not in INIT_ANGLES:
             raise ValueError(f"expected init_angles among {', '.join(INIT_ANGLES)}, received {self.init_angles!r}")
+        if self.calibration not in CALIBRATIONS:
+            raise ValueError(f"expected calibration among {', '.join(CALIBRATIONS)}, received {self.calibration!r}")
+        measured = ("scale_channels", "center_channels", "standardize_features")
+        if self.calibration == "first_batch" and not any(getattr(self, name) for name in measured):
+            raise ValueError(f"expected one of {', '.join(measured)} with calibration 'first_batch', received none")
         ansatz(self.ansatz, 1, self.n_layers)
         if not isinstance(self.readout, str):
             self.readout = list(self.readout)

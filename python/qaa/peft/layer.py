@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from qaa.nn import Adapter, Whitening, draw_angles, is_private_result
@@ -34,6 +35,11 @@ class Moments:
         """Adds the rows of a matrix."""
         rows = rows.double()
         self.sums += torch.cat([self.sums.new_tensor([len(rows)]), rows.sum(0), rows.square().sum(0)])
+
+    def all_reduce(self) -> None:
+        """Adds up those of all processes, where there are several."""
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.sums)
 
     @property
     def count(self) -> float:
@@ -66,9 +72,10 @@ class QaaLayer(AdditiveLayer):
     """A linear layer with QAA adapters; what an adapter computes is in :class:`qaa.nn.Adapter`."""
 
     method = "QAA"
-    frozen_names = ("qaa_channels", "qaa_center", "qaa_mean", "qaa_gain")
+    whitening_names = ("qaa_channels", "qaa_center", "qaa_mean", "qaa_gain")
+    frozen_names = (*whitening_names, "qaa_calibrated")
     adapter_layer_names = ("qaa_theta", "qaa_up", "qaa_bias", *frozen_names)
-    other_param_names = ("qaa_adapter",)
+    other_param_names = ("qaa_adapter", "qaa_pending")
 
     def _create_containers(self) -> None:
         self.qaa_theta = nn.ParameterDict()  # angles in radians, the circuit's shape
@@ -79,6 +86,10 @@ class QaaLayer(AdditiveLayer):
         self.qaa_center = nn.ParameterDict()  # mu, (in_features,)
         self.qaa_mean = nn.ParameterDict()  # m, (K,)
         self.qaa_gain = nn.ParameterDict()  # r, (K,)
+        # of adapters that calibrate themselves: a saved mark, (1,), not 0 once that is done, and whether the mark still
+        # has to be looked at, so that a step of training asks no tensor
+        self.qaa_calibrated = nn.ParameterDict()
+        self.qaa_pending: dict[str, bool] = {}
         self.qaa_adapter: dict[str, Adapter] = {}
 
     def _create_adapter(self, adapter_name: str, config: Any) -> None:
@@ -101,11 +112,14 @@ class QaaLayer(AdditiveLayer):
             self.qaa_gain[adapter_name] = torch.ones(adapter.n_features)
             if has_bias:  # without a bias, subtracting the mean would make one
                 self.qaa_mean[adapter_name] = torch.zeros(adapter.n_features)
+        if config.calibration == "first_batch":
+            self.qaa_calibrated[adapter_name] = torch.zeros(1)
+            self.qaa_pending[adapter_name] = True
         frozen = self.frozen_names if config.train_circuit else (*self.frozen_names, "qaa_theta")
         self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: frozen}
 
     def _parameters_of(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor | None, Whitening]:
-        whitening = Whitening(*(getattr(self, name).get(adapter_name) for name in self.frozen_names))
+        whitening = Whitening(*(getattr(self, name).get(adapter_name) for name in self.whitening_names))
         return (
             self.qaa_theta[adapter_name],
             self.qaa_up[adapter_name],
@@ -148,11 +162,51 @@ class QaaLayer(AdditiveLayer):
         if adapter_name in factors:
             factors[adapter_name].copy_(_reciprocal(size, reference))
 
+    @torch.no_grad()
+    def set_calibrated(self, adapter_name: str) -> None:
+        """Keeps an adapter from calibrating itself from now on, here and where it will be loaded."""
+        if adapter_name in self.qaa_calibrated:
+            self.qaa_calibrated[adapter_name].fill_(1)
+            self.qaa_pending[adapter_name] = False
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _calibrate_on(self, adapter_name: str, x: Tensor) -> None:
+        """Sets the statistics to those of x, unless the adapter has them already or is not trained.
+
+        A re-entrant checkpoint runs its first forward without gradients, so that this happens in the recomputation;
+        that gives the same outputs, because V and c are still zero then.
+        """
+        if not self.qaa_up[adapter_name].requires_grad:
+            return
+        if self.qaa_calibrated[adapter_name].item():
+            self.qaa_pending[adapter_name] = False
+            return
+        for stage in self.stages(adapter_name):
+            moments = self.moments(adapter_name, stage)
+            self.observe(adapter_name, stage, x, moments)
+            moments.all_reduce()
+            if not moments.count:
+                return  # an empty batch: the next one will do
+            if not torch.isfinite(moments.sums).all():
+                raise ValueError(
+                    f"expected a finite first batch to calibrate the QAA adapter {adapter_name!r} on, received NaN or "
+                    "infinity"
+                )
+            self.set_statistics(adapter_name, stage, moments)
+        self.set_calibrated(adapter_name)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.qaa_pending = dict.fromkeys(self.qaa_pending, True)
+
     def delta(self, adapter_name: str, x: Tensor) -> Tensor:
         parameters = self._parameters_of(adapter_name)
         return self.qaa_adapter[adapter_name].delta(self._cast_input_dtype(x, parameters[1].dtype), *parameters)
 
     def add_to(self, base: Tensor, adapter_name: str, x: Tensor) -> Tensor:
+        if self.qaa_pending.get(adapter_name) and self.training and torch.is_grad_enabled():
+            self._calibrate_on(adapter_name, x)
         parameters = self._parameters_of(adapter_name)
         x = self._cast_input_dtype(x, parameters[1].dtype)
         in_place = is_private_result(self.base_layer)

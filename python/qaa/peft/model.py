@@ -81,7 +81,8 @@ def calibrate(
     are float64 and streaming. Adapters with ``standardize_features`` take a second pass over the batches, for which
     those of an iterator are kept in memory.
 
-    Run it once, before training, on a few batches of the training data (padding counts as data). A fresh adapter is an
+    Run it once, before training, on a few batches of the training data (padding counts as data); with
+    ``calibration="first_batch"`` the adapter then leaves its statistics as they are. A fresh adapter is an
     exact no-op before and after; a trained one changes its outputs. On several processes, run it on the same batches in
     each, or load the adapter from one.
 
@@ -135,6 +136,8 @@ def calibrate(
                 raise ValueError(f"expected finite inputs of {name}, received NaN or infinity")
         for layer, moments in measured.items():
             layer.set_statistics(adapter_name, stage, moments)
+    for layer in layers.values():
+        layer.set_calibrated(adapter_name)
     return len(layers)
 
 
