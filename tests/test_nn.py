@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
+import itertools
 import math
 
 import numpy as np
@@ -13,7 +15,7 @@ from torch import nn
 
 import oracle
 import qaa
-from qaa.nn import Adapter, QAALinear, QuantumLayer, Whitening
+from qaa.nn import Adapter, QAALinear, QuantumLayer, Whitening, random_signs
 
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -365,3 +367,23 @@ def test_whitening_leaves_a_fresh_adapter_without_effect_and_keeps_the_known_row
     for _ in range(3):
         assert torch.equal(adapter.add_to(base, x, theta, up.zero_(), bias.zero_(), whitening), base)
     assert len(calls) == 1
+
+
+# ------------------------------------------------------------------------------------------- random up-projections
+
+
+def test_random_signs_are_the_bits_of_the_key_and_the_shape():
+    for out, k, key in ((192, 16, 0), (7, 3, -5)):
+        text = f"qaa up-projection {key} {out} {k}".encode()
+        bits = "".join(f"{byte:08b}" for byte in hashlib.shake_256(text).digest(out * k))
+        expected = [[1 if bits[i * k + j] == "1" else -1 for j in range(k)] for i in range(out)]
+        assert random_signs(out, k, key).tolist() == expected
+
+
+def test_random_signs_are_nearly_orthogonal_and_differ_between_keys():
+    signs = [random_signs(576, 16, key).double() for key in range(20)]
+    for drawn in signs:
+        gram = drawn.T @ drawn / 576
+        assert (gram - torch.eye(16)).abs().max() < 5 * 576**-0.5
+    assert torch.stack(signs).mean().abs() < 5 * (20 * 576 * 16) ** -0.5
+    assert all((a * b).mean().abs() < 5 * (576 * 16) ** -0.5 for a, b in itertools.combinations(signs, 2))

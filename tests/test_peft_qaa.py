@@ -646,6 +646,8 @@ def test_generation_in_inference_mode_and_training_afterwards():
         ({"train_circuit": 1}, "expected train_circuit to be True or False, received 1"),
         ({"init_angles": "none"}, "expected init_angles among uniform, small, zero, received 'none'"),
         ({"center_channels": 1}, "expected center_channels to be True or False, received 1"),
+        ({"up_projection": "none"}, "expected up_projection among full, random, received 'none'"),
+        ({"projection_key": 0.5}, "expected projection_key to be an integer, received 0.5"),
         ({"calibration": "never"}, "expected calibration among explicit, first_batch, received 'never'"),
         ({"calibration": "first_batch"}, "expected one of scale_channels, .* with calibration 'first_batch', received"),
         ({"target_modules": "q", "layers_to_transform": 0}, "`layers_to_transform` cannot be used when"),
@@ -684,7 +686,7 @@ def test_a_layer_above_sixteen_wires_is_refused():
 
 def test_every_field_says_when_it_pays():
     own = set(QaaConfig.__dataclass_fields__) - set(PeftConfig.__dataclass_fields__)
-    assert len(own) == 17
+    assert len(own) == 19
     for name in own:
         assert len(QaaConfig.__dataclass_fields__[name].metadata["help"]) > 40, name
 
@@ -711,13 +713,39 @@ def test_the_paper_preset_has_the_papers_share_of_parameters():
     assert {name.rsplit(".", 1)[1] for name in model.base_model.targeted_module_names} == {"q_proj", "v_proj"}
 
 
+def smollm2_135m() -> LlamaForCausalLM:
+    """HuggingFaceTB/SmolLM2-135M by its published shape, without weights."""
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**shape, **heads))
+
+
+@pytest.mark.parametrize(
+    ("make", "total", "trainable", "limit"),
+    [
+        (smollm2_135m, 134_515_008, 30 * 2 * (16 + 2 * 10 * 3), 0.005),
+        (gpt_neo_1_3b, None, 48 * (16 + 2 * 11 * 3), 0.0005),
+    ],
+)
+def test_the_tiny_preset_has_a_share_of_thousandths_of_a_percent(make, total, trainable, limit):
+    base = make()
+    before = sum(p.numel() for p in base.parameters())
+    assert total in (before, None)
+    model = get_peft_model(base, QaaConfig.preset("tiny"))
+    layers = layers_of(model)
+    statistics = sum(layer.in_features + 16 for layer in layers)  # saved, not trained
+    assert model.get_nb_trainable_parameters() == (trainable, before + trainable + statistics)
+    assert 100 * trainable / before <= limit
+
+
 def test_the_best_preset_reads_sixteen_amplitudes():
     config = QaaConfig.preset("best", n_layers=2, target_modules=["v_proj"])
     assert (config.readout, config.n_layers, config.target_modules) == ("state[:16]", 2, {"v_proj"})
     model = adapted(config)
     angles, up = 2 * 5 * 3, 16 * 12
     assert model.get_nb_trainable_parameters()[0] == 2 * (angles + up)
-    with pytest.raises(ValueError, match="expected a preset among paper, best, received 'papre'"):
+    with pytest.raises(ValueError, match="expected a preset among paper, best, tiny, received 'papre'"):
         QaaConfig.preset("papre")
 
 
@@ -871,6 +899,96 @@ def test_features_that_do_not_vary_keep_their_size() -> None:
     calibrate(model, [x], forward=run)
     rms = x[:, 0].square().mean().sqrt()
     torch.testing.assert_close(layers_of(model)[0].qaa_gain["default"], torch.tensor([1 / rms, 1.0, 1.0]))
+
+
+# ------------------------------------------------------------------------------------------ random up-projections
+
+
+@pytest.mark.parametrize("readout", ["z", STATE])
+def test_a_random_up_projection_trains_gains_and_angles_alone(readout: str, tmp_path: Path) -> None:
+    fields = {"up_projection": "random", "adapter_bias": False, "projection_key": 7}
+    assert torch.equal(logits(adapted(QaaConfig(readout=readout, **fields))), logits(llama()))  # g = 0
+    model = adapted(random_config(readout, **fields))
+    expected, layer = logits(model), layers_of(model)[0]
+    assert (expected - logits(llama())).abs().max() > 1e-2
+    assert model.get_nb_trainable_parameters()[0] == 4 * (5 + 2 * 5 * 3)  # four layers: K gains, L n 3 angles
+
+    up = layer._parameters_of("default")[1]
+    gains = layer.qaa_up["default"]
+    columns = up.norm(dim=0) / gains.abs()
+    torch.testing.assert_close(columns, torch.full((5,), math.sqrt(24 / 5)))
+    x = torch.randn(3, 24)
+    plain = layer.qaa_adapter["default"].delta(x, layer.qaa_theta["default"], up, None)
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + plain, **CLOSE)
+
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    assert {tuple(t.shape) for t in weights.values()} == {(5,), (2, 5, 3)}  # no signs
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
+        assert torch.equal(logits(loaded), expected)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(twin), expected)
+    model.add_adapter("other", random_config(readout, **{**fields, "projection_key": 8}))
+    signs = layer.qaa_signs
+    assert not torch.equal(signs["default"], signs["other"])
+    q, v = (layers_of(model)[i].qaa_signs["default"] for i in (0, 2))
+    assert torch.equal(q, v)  # of the first and the second q_proj
+    model.delete_adapter("other")
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("readout", ["z", "state[:3]"])
+def test_gradients_of_a_random_up_projection_are_those_of_its_equation(readout: str) -> None:
+    config = QaaConfig(
+        target_modules=["0"], readout=readout, up_projection="random", init_weights=False, n_layers=2, **WHITENED
+    )
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 4)).double(), config)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    calibrate(model, [x], forward=run)
+    layer = model.base_model.model[0]
+    names = [f"qaa_{name}.default" for name in ("theta", "up", "bias")]
+    inputs = [layer.get_parameter(name).detach().requires_grad_() for name in names]
+
+    def output(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(output, (x.requires_grad_(), *inputs), fast_mode=False)
+
+
+def test_a_random_up_projection_merges_exports_compiles_and_learns(tmp_path: Path) -> None:
+    config = QaaConfig.preset("tiny", readout=STATE, init_weights=False)
+    model = adapted(config)
+    calibrate(model, [{"input_ids": tokens()}])
+    expected = logits(model)
+    config = to_lora(model, tmp_path)
+    assert config.r == 5 and not config.lora_bias
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path)), expected, rtol=1e-5, atol=1e-5)
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(logits(model), expected, **CLOSE)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), expected, **CLOSE)
+
+    layer, x = layers_of(model)[0], torch.randn(3, 24)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x), **CLOSE)
+
+    half = adapted(QaaConfig.preset("tiny", readout=STATE, init_weights=False), llama().bfloat16())
+    assert {layer.qaa_signs["default"].dtype for layer in layers_of(half)} == {torch.int8}
+    model = adapted(QaaConfig.preset("tiny", readout=STATE, target_modules="all-linear", calibration="first_batch"))
+    optimizer = torch.optim.Adam((p for p in model.train().parameters() if p.requires_grad), lr=3e-2)
+    start = [layer.qaa_theta["default"].detach().clone() for layer in layers_of(model)]
+    losses = []
+    for _ in range(40):
+        loss = model(tokens(), labels=tokens()).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    moved = [(layer.qaa_theta["default"] - old).abs().max() for layer, old in zip(layers_of(model), start, strict=True)]
+    assert min(moved) > 0.05
 
 
 WHITENED = {"scale_channels": True, "center_channels": True, "standardize_features": True, "adapter_bias": True}

@@ -6,11 +6,13 @@ in :mod:`qaa.peft` both call it with parameters of their own.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -328,6 +330,27 @@ def draw_angles(theta: Tensor, name: str) -> Tensor:
     if name not in INIT_ANGLES:
         raise ValueError(f"expected init_angles among {', '.join(INIT_ANGLES)}, received {name!r}")
     return nn.init.uniform_(theta, -INIT_ANGLES[name], INIT_ANGLES[name])
+
+
+def random_signs(out_features: int, n_features: int, key: int) -> Tensor:
+    r"""Signs for a frozen up-projection ``R / sqrt(K)``, drawn from the key and the shape and nothing else.
+
+    The bits are those of SHAKE-256 (FIPS 202), so that every machine and version draws the same and R need not be
+    saved. Entries of ``R / sqrt(K)`` have mean 0 and variance 1/K, as those of a normal draw; its K columns have the
+    length ``sqrt(out_features / K)`` and are orthogonal up to cosines of about ``1 / sqrt(out_features)``.
+
+    Returns:
+        R, shape ``(out_features, K)``, int8, +1 and -1.
+
+    Example:
+        >>> random_signs(2, 3, key=0)
+        tensor([[ 1, -1,  1],
+                [-1,  1,  1]], dtype=torch.int8)
+    """
+    count = out_features * n_features
+    digest = hashlib.shake_256(f"qaa up-projection {key} {out_features} {n_features}".encode()).digest(-(-count // 8))
+    bits = np.unpackbits(np.frombuffer(digest, np.uint8), count=count).reshape(out_features, n_features)
+    return torch.from_numpy(2 * bits.astype(np.int8) - 1)
 
 
 def check_scaling(scaling: float) -> float:

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from qaa.nn import Adapter, Whitening, draw_angles, is_private_result
+from qaa.nn import Adapter, Whitening, draw_angles, is_private_result, random_signs
 
 from .tuner import AdditiveLayer
 
@@ -75,11 +76,12 @@ class QaaLayer(AdditiveLayer):
     whitening_names = ("qaa_channels", "qaa_center", "qaa_mean", "qaa_gain")
     frozen_names = (*whitening_names, "qaa_calibrated")
     adapter_layer_names = ("qaa_theta", "qaa_up", "qaa_bias", *frozen_names)
-    other_param_names = ("qaa_adapter", "qaa_pending")
+    other_param_names = ("qaa_adapter", "qaa_pending", "qaa_signs")
 
     def _create_containers(self) -> None:
         self.qaa_theta = nn.ParameterDict()  # angles in radians, the circuit's shape
-        self.qaa_up = nn.ParameterDict()  # V, (out_features, K)
+        self.qaa_up = nn.ParameterDict()  # V, (out_features, K), or the gains g of a random one, (K,)
+        self.qaa_signs = BufferDict(persistent=False)  # R of random up-projections V = R diag(g) / sqrt(K)
         self.qaa_bias = nn.ParameterDict()  # c, (out_features,), if the adapter has one
         # frozen statistics, see Whitening, each if the adapter has it; neutral until they are measured
         self.qaa_channels = nn.ParameterDict()  # s, (in_features,)
@@ -97,13 +99,17 @@ class QaaLayer(AdditiveLayer):
         has_bias = adapter.readout.kind == "expval" if config.adapter_bias is None else config.adapter_bias
         self.qaa_adapter[adapter_name] = adapter
         self.qaa_theta[adapter_name] = draw_angles(torch.empty(adapter.circuit.parameter_shape), config.init_angles)
-        self.qaa_up[adapter_name] = torch.zeros(self.out_features, adapter.n_features)
+        is_random = config.up_projection == "random"
+        if is_random:
+            self.qaa_signs[adapter_name] = random_signs(self.out_features, adapter.n_features, config.projection_key)
+        up_shape = (adapter.n_features,) if is_random else (self.out_features, adapter.n_features)
+        self.qaa_up[adapter_name] = torch.zeros(up_shape)
         if has_bias:
             self.qaa_bias[adapter_name] = torch.zeros(self.out_features)
         if not config.init_weights:
-            for parameters in (self.qaa_up, self.qaa_bias):
-                if adapter_name in parameters:
-                    nn.init.normal_(parameters[adapter_name], std=adapter.n_features**-0.5)
+            nn.init.normal_(self.qaa_up[adapter_name], std=1.0 if is_random else adapter.n_features**-0.5)
+            if has_bias:
+                nn.init.normal_(self.qaa_bias[adapter_name], std=adapter.n_features**-0.5)
         if config.scale_channels:
             self.qaa_channels[adapter_name] = torch.ones(self.in_features)
         if config.center_channels:
@@ -119,13 +125,12 @@ class QaaLayer(AdditiveLayer):
         self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: frozen}
 
     def _parameters_of(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor | None, Whitening]:
+        """The angles, V, c and the statistics."""
         whitening = Whitening(*(getattr(self, name).get(adapter_name) for name in self.whitening_names))
-        return (
-            self.qaa_theta[adapter_name],
-            self.qaa_up[adapter_name],
-            self.qaa_bias.get(adapter_name),
-            whitening,
-        )
+        up = self.qaa_up[adapter_name]
+        if adapter_name in self.qaa_signs:
+            up = self.qaa_signs[adapter_name] * (up * self.qaa_adapter[adapter_name].n_features ** -0.5)
+        return self.qaa_theta[adapter_name], up, self.qaa_bias.get(adapter_name), whitening
 
     def stages(self, adapter_name: str) -> tuple[str, ...]:
         """Those of :data:`STAGES` in which the adapter has statistics; none where there is no such adapter."""
