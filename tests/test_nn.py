@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import io
+import itertools
 import math
 
 import numpy as np
@@ -13,7 +15,7 @@ from torch import nn
 
 import oracle
 import qaa
-from qaa.nn import Adapter, DenseSquare, QAALinear, QuantumLayer, Square
+from qaa.nn import Adapter, DenseSquare, QAALinear, QuantumLayer, Square, Whitening, random_signs
 
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -422,3 +424,95 @@ def test_an_adapted_layer_can_be_traced() -> None:
     with torch.no_grad():
         layer.up.normal_()
     torch.testing.assert_close(torch.jit.trace(layer, x, check_trace=False)(x), layer(x))  # type: ignore[no-untyped-call]
+
+
+# ------------------------------------------------------------------------------------------------------- whitening
+
+FIELDS = Whitening._fields
+STEPS = [(), ("channels",), ("center",), ("gain",), ("channels", "gain"), ("channels", "center", "gain"), FIELDS]
+
+
+def whitened_adapter(readout, steps, d=6, out=3):
+    """An adapter of float64 parameters, statistics for the steps, and an input."""
+    torch.manual_seed(0)
+    adapter = Adapter.create(d, n_layers=2, readout=readout, scaling=0.7)
+    sizes = {"channels": d, "center": d, "mean": adapter.n_features, "gain": adapter.n_features}
+    whitening = Whitening(**{name: torch.rand(sizes[name], dtype=torch.float64) + 0.5 for name in steps})
+    theta = torch.randn(adapter.circuit.parameter_shape, dtype=torch.float64)
+    up, bias = torch.randn(out, adapter.n_features, dtype=torch.float64), torch.randn(out, dtype=torch.float64)
+    return adapter, whitening, theta, up, bias, torch.randn(4, d, dtype=torch.float64)
+
+
+def literal_delta(adapter, whitening, theta, up, bias, x):
+    """``s (V (f((x - mu) s) - m) r + c)``, step by step, with the oracle's features."""
+    steps = whitening._asdict()
+    zero, one = torch.zeros((), dtype=torch.float64), torch.ones((), dtype=torch.float64)
+    value = {name: (one if name in ("channels", "gain") else zero) if t is None else t for name, t in steps.items()}
+    u = (x - value["center"]) * value["channels"]
+    features = oracle.features(
+        adapter.circuit, theta.numpy(), u.numpy(), adapter.readout, normalize=not adapter.is_linear
+    )
+    g = (torch.from_numpy(np.ascontiguousarray(features.real)) - value["mean"]) * value["gain"]
+    constant = zero if bias is None else bias
+    return adapter.scaling * (g @ up.T + constant)
+
+
+@pytest.mark.parametrize("readout", ["z", "probs[:4]", "state[:3]"])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("steps", STEPS)
+def test_a_whitened_adapter_computes_its_equation(readout, has_bias, steps):
+    adapter, whitening, theta, up, bias, x = whitened_adapter(readout, steps)
+    bias = bias if has_bias else None
+    expected = literal_delta(adapter, whitening, theta, up, bias, x)
+    base = torch.randn(4, 3, dtype=torch.float64)
+    close = {"rtol": 1e-10, "atol": 1e-12}
+    torch.testing.assert_close(adapter.delta(x, theta, up, bias, whitening), expected, **close)
+    torch.testing.assert_close(adapter.add_to(base, x, theta, up, bias, whitening), base + expected, **close)
+    if adapter.is_linear:
+        down, scaled_up, constant = adapter.low_rank(theta, up, bias, whitening)
+        assert (constant is None) == (not has_bias and not {"center", "mean"} & set(steps))
+        result = x @ down.T @ scaled_up.T
+        torch.testing.assert_close(result if constant is None else result + constant, expected, **close)
+
+
+@pytest.mark.parametrize("readout", ["z", "probs[:3]", "state[:3]"])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_gradients_of_a_whitened_adapter_are_those_of_its_equation(readout, has_bias):
+    adapter, whitening, *parameters, bias, x = whitened_adapter(readout, FIELDS)
+    base = torch.randn(4, 3, dtype=torch.float64)
+    inputs = [t.requires_grad_() for t in (base, x, *parameters, *([bias] if has_bias else []))]
+
+    def output(base, x, theta, up, bias=None):
+        return adapter.add_to(base, x, theta, up, bias, whitening)
+
+    assert torch.autograd.gradcheck(output, tuple(inputs), fast_mode=False)
+
+
+def test_whitening_leaves_a_fresh_adapter_without_effect_and_keeps_the_known_rows(monkeypatch):
+    adapter, whitening, theta, up, bias, x = whitened_adapter("state[:3]", FIELDS)
+    base = torch.randn(4, 3, dtype=torch.float64)
+    rows, calls = Adapter._rows, []
+    monkeypatch.setattr(Adapter, "_rows", lambda self, theta: calls.append(None) or rows(self, theta))
+    for _ in range(3):
+        assert torch.equal(adapter.add_to(base, x, theta, up.zero_(), bias.zero_(), whitening), base)
+    assert len(calls) == 1
+
+
+# ------------------------------------------------------------------------------------------- random up-projections
+
+
+def test_random_signs_are_the_bits_of_the_key_and_the_shape():
+    for out, k, key in ((192, 16, 0), (7, 3, -5)):
+        text = f"qaa up-projection {key} {out} {k}".encode()
+        bits = "".join(f"{byte:08b}" for byte in hashlib.shake_256(text).digest(out * k))
+        expected = [[1 if bits[i * k + j] == "1" else -1 for j in range(k)] for i in range(out)]
+        assert random_signs(out, k, key).tolist() == expected
+
+
+def test_random_signs_are_nearly_orthogonal_and_differ_between_keys():
+    signs = [random_signs(576, 16, key).double() for key in range(20)]
+    for drawn in signs:
+        gram = drawn.T @ drawn / 576
+        assert (gram - torch.eye(16)).abs().max() < 5 * 576**-0.5
+    assert torch.stack(signs).mean().abs() < 5 * (20 * 576 * 16) ** -0.5
+    assert all((a * b).mean().abs() < 5 * (576 * 16) ** -0.5 for a, b in itertools.combinations(signs, 2))

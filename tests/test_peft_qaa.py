@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peft
@@ -513,22 +514,35 @@ def test_export_with_a_bias_of_one_adapter_of_several(tmp_path, make):
     torch.testing.assert_close(logits(loaded), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_the_exported_folder_needs_no_qaa(tmp_path):
-    model = adapted(random_config(STATE))
+def test_the_exported_folders_need_no_qaa(tmp_path):
+    """In a process in which qaa cannot be imported: a plain adapter, a whitened one, and one with a constant."""
+    torch.save(tokens(), tmp_path / "tokens.pt")
     llama().save_pretrained(tmp_path / "base")
-    to_lora(model, tmp_path / "lora")
-    torch.save(logits(model), tmp_path / "expected.pt")
+    whitened = {"scale_channels": True, "standardize_features": True}
+    for name, fields in {
+        "plain": {},
+        "whitened": whitened,
+        "centred": {**whitened, "center_channels": True, "adapter_bias": True},
+    }.items():
+        model = adapted(random_config(STATE, **fields))
+        if fields:
+            calibrate(model, [{"input_ids": tokens()}])
+        assert to_lora(model, tmp_path / name).lora_bias == (name == "centred")
+        torch.save(logits(model), tmp_path / f"{name}.pt")
     code = f"""
-import sys, torch, transformers, peft
-base = transformers.AutoModelForCausalLM.from_pretrained({str(tmp_path / "base")!r})
-model = peft.PeftModel.from_pretrained(base, {str(tmp_path / "lora")!r}).eval()
-with torch.no_grad():
-    logits = model(torch.arange(21).reshape(3, 7) * 13 % 60).logits
-assert "qaa" not in sys.modules
-torch.testing.assert_close(logits, torch.load({str(tmp_path / "expected.pt")!r}), rtol=1e-5, atol=1e-5)
+import sys, pathlib, torch, transformers, peft
+sys.modules["qaa"] = None
+folder = pathlib.Path({str(tmp_path)!r})
+for name in ("plain", "whitened", "centred"):
+    base = transformers.AutoModelForCausalLM.from_pretrained(folder / "base")
+    model = peft.PeftModel.from_pretrained(base, folder / name).eval()
+    with torch.no_grad():
+        logits = model(torch.load(folder / "tokens.pt")).logits
+    torch.testing.assert_close(logits, torch.load(folder / f"{{name}}.pt"), rtol=1e-5, atol=1e-5)
+print("three adapters")
 """
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+    assert run.returncode == 0 and run.stdout.strip() == "three adapters", run.stderr
 
 
 def test_export_refuses_what_it_cannot_write(tmp_path):
@@ -631,6 +645,11 @@ def test_generation_in_inference_mode_and_training_afterwards():
         ({"init_weights": None}, "expected init_weights to be True or False, received None"),
         ({"train_circuit": 1}, "expected train_circuit to be True or False, received 1"),
         ({"init_angles": "none"}, "expected init_angles among uniform, small, zero, received 'none'"),
+        ({"center_channels": 1}, "expected center_channels to be True or False, received 1"),
+        ({"up_projection": "none"}, "expected up_projection among full, random, received 'none'"),
+        ({"projection_key": 0.5}, "expected projection_key to be an integer, received 0.5"),
+        ({"calibration": "never"}, "expected calibration among explicit, first_batch, received 'never'"),
+        ({"calibration": "first_batch"}, "expected one of scale_channels, .* with calibration 'first_batch', received"),
         ({"target_modules": "q", "layers_to_transform": 0}, "`layers_to_transform` cannot be used when"),
         ({"task_type": "POETRY"}, "Invalid task type: 'POETRY'"),
     ],
@@ -667,7 +686,7 @@ def test_a_layer_above_sixteen_wires_is_refused():
 
 def test_every_field_says_when_it_pays():
     own = set(QaaConfig.__dataclass_fields__) - set(PeftConfig.__dataclass_fields__)
-    assert len(own) == 14
+    assert len(own) == 19
     for name in own:
         assert len(QaaConfig.__dataclass_fields__[name].metadata["help"]) > 40, name
 
@@ -694,13 +713,39 @@ def test_the_paper_preset_has_the_papers_share_of_parameters():
     assert {name.rsplit(".", 1)[1] for name in model.base_model.targeted_module_names} == {"q_proj", "v_proj"}
 
 
+def smollm2_135m() -> LlamaForCausalLM:
+    """HuggingFaceTB/SmolLM2-135M by its published shape, without weights."""
+    shape = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49152}
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True}
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**shape, **heads))
+
+
+@pytest.mark.parametrize(
+    ("make", "total", "trainable", "limit"),
+    [
+        (smollm2_135m, 134_515_008, 30 * 2 * (16 + 2 * 10 * 3), 0.005),
+        (gpt_neo_1_3b, None, 48 * (16 + 2 * 11 * 3), 0.0005),
+    ],
+)
+def test_the_tiny_preset_has_a_share_of_thousandths_of_a_percent(make, total, trainable, limit):
+    base = make()
+    before = sum(p.numel() for p in base.parameters())
+    assert total in (before, None)
+    model = get_peft_model(base, QaaConfig.preset("tiny"))
+    layers = layers_of(model)
+    statistics = sum(layer.in_features + 16 for layer in layers)  # saved, not trained
+    assert model.get_nb_trainable_parameters() == (trainable, before + trainable + statistics)
+    assert 100 * trainable / before <= limit
+
+
 def test_the_best_preset_reads_sixteen_amplitudes():
     config = QaaConfig.preset("best", n_layers=2, target_modules=["v_proj"])
     assert (config.readout, config.n_layers, config.target_modules) == ("state[:16]", 2, {"v_proj"})
     model = adapted(config)
     angles, up = 2 * 5 * 3, 16 * 12
     assert model.get_nb_trainable_parameters()[0] == 2 * (angles + up)
-    with pytest.raises(ValueError, match="expected a preset among paper, best, received 'papre'"):
+    with pytest.raises(ValueError, match="expected a preset among paper, best, tiny, received 'papre'"):
         QaaConfig.preset("papre")
 
 
@@ -723,52 +768,415 @@ def test_the_printed_layer_names_the_method():
     assert peft.get_layer_status(adapted())[0].available_adapters == ["default"]
 
 
-# ------------------------------------------------------------------------------------------------- channel factors
+# ------------------------------------------------------------------------------------- whitening, standardisation
 
 
-def outlier_model() -> tuple[nn.Module, torch.Tensor]:
-    """A layer whose third input channel is hundreds of times larger than the others, and whose last one is zero."""
+def outlier_data() -> torch.Tensor:
+    """Vectors whose third channel is hundreds of times larger, whose fourth has a large mean, whose last is zero."""
     torch.manual_seed(3)
     x = torch.randn(64, 12)
     x[:, 2] *= 400
+    x[:, 3] += 30
     x[:, 11] = 0
-    return nn.Sequential(nn.Linear(12, 5)), x
+    return x
+
+
+def whitened_model(readout: str = "state[:6]", *, base_bias: bool = True, **fields: Any) -> peft.PeftModel:
+    torch.manual_seed(4)
+    config = QaaConfig(target_modules=["0"], readout=readout, **fields)
+    return get_peft_model(nn.Sequential(nn.Linear(12, 5, bias=base_bias)), config)
+
+
+def run(model: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    return model(batch)
+
+
+@pytest.mark.parametrize("readout", ["state[:6]", "z", "probs[:6]"])
+@pytest.mark.parametrize("has_bias", [True, False])
+@pytest.mark.parametrize("center", [True, False])
+def test_calibrated_channels_and_features_have_unit_size(
+    readout: str, has_bias: bool, center: bool, tmp_path: Path
+) -> None:
+    x = outlier_data()
+    fields = {"scale_channels": True, "center_channels": center, "standardize_features": True}
+    model = whitened_model(readout, adapter_bias=has_bias, **fields)
+    layer = layers_of(model)[0]
+    expected = model(x)
+    assert torch.equal(expected, layer.base_layer(x))
+    trainable = model.get_nb_trainable_parameters()[0]
+    assert calibrate(model, (rows for rows in x.split([20, 44])), forward=run) == 1
+    assert torch.equal(model(x), expected)  # still an exact no-op
+    assert model.get_nb_trainable_parameters()[0] == trainable  # statistics are saved, not trained
+
+    theta, _, bias, whitening = layer._parameters_of("default")
+    size = len(layer.qaa_up["default"][0])
+    frozen = [t for t in whitening if t is not None]
+    assert not any(t.requires_grad for t in frozen)
+    assert sum(map(torch.numel, frozen)) == 12 * (1 + center) + size * (1 + has_bias)
+    u = x if whitening.center is None else x - whitening.center
+    u = u * whitening.channels
+    torch.testing.assert_close(u[:, :11].square().mean(0), torch.ones(11))
+    assert whitening.channels[11] == 1
+    if center:
+        torch.testing.assert_close(u.mean(0), torch.zeros(12), rtol=0, atol=2e-5)
+    g = layer.qaa_adapter["default"].features(theta, u)
+    g = (g if whitening.mean is None else g - whitening.mean) * whitening.gain
+    torch.testing.assert_close(g.square().mean(0), torch.ones(size), rtol=1e-3, atol=0)
+    if has_bias:
+        torch.testing.assert_close(g.mean(0), torch.zeros(size), rtol=0, atol=1e-3)
+    else:
+        assert whitening.mean is None
+
+    nn.init.normal_(layer.qaa_up["default"])
+    if has_bias:
+        nn.init.normal_(bias)
+    delta = g @ layer.qaa_up["default"].T
+    delta = layer.qaa_adapter["default"].scaling * (delta + bias if has_bias else delta)
+    torch.testing.assert_close(model(x), expected + delta, rtol=1e-4, atol=1e-4)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(whitened_model().unload(), tmp_path)
+    assert torch.equal(again(x), model(x))
+    if readout.startswith("state"):
+        torch.testing.assert_close(model.merge_and_unload(safe_merge=True)(x), again(x), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("center", [True, False])
+def test_a_whitened_adapter_merges_unmerges_and_exports(center: bool, tmp_path: Path) -> None:
+    x = outlier_data()
+    fields = {"scale_channels": True, "center_channels": center, "standardize_features": True, "init_weights": False}
+    model = whitened_model(**fields)
+    base = model.base_model.model[0].base_layer
+    calibrate(model, [x], forward=run)
+    before, expected = copy.deepcopy(base.state_dict()), model(x)
+    assert (expected - base(x)).abs().max() > 0.5
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    torch.testing.assert_close(base.state_dict(), before, rtol=1e-5, atol=1e-5)
+    assert to_lora(model, tmp_path).lora_bias == center
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", peft.PeftWarning)
+        loaded = PeftModel.from_pretrained(whitened_model().unload(), tmp_path)
+    torch.testing.assert_close(loaded(x), expected, rtol=1e-5, atol=1e-4)
+    assert layers_of(model)[0].supports_lora_conversion() != center
+
+
+def test_only_a_constant_term_needs_a_bias_to_merge_into() -> None:
+    x = outlier_data()
+    fields = {"scale_channels": True, "standardize_features": True, "init_weights": False, "base_bias": False}
+    model = whitened_model(**fields)
+    calibrate(model, [x], forward=run)
+    expected = model(x)
+    torch.testing.assert_close(model.merge_and_unload()(x), expected, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="cannot merge the QAA adapter 'default': it has a bias, and the Linear"):
+        whitened_model(center_channels=True, **fields).merge_adapter()
+
+
+def test_statistics_are_those_of_all_vectors_in_float64() -> None:
+    """A mean a million times the deviation, over uneven batches: as numpy computes it in two passes."""
+    torch.manual_seed(0)
+    x = torch.randn(3000, 12).double()
+    x[:, 0] = x[:, 0] * 1e-2 + 1e3
+    x[:, 1] = 7.3  # constant
+    model = whitened_model(scale_channels=True, center_channels=True, standardize_features=True).double()
+    calibrate(model, x.split([1, 1100, 1899]), forward=run)
+    whitening = layers_of(model)[0]._parameters_of("default")[3]
+    np.testing.assert_allclose(whitening.center, x.mean(0), rtol=1e-12, atol=1e-15)
+    deviation = x.std(0, correction=0).numpy()
+    factors = np.divide(1, deviation, out=np.ones(12), where=np.arange(12) != 1)
+    np.testing.assert_allclose(whitening.channels, factors, rtol=1e-5)
+
+
+def test_features_that_do_not_vary_keep_their_size() -> None:
+    x = torch.zeros(8, 12)
+    x[:, 0] = torch.arange(1.0, 9)  # always the first amplitude alone, with angles of zero
+    model = whitened_model("z", init_angles="zero", standardize_features=True)
+    calibrate(model, [x], forward=run)
+    layer = layers_of(model)[0]
+    assert torch.equal(layer.qaa_gain["default"], torch.ones(4))
+    torch.testing.assert_close(layer.qaa_mean["default"], torch.ones(4))
+    model = whitened_model("state[:3]", init_angles="zero", standardize_features=True)
+    calibrate(model, [x], forward=run)
+    rms = x[:, 0].square().mean().sqrt()
+    torch.testing.assert_close(layers_of(model)[0].qaa_gain["default"], torch.tensor([1 / rms, 1.0, 1.0]))
+
+
+# ------------------------------------------------------------------------------------------ random up-projections
+
+
+@pytest.mark.parametrize("readout", ["z", STATE])
+def test_a_random_up_projection_trains_gains_and_angles_alone(readout: str, tmp_path: Path) -> None:
+    fields = {"up_projection": "random", "adapter_bias": False, "projection_key": 7}
+    assert torch.equal(logits(adapted(QaaConfig(readout=readout, **fields))), logits(llama()))  # g = 0
+    model = adapted(random_config(readout, **fields))
+    expected, layer = logits(model), layers_of(model)[0]
+    assert (expected - logits(llama())).abs().max() > 1e-2
+    assert model.get_nb_trainable_parameters()[0] == 4 * (5 + 2 * 5 * 3)  # four layers: K gains, L n 3 angles
+
+    up = layer._parameters_of("default")[1]
+    gains = layer.qaa_up["default"]
+    columns = up.norm(dim=0) / gains.abs()
+    torch.testing.assert_close(columns, torch.full((5,), math.sqrt(24 / 5)))
+    x = torch.randn(3, 24)
+    plain = layer.qaa_adapter["default"].delta(x, layer.qaa_theta["default"], up, None)
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + plain, **CLOSE)
+
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    assert {tuple(t.shape) for t in weights.values()} == {(5,), (2, 5, 3)}  # no signs
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
+        assert torch.equal(logits(loaded), expected)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(twin), expected)
+    model.add_adapter("other", random_config(readout, **{**fields, "projection_key": 8}))
+    signs = layer.qaa_signs
+    assert not torch.equal(signs["default"], signs["other"])
+    q, v = (layers_of(model)[i].qaa_signs["default"] for i in (0, 2))
+    assert torch.equal(q, v)  # of the first and the second q_proj
+    model.delete_adapter("other")
+    assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("readout", ["z", "state[:3]"])
+def test_gradients_of_a_random_up_projection_are_those_of_its_equation(readout: str) -> None:
+    config = QaaConfig(
+        target_modules=["0"], readout=readout, up_projection="random", init_weights=False, n_layers=2, **WHITENED
+    )
+    torch.manual_seed(0)
+    model = get_peft_model(nn.Sequential(nn.Linear(6, 4)).double(), config)
+    x = torch.randn(5, 6, dtype=torch.float64)
+    calibrate(model, [x], forward=run)
+    layer = model.base_model.model[0]
+    names = [f"qaa_{name}.default" for name in ("theta", "up", "bias")]
+    inputs = [layer.get_parameter(name).detach().requires_grad_() for name in names]
+
+    def output(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, dict(zip(names, parameters, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(output, (x.requires_grad_(), *inputs), fast_mode=False)
+
+
+def test_a_random_up_projection_merges_exports_compiles_and_learns(tmp_path: Path) -> None:
+    config = QaaConfig.preset("tiny", readout=STATE, init_weights=False)
+    model = adapted(config)
+    calibrate(model, [{"input_ids": tokens()}])
+    expected = logits(model)
+    config = to_lora(model, tmp_path)
+    assert config.r == 5 and not config.lora_bias
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path)), expected, rtol=1e-5, atol=1e-5)
+    model.merge_adapter(safe_merge=True)
+    torch.testing.assert_close(logits(model), expected, **CLOSE)
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits(model), expected, **CLOSE)
+
+    layer, x = layers_of(model)[0], torch.randn(3, 24)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x), **CLOSE)
+
+    half = adapted(QaaConfig.preset("tiny", readout=STATE, init_weights=False), llama().bfloat16())
+    assert {layer.qaa_signs["default"].dtype for layer in layers_of(half)} == {torch.int8}
+    model = adapted(QaaConfig.preset("tiny", readout=STATE, target_modules="all-linear", calibration="first_batch"))
+    optimizer = torch.optim.Adam((p for p in model.train().parameters() if p.requires_grad), lr=3e-2)
+    start = [layer.qaa_theta["default"].detach().clone() for layer in layers_of(model)]
+    losses = []
+    for _ in range(40):
+        loss = model(tokens(), labels=tokens()).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.1
+    moved = [(layer.qaa_theta["default"] - old).abs().max() for layer, old in zip(layers_of(model), start, strict=True)]
+    assert min(moved) > 0.05
+
+
+WHITENED = {"scale_channels": True, "center_channels": True, "standardize_features": True, "adapter_bias": True}
+FIRST_BATCH = {**WHITENED, "calibration": "first_batch"}
+
+
+def statistics(model: nn.Module, adapter_name: str = "default") -> list[torch.Tensor]:
+    """Copies of every statistic of every layer, without the marks."""
+    whitenings = [layer._parameters_of(adapter_name)[3] for layer in layers_of(model)]
+    return [t.detach().clone() for whitening in whitenings for t in whitening if t is not None]
+
+
+def is_equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def calibrated_by_hand(x: torch.Tensor, readout: str = "state[:6]") -> list[torch.Tensor]:
+    model = whitened_model(readout, **WHITENED)
+    calibrate(model, [x], forward=run)
+    return statistics(model)
 
 
 @pytest.mark.parametrize("readout", ["state[:6]", "z"])
-def test_calibrated_channels_reach_the_features_with_unit_size(readout: str, tmp_path: Path) -> None:
-    model, x = outlier_model()
-    expected = model(x)
-    config = QaaConfig(target_modules=["0"], readout=readout, scale_channels=True)
-    model = peft.get_peft_model(model, config)
-    trainable = model.get_nb_trainable_parameters()[0]
-    assert calibrate(model, [x[:32], x[32:]], forward=lambda model, batch: model(batch)) == 1
-    layer = model.base_model.model[0]
-    channels = layer.qaa_channels["default"]
-    torch.testing.assert_close((x * channels)[:, :11].square().mean(0), torch.ones(11))
-    assert channels[11] == 1 and not channels.requires_grad
-    assert model.get_nb_trainable_parameters()[0] == trainable  # the factors are saved, not trained
-    assert torch.equal(model(x), expected)  # still an exact no-op
+def test_the_first_training_batch_calibrates_once(readout: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = outlier_data()
+    model = whitened_model(readout, **FIRST_BATCH).eval()
+    layer, neutral = layers_of(model)[0], statistics(model)
+    expected = layer.base_layer(x)
+    assert torch.equal(model(x), expected)  # evaluation
+    with torch.no_grad():
+        assert torch.equal(model.train()(x), expected)  # nothing is trained here either
+    assert is_equal(statistics(model), neutral) and layer.qaa_calibrated["default"] == 0
+    model(x[:0])  # an empty batch
+    assert is_equal(statistics(model), neutral) and layer.qaa_calibrated["default"] == 0
+    assert torch.equal(model(x[:40]), expected[:40])  # the first of two micro-batches
+    measured = statistics(model)
+    assert is_equal(measured, calibrated_by_hand(x[:40], readout)) and layer.qaa_calibrated["default"] == 1
+    with monkeypatch.context() as patch:  # later steps look at no tensor to know it
+        patch.setattr(QaaLayer, "_calibrate_on", lambda *args: pytest.fail("asked again"))
+        model(x[40:]).sum().backward()
+    assert is_equal(statistics(model), measured)
+    assert layer.qaa_up["default"].grad.abs().max() > 0 and not layer.qaa_calibrated["default"].requires_grad
 
-    nn.init.normal_(layer.qaa_up["default"])
-    with_factors = layer.qaa_adapter["default"].delta(x * channels, *layer._parameters_of("default")[:3])
-    torch.testing.assert_close(model(x), expected + with_factors)
-    model.save_pretrained(tmp_path)
-    again = peft.PeftModel.from_pretrained(outlier_model()[0], tmp_path)
-    torch.testing.assert_close(again(x), model(x))
-    if readout.startswith("state"):
-        torch.testing.assert_close(model.merge_and_unload()(x), again(x), rtol=1e-4, atol=1e-4)
+
+def test_the_first_batch_is_used_as_measured() -> None:
+    """The features of the step that measures are the standardised ones: V's gradient is that of a calibrated model."""
+    x = outlier_data()
+    first, second = whitened_model(**FIRST_BATCH), whitened_model(**WHITENED)
+    calibrate(second, [x], forward=run)
+    for model in (first, second):
+        model.train()(x).square().sum().backward()
+    gradients = [[p.grad for p in model.parameters() if p.requires_grad] for model in (first, second)]
+    assert is_equal(*gradients)
+
+
+def test_a_loaded_adapter_is_not_calibrated_again(tmp_path: Path) -> None:
+    x = outlier_data()
+    model = whitened_model(**FIRST_BATCH).train()
+    model.save_pretrained(tmp_path / "fresh")
+    model(x[:40])
+    measured = statistics(model)
+    model.save_pretrained(tmp_path / "measured")
+    for low_cpu_mem_usage in (False, True):
+        kwargs = {"is_trainable": True, "low_cpu_mem_usage": low_cpu_mem_usage}
+        loaded = PeftModel.from_pretrained(whitened_model().unload(), tmp_path / "measured", **kwargs)
+        loaded.train()(x[40:])
+        assert is_equal(statistics(loaded), measured)
+        fresh = PeftModel.from_pretrained(whitened_model().unload(), tmp_path / "fresh", **kwargs)
+        fresh.train()(x[40:])
+        assert not is_equal(statistics(fresh), measured)
+    frozen = PeftModel.from_pretrained(whitened_model().unload(), tmp_path / "fresh")  # only used, never trained
+    frozen.train()(x[:40])
+    assert layers_of(frozen)[0].qaa_calibrated["default"] == 0
+    model.load_state_dict(fresh.state_dict())
+    model(x[:40])
+    assert is_equal(statistics(model), statistics(fresh))
+    by_hand = whitened_model(**FIRST_BATCH)
+    calibrate(by_hand, [x], forward=run)
+    by_hand.train()(x[:40])
+    assert is_equal(statistics(by_hand), calibrated_by_hand(x))
+
+
+def test_several_adapters_are_calibrated_each_on_its_own_first_batch() -> None:
+    x = outlier_data()
+    model = whitened_model(**FIRST_BATCH).train()
+    model.add_adapter("second", QaaConfig(target_modules=["0"], readout="state[:6]", **FIRST_BATCH))
+    model.add_adapter("explicit", QaaConfig(target_modules=["0"], readout="state[:6]", **WHITENED))
+    neutral = statistics(model, "explicit")
+    model(x[:20])
+    first = statistics(model)
+    assert is_equal(statistics(model, "second"), neutral)
+    model.set_adapter("explicit")
+    model(x[20:40])
+    assert is_equal(statistics(model, "explicit"), neutral)
+    model.set_adapter("second")
+    model(x[40:])
+    channels = len(first) // 2  # the features of the second have angles of their own
+    assert is_equal(statistics(model, "second")[:channels], calibrated_by_hand(x[40:])[:channels])
+    assert is_equal(statistics(model), first)
+    model.delete_adapter("second")
+    model.set_adapter("default")
+    model(x[40:])
+    assert is_equal(statistics(model), first)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_sees_the_statistics_of_the_first_batch(use_reentrant: bool) -> None:
+    """With re-entrant checkpoints the recomputation is the first forward with gradients; V = 0 makes them equal."""
+    results = []
+    for checkpointing in (False, True):
+        model = adapted(QaaConfig(readout=STATE, n_layers=2, **FIRST_BATCH)).train()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+            model.enable_input_require_grads()
+        model(tokens(), labels=tokens()).loss.backward()
+        assert all(layer.qaa_calibrated["default"] == 1 for layer in layers_of(model))
+        results.append([*statistics(model), *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert is_equal(*results)
+
+
+def test_compiled_models_are_calibrated_outside_of_the_graph() -> None:
+    x = outlier_data()
+    model = whitened_model(**FIRST_BATCH)
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(compiled.eval()(x), model(x))  # neutral, and not measured
+    assert layers_of(model)[0].qaa_calibrated["default"] == 0
+    compiled.train()(x[:40])
+    for ours, theirs in zip(statistics(model), calibrated_by_hand(x[:40]), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    measured = statistics(model)
+    whole = torch.compile(model, backend="aot_eager", fullgraph=True)
+    whole(x).sum().backward()
+    assert is_equal(statistics(model), measured)
+    assert torch._dynamo.explain(model)(x).graph_break_count == 0
+
+
+def train_a_step(rank: int, folder: Path) -> None:
+    """One of two processes, each with its own part of the data."""
+    torch.set_num_threads(1)
+    store = f"file://{folder / 'store'}"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
+    try:
+        torch.manual_seed(0)
+        model = nn.parallel.DistributedDataParallel(whitened_model(**FIRST_BATCH).train())
+        for _ in range(2):
+            model(outlier_data().split([20, 44])[rank]).square().mean().backward()
+        gradients = [p.grad for p in model.parameters() if p.requires_grad]
+        torch.save((statistics(model), gradients), folder / f"{rank}.pt")
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def test_processes_share_the_statistics_of_all_their_first_batches(tmp_path: Path) -> None:
+    other = torch.multiprocessing.get_context("spawn").Process(target=train_a_step, args=(1, tmp_path))
+    other.start()
+    train_a_step(0, tmp_path)
+    other.join(60)
+    assert other.exitcode == 0
+    (ours, our_gradients), (theirs, their_gradients) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert is_equal(ours, theirs) and is_equal(our_gradients, their_gradients)
+    for together, alone in zip(ours, calibrated_by_hand(outlier_data()), strict=True):
+        torch.testing.assert_close(together, alone)
 
 
 def test_calibration_says_what_is_missing() -> None:
-    model, x = outlier_model()
-    plain = peft.get_peft_model(model, QaaConfig(target_modules=["0"]))
-    with pytest.raises(ValueError, match="scale_channels"):
-        calibrate(plain, [x], forward=lambda model, batch: model(batch))
-    scaled = peft.get_peft_model(outlier_model()[0], QaaConfig(target_modules=["0"], scale_channels=True))
+    x = outlier_data()
+    with pytest.raises(ValueError, match="has scale_channels, center_channels or standardize_features, received one"):
+        calibrate(whitened_model(), [x], forward=run)
+    model = whitened_model(scale_channels=True, standardize_features=True)
     with pytest.raises(ValueError, match="received none"):
-        calibrate(scaled, [])
-    before = scaled.base_model.model[0].qaa_channels["default"].clone()
+        calibrate(model, [])
     with pytest.raises(ValueError, match="NaN or infinity"):
-        calibrate(scaled, [x * torch.nan], forward=lambda model, batch: model(batch))
-    assert torch.equal(scaled.base_model.model[0].qaa_channels["default"], before)
+        calibrate(model, [x * torch.nan], forward=run)
+    layer = layers_of(model)[0]
+    assert torch.all(layer.qaa_channels["default"] == 1) and torch.all(layer.qaa_gain["default"] == 1)
+    model = whitened_model(**FIRST_BATCH).train()
+    with pytest.raises(ValueError, match="expected a finite first batch to calibrate the QAA adapter 'default' on"):
+        model(x * torch.nan)
+    model(x)
+    assert is_equal(statistics(model), calibrated_by_hand(x))
+
+
+@pytest.mark.parametrize("readout", ["z", STATE])
+def test_a_whitened_model_compiles_without_graph_breaks(readout: str) -> None:
+    fields = {"scale_channels": True, "center_channels": True, "standardize_features": True}
+    model, x = whitened_model(readout, adapter_bias=True, init_weights=False, **fields), outlier_data()
+    calibrate(model, [x], forward=run)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    torch.testing.assert_close(compiled(x), model(x), **CLOSE)
+    compiled(x).sum().backward()
+    assert all(p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)

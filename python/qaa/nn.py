@@ -7,10 +7,13 @@ in :mod:`qaa.peft` both call it with parameters of their own.
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,11 +25,44 @@ from qaa.circuit import MAX_WIRES, Circuit, Readout, ansatz
 INIT_ANGLES: dict[str, float] = {"uniform": math.pi, "small": 0.1, "zero": 0.0}
 
 
+class Whitening(NamedTuple):
+    r"""Frozen statistics that bring an adapter's input and features to unit size; None leaves a step out.
+
+    .. math:: u = (x - \mu) \odot s, \qquad g = (f(u) - m) \odot r
+
+    Attributes:
+        channels: s, shape ``(in_features,)``, 1/std of each input channel where there is a centre, else 1/rms.
+        center: mu, shape ``(in_features,)``, the mean of each input channel.
+        mean: m, shape ``(K,)``, the mean of each feature.
+        gain: r, shape ``(K,)``, 1/std of each feature where there is a mean, else 1/rms.
+
+    Where f is linear nothing of this costs a pass over x: s goes into the matrix, mu into a constant. Where f is
+    quadratic, u is one fused operation before the kernel. In both, r and m go into the up-projection and its bias.
+
+    Example:
+        >>> adapter, x = Adapter.create(in_features=8, readout="state[:3]"), torch.randn(5, 8)
+        >>> theta = torch.zeros(adapter.circuit.parameter_shape)
+        >>> whitening = Whitening(channels=torch.full((8,), 0.5), center=torch.ones(8))
+        >>> features = adapter.features(theta, x, whitening)
+        >>> torch.allclose(features, adapter.features(theta, (x - 1) * 0.5), atol=1e-6)
+        True
+    """
+
+    channels: Tensor | None = None
+    center: Tensor | None = None
+    mean: Tensor | None = None
+    gain: Tensor | None = None
+
+
+NO_WHITENING = Whitening()
+
+
 @dataclass(frozen=True)
 class Adapter:
-    r"""What an adapter computes, without its parameters: ``s * (V f(x) + c)`` for inputs of ``in_features``.
+    r"""What an adapter computes, without its parameters: ``s * (V g + c)`` for inputs of ``in_features``.
 
-    Quadratic readouts (``"z"``, Pauli strings, ``"probs"``) embed the normalised input into the amplitudes,
+    ``g`` are the features ``f`` of x, or, with a :class:`Whitening`, standardised features of whitened x. Quadratic
+    readouts (``"z"``, Pauli strings, ``"probs"``) embed the normalised input into the amplitudes,
 
     ``f_k = <phi| M_k |phi>,  |phi> = U(theta) pad(x) / ||x||``,
 
@@ -100,21 +136,45 @@ class Adapter:
     def _rows(self, theta: Tensor) -> Tensor:
         return ops.amplitude_rows(self.circuit, theta, self.n_features, width=self.in_features, real=True)
 
-    def features(self, theta: Tensor, x: Tensor, channels: Tensor | None = None) -> Tensor:
-        """``f(x)``: x of shape ``(..., in_features)`` to features of shape ``(..., K)``, in x's dtype.
+    def _affine(self, theta: Tensor, whitening: Whitening) -> tuple[Tensor, Tensor | None]:
+        """``(A', -A' mu)`` with ``A' = A diag(s)``, so that ``A u = A' x - A' mu``."""
+        channels, center = whitening.channels, whitening.center
+        down = self.down(theta)
+        down = down if channels is None else down * channels
+        # as a sum, which autocast leaves in full precision
+        return down, None if center is None else -(down * center).sum(-1)
 
-        ``channels`` of shape ``(in_features,)`` multiplies x first; where f is linear it goes into the matrix.
+    @staticmethod
+    def _folded(up: Tensor, bias: Tensor | None, whitening: Whitening) -> tuple[Tensor, Tensor | None]:
+        """``V' = V diag(r)`` and ``c' = c - V' m``, so that ``V g + c = V' f(u) + c'``; costs O(d_out K)."""
+        mean, gain = whitening.mean, whitening.gain
+        up = up if gain is None else up * gain
+        if mean is not None:
+            constant = (up * mean).sum(-1)
+            bias = -constant if bias is None else bias - constant
+        return up, bias
+
+    def features(self, theta: Tensor, x: Tensor, whitening: Whitening = NO_WHITENING) -> Tensor:
+        """``f(u)``: x of shape ``(..., in_features)`` to features of shape ``(..., K)``, in x's dtype.
+
+        ``u = (x - mu) s`` with the whitening's ``center`` and ``channels``; standardisation is not applied here.
         """
         if self.is_linear:
-            down = self.down(theta)
-            return F.linear(x, (down if channels is None else down * channels).to(x.dtype))
-        return ops.quantum_features(self.circuit, theta, x if channels is None else x * channels, self.readout)
+            down, offset = self._affine(theta, whitening)
+            return F.linear(x, down.to(x.dtype), None if offset is None else offset.to(x.dtype))
+        channels, center = whitening.channels, whitening.center
+        if channels is not None:
+            x = x * channels if center is None else torch.addcmul(-center * channels, x, channels)
+        elif center is not None:
+            x = x - center
+        return ops.quantum_features(self.circuit, theta, x, self.readout)
 
     def delta(
-        self, x: Tensor, theta: Tensor, up: Tensor, bias: Tensor | None, channels: Tensor | None = None
+        self, x: Tensor, theta: Tensor, up: Tensor, bias: Tensor | None, whitening: Whitening = NO_WHITENING
     ) -> Tensor:
-        """``s * (V f(x) + c)``, shape ``(..., out_features)``: ``up`` is V, ``bias`` is c or None."""
-        return F.linear(self.features(theta, x, channels), up, bias) * self.scaling
+        """``s * (V g + c)``, shape ``(..., out_features)``: ``up`` is V, ``bias`` is c or None."""
+        features = self.features(theta, x, whitening)
+        return F.linear(features, *self._folded(up, bias, whitening)) * self.scaling
 
     def add_to(
         self,
@@ -123,12 +183,27 @@ class Adapter:
         theta: Tensor,
         up: Tensor,
         bias: Tensor | None,
-        channels: Tensor | None = None,
+        whitening: Whitening = NO_WHITENING,
         *,
         in_place: bool = False,
     ) -> Tensor:
         """``base + delta(x, ...)`` in the dtype of ``base``; with ``in_place`` it may be written over ``base``."""
-        return ops.project(base, self.features(theta, x, channels), up, bias, self.scaling, in_place=in_place)
+        features = self.features(theta, x, whitening)
+        return ops.project(base, features, *self._folded(up, bias, whitening), self.scaling, in_place=in_place)
+
+    def low_rank(
+        self, theta: Tensor, up: Tensor, bias: Tensor | None, whitening: Whitening = NO_WHITENING
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """``(A', s V', constant)`` with ``delta(x) = s V' A' x + constant``, for the ``"state"`` readout.
+
+        Shapes ``(K, in_features)``, ``(out_features, K)`` and ``(out_features,)``, in the dtype of A. The constant is
+        ``s (c - V' (m + A' mu))``, None where the adapter has neither c nor m nor mu.
+        """
+        down, offset = self._affine(theta, whitening)
+        up, bias = self._folded(up.to(down.dtype), None if bias is None else bias.to(down.dtype), whitening)
+        if offset is not None:
+            bias = up @ offset if bias is None else bias + up @ offset
+        return down, up * self.scaling, None if bias is None else bias * self.scaling
 
 
 _HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -401,6 +476,27 @@ def draw_angles(theta: Tensor, name: str) -> Tensor:
     if name not in INIT_ANGLES:
         raise ValueError(f"expected init_angles among {', '.join(INIT_ANGLES)}, received {name!r}")
     return nn.init.uniform_(theta, -INIT_ANGLES[name], INIT_ANGLES[name])
+
+
+def random_signs(out_features: int, n_features: int, key: int) -> Tensor:
+    r"""Signs for a frozen up-projection ``R / sqrt(K)``, drawn from the key and the shape and nothing else.
+
+    The bits are those of SHAKE-256 (FIPS 202), so that every machine and version draws the same and R need not be
+    saved. Entries of ``R / sqrt(K)`` have mean 0 and variance 1/K, as those of a normal draw; its K columns have the
+    length ``sqrt(out_features / K)`` and are orthogonal up to cosines of about ``1 / sqrt(out_features)``.
+
+    Returns:
+        R, shape ``(out_features, K)``, int8, +1 and -1.
+
+    Example:
+        >>> random_signs(2, 3, key=0)
+        tensor([[ 1, -1,  1],
+                [-1,  1,  1]], dtype=torch.int8)
+    """
+    count = out_features * n_features
+    digest = hashlib.shake_256(f"qaa up-projection {key} {out_features} {n_features}".encode()).digest(-(-count // 8))
+    bits = np.unpackbits(np.frombuffer(digest, np.uint8), count=count).reshape(out_features, n_features)
+    return torch.from_numpy(2 * bits.astype(np.int8) - 1)
 
 
 def check_scaling(scaling: float) -> float:

@@ -12,10 +12,22 @@ from qaa.nn import INIT_ANGLES, check_scaling
 
 from .tuner import check_flag, check_layer_selection, module_set
 
+CALIBRATIONS = ("explicit", "first_batch")
+UP_PROJECTIONS = ("full", "random")
+
 #: name -> fields; see :meth:`QaaConfig.preset`
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"n_layers": 4, "ansatz": "ring", "readout": "z", "adapter_bias": True},
     "best": {"n_layers": 4, "ansatz": "ring", "readout": "state[:16]", "adapter_bias": False, "scale_channels": True},
+    "tiny": {
+        "n_layers": 2,
+        "ansatz": "ring",
+        "readout": "state[:16]",
+        "adapter_bias": False,
+        "scale_channels": True,
+        "standardize_features": True,
+        "up_projection": "random",
+    },
 }
 
 
@@ -25,7 +37,8 @@ class QaaConfig(PeftConfig):
 
     f(x) are the features of a parameterized quantum circuit U(theta) on ``ceil(log2(d_in))`` wires whose amplitudes
     hold x; V (``d_out`` x K), c and the angles theta are trained, W and b are frozen. See :class:`qaa.nn.Adapter`
-    for the features, :func:`qaa.ansatz` for the circuits.
+    for the features, :class:`qaa.nn.Whitening` for what is done to x and f with statistics of the data (off by
+    default), :func:`qaa.ansatz` for the circuits.
 
     Args:
         target_modules: names of the linear layers to adapt (a list of names or endings, a regular expression, or
@@ -39,10 +52,18 @@ class QaaConfig(PeftConfig):
         readout: ``"z"``, Pauli strings, ``"probs"``, ``"probs[:K]"``, ``"state"`` or ``"state[:K]"``.
         adapter_bias: whether there is a c; None means yes for Pauli readouts, no otherwise.
         scaling: s; None means ``sqrt(2**n_wires + 1)`` for quadratic readouts and 1 for ``"state"``.
-        init_weights: True for V = 0 and c = 0, an exact no-op; False for random ones (tests).
+        init_weights: True for V = 0 (or g = 0) and c = 0, an exact no-op; False for random ones (tests).
         init_angles: ``"uniform"`` in ``[-pi, pi)``, ``"small"`` in ``[-0.1, 0.1)`` radians, or ``"zero"``.
-        scale_channels: whether each input channel is first multiplied by a frozen factor, one until
-            :func:`qaa.peft.calibrate` has measured the channels.
+        scale_channels: whether each input channel is first multiplied by a frozen factor, 1/std if the channels are
+            centred, else 1/rms; one until :func:`qaa.peft.calibrate` has measured the channels.
+        center_channels: whether the frozen mean of each input channel is first subtracted.
+        standardize_features: whether features are multiplied by a frozen factor before V, 1/std after their mean is
+            subtracted if there is a c, else 1/rms, so that no constant appears in an adapter without one.
+        calibration: ``"explicit"``, the statistics of these three are measured by :func:`qaa.peft.calibrate`, or
+            ``"first_batch"``, by the first forward in training mode with gradients enabled; see the help of the field.
+        up_projection: ``"full"``, V is trained, or ``"random"``, ``V = R diag(g) / sqrt(K)`` with K trained gains g and
+            frozen signs R, see :func:`qaa.nn.random_signs`.
+        projection_key: an integer that R is drawn from.
         train_circuit: whether theta is trained; otherwise it keeps its initial values and is saved with the adapter.
 
     Raises:
@@ -147,6 +168,51 @@ class QaaConfig(PeftConfig):
             "are saved but not trained."
         },
     )
+    center_channels: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the mean of each input channel is subtracted first: 0 until it is measured, which makes "
+            "the factors of scale_channels 1/std. It pays where channels have a mean far from zero, most for the "
+            "quadratic readouts, whose state would otherwise be mostly that mean; it costs d_in numbers per layer that "
+            "are saved but not trained. A 'state' adapter gets a constant term from it, so that it merges only where "
+            "the base layer has a bias, and its LoRA needs a server that knows lora_bias."
+        },
+    )
+    standardize_features: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether the features are brought to unit size before V: multiplied by 1/rms, or, in adapters that "
+            "have a c, freed of their mean and multiplied by 1/std, measured with the initial angles. It pays because "
+            "one ordinary learning rate (1e-2 or so) then serves V and the angles alike; it costs K numbers per layer, "
+            "2 K with a c, that are saved but not trained, and no time."
+        },
+    )
+    calibration: str = field(
+        default="explicit",
+        metadata={
+            "help": "When the statistics of scale_channels, center_channels and standardize_features are measured: "
+            "'explicit', by qaa.peft.calibrate on batches of your choice, or 'first_batch', on what reaches each layer "
+            "in its first training forward (padding counts), summed over all processes of torch.distributed, each of "
+            "which has to reach the layer. 'first_batch' pays in training programs that cannot be changed; several "
+            "batches give statistics with less noise. Either way they are saved and measured once."
+        },
+    )
+    up_projection: str = field(
+        default="full",
+        metadata={
+            "help": "'full': V is trained, d_out K numbers per layer, most of the adapter. 'random': V = R diag(g) / "
+            "sqrt(K) with K trained gains g and signs R that follow from projection_key and the layer's shape, so that "
+            "they are not saved. It pays where the adapter has to be tiny, as in one of very many tasks: K + 3 n L "
+            "numbers per layer with 'ring', which leaves the learning to the angles."
+        },
+    )
+    projection_key: int = field(
+        default=0,
+        metadata={
+            "help": "What the signs of a random up-projection are drawn from; another key gives another draw, for "
+            "trying several."
+        },
+    )
     train_circuit: bool = field(
         default=True,
         metadata={
@@ -161,13 +227,23 @@ class QaaConfig(PeftConfig):
         self.target_modules = module_set(self.target_modules)
         self.exclude_modules = module_set(self.exclude_modules)
         check_layer_selection(self)
-        check_flag(self, "init_weights", "train_circuit", "scale_channels")
+        check_flag(self, "init_weights", "train_circuit", "scale_channels", "center_channels", "standardize_features")
         if self.adapter_bias is not None:
             check_flag(self, "adapter_bias")
         if self.scaling is not None:
             self.scaling = check_scaling(self.scaling)
         if self.init_angles not in INIT_ANGLES:
             raise ValueError(f"expected init_angles among {', '.join(INIT_ANGLES)}, received {self.init_angles!r}")
+        if self.calibration not in CALIBRATIONS:
+            raise ValueError(f"expected calibration among {', '.join(CALIBRATIONS)}, received {self.calibration!r}")
+        measured = ("scale_channels", "center_channels", "standardize_features")
+        if self.calibration == "first_batch" and not any(getattr(self, name) for name in measured):
+            raise ValueError(f"expected one of {', '.join(measured)} with calibration 'first_batch', received none")
+        if self.up_projection not in UP_PROJECTIONS:
+            known = ", ".join(UP_PROJECTIONS)
+            raise ValueError(f"expected up_projection among {known}, received {self.up_projection!r}")
+        if isinstance(self.projection_key, bool) or not isinstance(self.projection_key, int):
+            raise ValueError(f"expected projection_key to be an integer, received {self.projection_key!r}")
         ansatz(self.ansatz, 1, self.n_layers)
         if not isinstance(self.readout, str):
             self.readout = list(self.readout)
@@ -184,6 +260,8 @@ class QaaConfig(PeftConfig):
         share that the paper reports; that this is the paper's layer list is our inference.
         ``"best"``: the real parts of 16 amplitudes of the input with scaled channels; linear in x, so that it merges
         and exports as a LoRA of rank 16. Call :func:`qaa.peft.calibrate` before training.
+        ``"tiny"``: the same with two layers, standardised features and a random up-projection of which 16 gains are
+        trained, ``16 + 2 * n * 3`` numbers per layer: 0.0034 % of SmolLM2-135M on q and v. Calibrate it as well.
 
         Raises:
             ValueError: there is no preset of that name.

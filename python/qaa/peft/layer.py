@@ -1,29 +1,97 @@
-"""The QAA layer: ``y = W x + b + sum_a s_a (V_a f_a(x) + c_a)`` over the active adapters a."""
+"""The QAA layer: ``y = W x + b + sum_a s_a (V_a g_a(x) + c_a)`` over the active adapters a."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from qaa.nn import Adapter, draw_angles, is_private_result
+from qaa.nn import Adapter, Whitening, draw_angles, is_private_result, random_signs
 
 from .tuner import AdditiveLayer
+
+#: what is measured of an adapter, in this order: features depend on the statistics of the channels
+STAGES = ("channels", "features")
+_ROWS = 1024  # vectors that are held in float64 at a time
+
+
+class Moments:
+    """Count, sum and sum of squares of vectors of one width, in float64.
+
+    Example:
+        >>> moments = Moments(2, torch.device("cpu"))
+        >>> for rows in (torch.tensor([[1.0, 4.0]]), torch.tensor([[3.0, 4.0]])):
+        ...     moments.add(rows)
+        >>> moments.count, moments.mean.tolist(), moments.rms[1].item(), moments.deviation.tolist()
+        (2.0, [2.0, 4.0], 4.0, [1.0, 0.0])
+    """
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.sums = torch.zeros(1 + 2 * width, dtype=torch.float64, device=device)  # in one tensor for one all-reduce
+
+    def add(self, rows: Tensor) -> None:
+        """Adds the rows of a matrix."""
+        rows = rows.double()
+        self.sums += torch.cat([self.sums.new_tensor([len(rows)]), rows.sum(0), rows.square().sum(0)])
+
+    def all_reduce(self) -> None:
+        """Adds up those of all processes, where there are several."""
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(self.sums)
+
+    @property
+    def count(self) -> float:
+        return float(self.sums[0])
+
+    @property
+    def mean(self) -> Tensor:
+        return self.sums[1:].chunk(2)[0] / self.sums[0]
+
+    @property
+    def rms(self) -> Tensor:
+        return self._mean_square.sqrt()
+
+    @property
+    def deviation(self) -> Tensor:
+        """Standard deviation; 0 where float64 cannot tell it from 0."""
+        return (self._mean_square - self.mean.square()).clamp_min(0).sqrt()
+
+    @property
+    def _mean_square(self) -> Tensor:
+        return self.sums[1:].chunk(2)[1] / self.sums[0]
+
+
+def _reciprocal(size: Tensor, reference: Tensor) -> Tensor:
+    """``1 / size``; 1 for constants and zeros, whose size is no more than float32's rounding of the reference."""
+    return torch.where(size > 1e-6 * reference, 1 / size, 1.0)
 
 
 class QaaLayer(AdditiveLayer):
     """A linear layer with QAA adapters; what an adapter computes is in :class:`qaa.nn.Adapter`."""
 
     method = "QAA"
-    adapter_layer_names = ("qaa_theta", "qaa_up", "qaa_bias", "qaa_channels")
-    other_param_names = ("qaa_adapter",)
+    whitening_names = ("qaa_channels", "qaa_center", "qaa_mean", "qaa_gain")
+    frozen_names = (*whitening_names, "qaa_calibrated")
+    adapter_layer_names = ("qaa_theta", "qaa_up", "qaa_bias", *frozen_names)
+    other_param_names = ("qaa_adapter", "qaa_pending", "qaa_signs")
 
     def _create_containers(self) -> None:
         self.qaa_theta = nn.ParameterDict()  # angles in radians, the circuit's shape
-        self.qaa_up = nn.ParameterDict()  # V, (out_features, K)
+        self.qaa_up = nn.ParameterDict()  # V, (out_features, K), or the gains g of a random one, (K,)
+        self.qaa_signs = BufferDict(persistent=False)  # R of random up-projections V = R diag(g) / sqrt(K)
         self.qaa_bias = nn.ParameterDict()  # c, (out_features,), if the adapter has one
-        self.qaa_channels = nn.ParameterDict()  # frozen factors of the input channels, (in_features,), if it has them
+        # frozen statistics, see Whitening, each if the adapter has it; neutral until they are measured
+        self.qaa_channels = nn.ParameterDict()  # s, (in_features,)
+        self.qaa_center = nn.ParameterDict()  # mu, (in_features,)
+        self.qaa_mean = nn.ParameterDict()  # m, (K,)
+        self.qaa_gain = nn.ParameterDict()  # r, (K,)
+        # of adapters that calibrate themselves: a saved mark, (1,), not 0 once that is done, and whether the mark still
+        # has to be looked at, so that a step of training asks no tensor
+        self.qaa_calibrated = nn.ParameterDict()
+        self.qaa_pending: dict[str, bool] = {}
         self.qaa_adapter: dict[str, Adapter] = {}
 
     def _create_adapter(self, adapter_name: str, config: Any) -> None:
@@ -31,27 +99,119 @@ class QaaLayer(AdditiveLayer):
         has_bias = adapter.readout.kind == "expval" if config.adapter_bias is None else config.adapter_bias
         self.qaa_adapter[adapter_name] = adapter
         self.qaa_theta[adapter_name] = draw_angles(torch.empty(adapter.circuit.parameter_shape), config.init_angles)
-        self.qaa_up[adapter_name] = torch.zeros(self.out_features, adapter.n_features)
+        is_random = config.up_projection == "random"
+        if is_random:
+            self.qaa_signs[adapter_name] = random_signs(self.out_features, adapter.n_features, config.projection_key)
+        up_shape = (adapter.n_features,) if is_random else (self.out_features, adapter.n_features)
+        self.qaa_up[adapter_name] = torch.zeros(up_shape)
         if has_bias:
             self.qaa_bias[adapter_name] = torch.zeros(self.out_features)
         if not config.init_weights:
-            for parameters in (self.qaa_up, self.qaa_bias):
-                if adapter_name in parameters:
-                    nn.init.normal_(parameters[adapter_name], std=adapter.n_features**-0.5)
+            nn.init.normal_(self.qaa_up[adapter_name], std=1.0 if is_random else adapter.n_features**-0.5)
+            if has_bias:
+                nn.init.normal_(self.qaa_bias[adapter_name], std=adapter.n_features**-0.5)
         if config.scale_channels:
             self.qaa_channels[adapter_name] = torch.ones(self.in_features)
-        frozen = ("qaa_channels",) if config.train_circuit else ("qaa_channels", "qaa_theta")
+        if config.center_channels:
+            self.qaa_center[adapter_name] = torch.zeros(self.in_features)
+        if config.standardize_features:
+            self.qaa_gain[adapter_name] = torch.ones(adapter.n_features)
+            if has_bias:  # without a bias, subtracting the mean would make one
+                self.qaa_mean[adapter_name] = torch.zeros(adapter.n_features)
+        if config.calibration == "first_batch":
+            self.qaa_calibrated[adapter_name] = torch.zeros(1)
+            self.qaa_pending[adapter_name] = True
+        frozen = self.frozen_names if config.train_circuit else (*self.frozen_names, "qaa_theta")
         self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: frozen}
 
-    def _parameters_of(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        bias, channels = self.qaa_bias.get(adapter_name), self.qaa_channels.get(adapter_name)
-        return self.qaa_theta[adapter_name], self.qaa_up[adapter_name], bias, channels
+    def _parameters_of(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor | None, Whitening]:
+        """The angles, V, c and the statistics."""
+        whitening = Whitening(*(getattr(self, name).get(adapter_name) for name in self.whitening_names))
+        up = self.qaa_up[adapter_name]
+        if adapter_name in self.qaa_signs:
+            up = self.qaa_signs[adapter_name] * (up * self.qaa_adapter[adapter_name].n_features ** -0.5)
+        return self.qaa_theta[adapter_name], up, self.qaa_bias.get(adapter_name), whitening
+
+    def stages(self, adapter_name: str) -> tuple[str, ...]:
+        """Those of :data:`STAGES` in which the adapter has statistics; none where there is no such adapter."""
+        has = (adapter_name in self.qaa_channels or adapter_name in self.qaa_center, adapter_name in self.qaa_gain)
+        return tuple(stage for stage, is_there in zip(STAGES, has, strict=True) if is_there)
+
+    def moments(self, adapter_name: str, stage: str) -> Moments:
+        """Moments of nothing yet, of the width and on the device of the stage's statistics."""
+        width = self.in_features if stage == "channels" else self.qaa_adapter[adapter_name].n_features
+        return Moments(width, self.qaa_theta[adapter_name].device)
+
+    @torch.no_grad()
+    def observe(self, adapter_name: str, stage: str, x: Tensor, moments: Moments) -> None:
+        """Adds the channels of the vectors x, or the features that the adapter has of them, in float64."""
+        theta, _, _, whitening = self._parameters_of(adapter_name)
+        whitening = Whitening(*(None if t is None else t.double() for t in whitening))
+        for rows in torch.split(x.detach().reshape(-1, x.shape[-1]), _ROWS):
+            rows = rows.double()
+            if stage == "features":
+                rows = self.qaa_adapter[adapter_name].features(theta.double(), rows, whitening)
+            moments.add(rows)
+
+    @torch.no_grad()
+    def set_statistics(self, adapter_name: str, stage: str, moments: Moments) -> None:
+        """Sets what the adapter has of centre and factor (channels), or of mean and gain (features)."""
+        is_channels = stage == "channels"
+        means, factors = (self.qaa_center, self.qaa_channels) if is_channels else (self.qaa_mean, self.qaa_gain)
+        # features of a layer have one natural size, channels have sizes of their own
+        reference = moments.rms if is_channels else moments.rms.max()
+        size = moments.rms
+        if adapter_name in means:
+            means[adapter_name].copy_(moments.mean)
+            size = moments.deviation
+        if adapter_name in factors:
+            factors[adapter_name].copy_(_reciprocal(size, reference))
+
+    @torch.no_grad()
+    def set_calibrated(self, adapter_name: str) -> None:
+        """Keeps an adapter from calibrating itself from now on, here and where it will be loaded."""
+        if adapter_name in self.qaa_calibrated:
+            self.qaa_calibrated[adapter_name].fill_(1)
+            self.qaa_pending[adapter_name] = False
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.no_grad()
+    def _calibrate_on(self, adapter_name: str, x: Tensor) -> None:
+        """Sets the statistics to those of x, unless the adapter has them already or is not trained.
+
+        A re-entrant checkpoint runs its first forward without gradients, so that this happens in the recomputation;
+        that gives the same outputs, because V and c are still zero then.
+        """
+        if not self.qaa_up[adapter_name].requires_grad:
+            return
+        if self.qaa_calibrated[adapter_name].item():
+            self.qaa_pending[adapter_name] = False
+            return
+        for stage in self.stages(adapter_name):
+            moments = self.moments(adapter_name, stage)
+            self.observe(adapter_name, stage, x, moments)
+            moments.all_reduce()
+            if not moments.count:
+                return  # an empty batch: the next one will do
+            if not torch.isfinite(moments.sums).all():
+                raise ValueError(
+                    f"expected a finite first batch to calibrate the QAA adapter {adapter_name!r} on, received NaN or "
+                    "infinity"
+                )
+            self.set_statistics(adapter_name, stage, moments)
+        self.set_calibrated(adapter_name)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.qaa_pending = dict.fromkeys(self.qaa_pending, True)
 
     def delta(self, adapter_name: str, x: Tensor) -> Tensor:
         parameters = self._parameters_of(adapter_name)
         return self.qaa_adapter[adapter_name].delta(self._cast_input_dtype(x, parameters[1].dtype), *parameters)
 
     def add_to(self, base: Tensor, adapter_name: str, x: Tensor) -> Tensor:
+        if self.qaa_pending.get(adapter_name) and self.training and torch.is_grad_enabled():
+            self._calibrate_on(adapter_name, x)
         parameters = self._parameters_of(adapter_name)
         x = self._cast_input_dtype(x, parameters[1].dtype)
         in_place = is_private_result(self.base_layer)
@@ -61,14 +221,11 @@ class QaaLayer(AdditiveLayer):
         adapter = self.qaa_adapter[adapter_name]
         if not adapter.is_linear:
             raise ValueError(not_mergeable(adapter_name))
-        theta, up, bias, channels = self._parameters_of(adapter_name)
-        down = adapter.down(theta)
-        down = down if channels is None else down * channels.to(down.dtype)
-        up, bias = up.to(down.dtype), None if bias is None else bias.to(down.dtype) * adapter.scaling
-        return down, up * adapter.scaling, bias
+        return adapter.low_rank(*self._parameters_of(adapter_name))
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return self.qaa_adapter[adapter_name].is_linear and adapter_name not in self.qaa_bias
+        has_constant = adapter_name in self.qaa_bias or adapter_name in self.qaa_center
+        return self.qaa_adapter[adapter_name].is_linear and not has_constant
 
 
 def not_mergeable(adapter_name: str) -> str:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .layer import QaaLayer, not_mergeable
+from .layer import STAGES, QaaLayer, not_mergeable
 from .tuner import AdditiveModel
 
 
@@ -71,13 +70,21 @@ def calibrate(
     adapter_name: str = "default",
     forward: Callable[[nn.Module, Any], Any] | None = None,
 ) -> int:
-    r"""Sets the channel factors of an adapter with ``scale_channels`` to 1/rms of each input channel.
+    r"""Measures the channels and features of an adapter on a few batches and sets its frozen statistics.
 
-    .. math:: s_i = \bigl(\operatorname{mean} x_i^2\bigr)^{-1/2}
+    .. math::
+        u = (x - \mu) \odot s, \qquad s_i = 1 / \operatorname{std} x_i \ \text{ or, without centre, } \
+        \bigl(\operatorname{mean} x_i^2\bigr)^{-1/2}
 
-    over all vectors that reach the layer; 1 for a channel that is always zero. Run it once, before training, on a few
-    batches of the training data (padding counts as data). A fresh adapter is an exact no-op before and after; a trained
-    one changes its outputs. On several processes, run it on the same batches in each, or load the adapter from one.
+    over all vectors that reach a layer, and then in the same way m and r of the features ``f(u)`` with the angles as
+    they are; see :class:`qaa.nn.Whitening`. What does not vary (or, without centre, is zero) keeps the factor 1. Sums
+    are float64 and streaming. Adapters with ``standardize_features`` take a second pass over the batches, for which
+    those of an iterator are kept in memory.
+
+    Run it once, before training, on a few batches of the training data (padding counts as data); with
+    ``calibration="first_batch"`` the adapter then leaves its statistics as they are. A fresh adapter is an
+    exact no-op before and after; a trained one changes its outputs. On several processes, run it on the same batches in
+    each, or load the adapter from one.
 
     Args:
         model: a model with QAA adapters.
@@ -89,13 +96,13 @@ def calibrate(
         How many layers were set.
 
     Raises:
-        ValueError: no layer has such an adapter with ``scale_channels``, there is no batch, a layer was not reached,
-            or a channel is not finite.
+        ValueError: no layer has such an adapter with ``scale_channels``, ``center_channels`` or
+            ``standardize_features``, there is no batch, a layer was not reached, or its input is not finite.
 
     Example:
         >>> import peft, torch
         >>> from qaa.peft import QaaConfig
-        >>> config = QaaConfig.preset("best", target_modules=["0"])
+        >>> config = QaaConfig(target_modules=["0"], readout="state[:4]", scale_channels=True)
         >>> model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(16, 3)), config)
         >>> calibrate(model, [torch.full((5, 16), 4.0)], forward=lambda model, x: model(x))
         1
@@ -105,21 +112,40 @@ def calibrate(
     layers = {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, QaaLayer) and adapter_name in module.qaa_channels
+        if isinstance(module, QaaLayer) and module.stages(adapter_name)
     }
     if not layers:
         raise ValueError(
-            f"expected a model whose QAA adapter {adapter_name!r} has scale_channels, received one without any"
+            f"expected a model whose QAA adapter {adapter_name!r} has scale_channels, center_channels or "
+            "standardize_features, received one without any"
         )
-    sums = {name: torch.zeros(layer.in_features, dtype=torch.float64) for name, layer in layers.items()}
-    counts = dict.fromkeys(layers, 0)
+    stages = [stage for stage in STAGES if any(stage in layer.stages(adapter_name) for layer in layers.values())]
+    if "features" in stages and isinstance(batches, Iterator):
+        batches = list(batches)
+    for stage in stages:
+        measured = {layer: layer.moments(adapter_name, stage) for layer in layers.values()}
 
-    def measure(name: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        rows = args[0].detach().reshape(-1, args[0].shape[-1])
-        sums[name] += rows.double().square().sum(0).cpu()
-        counts[name] += len(rows)
+        def observe(layer: QaaLayer, args: tuple[Tensor, ...], stage: str = stage, measured: Any = measured) -> None:
+            layer.observe(adapter_name, stage, args[0], measured[layer])
 
-    handles = [layer.register_forward_pre_hook(partial(measure, name)) for name, layer in layers.items()]
+        _run_with_hooks(model, batches, forward, list(measured), observe)
+        for name, layer in layers.items():
+            if not measured[layer].count:
+                raise ValueError(f"expected batches that reach {name}, received none")
+            if not torch.isfinite(measured[layer].sums).all():
+                raise ValueError(f"expected finite inputs of {name}, received NaN or infinity")
+        for layer, moments in measured.items():
+            layer.set_statistics(adapter_name, stage, moments)
+    for layer in layers.values():
+        layer.set_calibrated(adapter_name)
+    return len(layers)
+
+
+def _run_with_hooks(
+    model: nn.Module, batches: Iterable[Any], forward: Any, layers: Iterable[nn.Module], hook: Callable[..., None]
+) -> None:
+    """Runs the model in evaluation mode on every batch with a forward pre-hook on each of the layers."""
+    handles = [layer.register_forward_pre_hook(hook) for layer in layers]
     was_training = model.training
     model.eval()
     try:
@@ -129,12 +155,3 @@ def calibrate(
         model.train(was_training)
         for handle in handles:
             handle.remove()
-    for name in layers:
-        if not counts[name]:
-            raise ValueError(f"expected batches that reach {name}, received none")
-        if not torch.isfinite(sums[name]).all():
-            raise ValueError(f"expected finite inputs of {name}, received NaN or infinity")
-    for name, layer in layers.items():
-        rms = (sums[name] / counts[name]).sqrt()
-        layer.qaa_channels[adapter_name].copy_(torch.where(rms > 0, 1 / rms, 1.0))
-    return len(layers)
