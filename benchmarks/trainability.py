@@ -397,7 +397,7 @@ def draw_flow(data: dict[str, Any], path: Path) -> None:
     methods = list(dict.fromkeys(norm.method for norm in norms))
     colours = {"angles": "#c1121f", "V": "#1f77b4", "c": "#7f7f7f", "A": "#c1121f", "B": "#1f77b4"}
     figure, panels = plt.subplots(
-        1, len(methods), figsize=(4.4 * len(methods), 4.2), sharex=True, sharey=True, squeeze=False
+        1, len(methods), figsize=(4.4 * len(methods), 4.8), sharex=True, sharey=True, squeeze=False
     )
     for panel, method in zip(panels[0], methods, strict=True):
         of_method = [norm for norm in norms if norm.method == method]
@@ -413,7 +413,7 @@ def draw_flow(data: dict[str, Any], path: Path) -> None:
         panel.minorticks_off()
         panel.grid(True, which="major", alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)
-        panel.legend(frameon=False, fontsize=8)
+        panel.legend(frameon=False, fontsize=8, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.16))
     panels[0][0].set_ylabel("norm of the gradient")
     _save(figure, path)
 
@@ -444,8 +444,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--draw", action="store_true", help="draw the numbers that are there, measure nothing")
     parser.add_argument("--quick", action="store_true", help="few wires, draws and steps: does it run?")
     parser.add_argument("--draws", type=int, help="of angles, inputs and weights at each point (default: 128)")
-    parser.add_argument("--steps", type=int, help="training steps before the second look (default: 10)")
-    parser.add_argument("--batch-size", type=int, default=4, help="examples (default: %(default)s)")
+    parser.add_argument("--steps", type=int, help="training steps before the second look (default: 8)")
+    parser.add_argument("--batch-size", type=int, default=2, help="examples (default: %(default)s)")
     parser.add_argument("--probes", type=int, help="batches that the norms are measured on (default: 4)")
     parser.add_argument("--model", help="hub name or path of a causal language model (default: the comparison's)")
     parser.add_argument("--data", help="hub name or path of instruction data (default: the comparison's)")
@@ -454,7 +454,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     quick = options.quick
     options.draws = options.draws or (6 if quick else 128)
-    options.steps = options.steps or (2 if quick else 10)
+    options.steps = options.steps or (2 if quick else 8)
     options.probes = options.probes or (2 if quick else 4)
     figures = options.figures or (options.folder if quick else Path("docs/figures"))
     options.folder.mkdir(parents=True, exist_ok=True)
