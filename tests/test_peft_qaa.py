@@ -861,6 +861,11 @@ def test_a_whitened_adapter_merges_unmerges_and_exports(center: bool, tmp_path: 
     assert layers_of(model)[0].supports_lora_conversion() != center
 
 
+def test_standardised_features_need_no_scaling_by_default() -> None:
+    for fields, expected in (({}, 17**0.5), ({"standardize_features": True}, 1.0), ({"scaling": 3.0, **WHITENED}, 3.0)):
+        assert layers_of(whitened_model("z", **fields))[0].qaa_adapter["default"].scaling == expected
+
+
 def test_only_a_constant_term_needs_a_bias_to_merge_into() -> None:
     x = outlier_data()
     fields = {"scale_channels": True, "standardize_features": True, "init_weights": False, "base_bias": False}

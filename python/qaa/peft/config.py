@@ -51,7 +51,7 @@ class QaaConfig(PeftConfig):
         ansatz: circuit, ``"ring"``, ``"basic_entangler"``, ``"strongly_entangling"`` or ``"brick"``.
         readout: ``"z"``, Pauli strings, ``"probs"``, ``"probs[:K]"``, ``"state"`` or ``"state[:K]"``.
         adapter_bias: whether there is a c; None means yes for Pauli readouts, no otherwise.
-        scaling: s; None means ``sqrt(2**n_wires + 1)`` for quadratic readouts and 1 for ``"state"``.
+        scaling: s; None means 1, but ``sqrt(2**n_wires + 1)`` for quadratic readouts that are not standardised.
         init_weights: True for V = 0 (or g = 0) and c = 0, an exact no-op; False for random ones (tests).
         init_angles: ``"uniform"`` in ``[-pi, pi)``, ``"small"`` in ``[-0.1, 0.1)`` radians, or ``"zero"``.
         scale_channels: whether each input channel is first multiplied by a frozen factor, 1/std if the channels are
@@ -135,15 +135,16 @@ class QaaConfig(PeftConfig):
         default=None,
         metadata={
             "help": "Whether the adapter adds a constant c. None means yes for Pauli readouts, whose features are "
-            "small numbers around a mean, and no otherwise; without it a 'state' adapter is a plain LoRA."
+            "small numbers around a mean, and no otherwise; without it, and without center_channels, a 'state' adapter "
+            "is a plain LoRA."
         },
     )
     scaling: float | None = field(
         default=None,
         metadata={
-            "help": "Factor s of the adapter. None means sqrt(2**n_wires + 1) for quadratic readouts, because <Z> of "
-            "a spread-out state deviates by only 1/sqrt(2**n_wires + 1), and 1 for 'state'. Change it to change the "
-            "step size of V without changing that of other parameters."
+            "help": "Factor s of the adapter. None means 1, but sqrt(2**n_wires + 1) for quadratic readouts without "
+            "standardize_features, because <Z> of a spread-out state deviates by only 1/sqrt(2**n_wires + 1). Change "
+            "it to change the step size of V without changing that of other parameters."
         },
     )
     init_weights: bool = field(
@@ -162,10 +163,10 @@ class QaaConfig(PeftConfig):
     scale_channels: bool = field(
         default=False,
         metadata={
-            "help": "Whether each input channel is first multiplied by a frozen factor: 1 until qaa.peft.calibrate has "
-            "set it to 1/rms of that channel. A few channels of an LLM's hidden states are hundreds of times larger "
-            "than the rest and would fill the state alone; it pays for every readout, at d_in numbers per layer that "
-            "are saved but not trained."
+            "help": "Whether each input channel is first multiplied by a frozen factor: 1 until it is measured, then "
+            "1/rms of that channel, or 1/std with center_channels. A few channels of an LLM's hidden states are "
+            "hundreds of times larger than the rest and would fill the state alone; it pays for every readout, at d_in "
+            "numbers per layer that are saved but not trained."
         },
     )
     center_channels: bool = field(
