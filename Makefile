@@ -7,9 +7,10 @@ OUTPUT ?= reports/compare
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc python -type f -not -name '*.pyc' -not -name '*.so') CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: help compare test gpu-check cuda-evidence bench bench-environments bench-plots lint stubs clean
+.PHONY: help compare study study-small test gpu-check cuda-evidence bench bench-environments bench-plots lint stubs clean
 help:
 	@echo "make compare   train QAA, LoRA, SoRA, Prefix and full fine-tuning on a real LLM; report in $(OUTPUT)"
+	@echo "make study     every row of docs/study on two tasks, three seeds: hours; make study-small: two rows, one seed"
 	@echo "make test      the test-suite"
 	@echo "make gpu-check CUDA kernels on this machine's GPU: tests, compute-sanitizer, times; results in reports/gpu"
 	@echo "make cuda-evidence        registers, spills and occupancy of compiled CUDA kernels, into tests/cuda/resources.json"
@@ -35,6 +36,16 @@ $(VENV)/.dev: $(VENV)/.torch $(SOURCES)
 
 compare: $(VENV)/.compare
 	$(BIN)/qaa compare --budget $(BUDGET) --out $(OUTPUT)
+
+# Both can be interrupted: the same command continues. The results are committed, and the page is made from them.
+study: $(VENV)/.compare
+	for task in alpaca toolcalls; do \
+	  $(BIN)/qaa compare --config docs/study/$$task.yaml && \
+	  cp reports/study/$$task/results.json docs/study/$$task.json || exit 1; done
+	$(BIN)/python -m qaa.compare.study docs/study/README.md
+
+study-small: $(VENV)/.compare
+	$(BIN)/qaa compare --config docs/study/small.yaml
 
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses auto --dist loadfile

@@ -14,7 +14,7 @@ from benchmarks import environments, machine, report
 from benchmarks.cases import CASES, Case, made_small, with_rivals
 from benchmarks.driver import Driver, Effort, Measurement
 from benchmarks.goals import Goal, goals
-from benchmarks.rivals import RIVALS
+from benchmarks.rivals import SIMULATORS
 
 
 def run(cases: dict[str, Case], thread_counts: list[int], effort: Effort, output: Path) -> list[Goal]:
@@ -51,7 +51,8 @@ def run(cases: dict[str, Case], thread_counts: list[int], effort: Effort, output
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.splitlines()[0])
     parser.add_argument("--cases", nargs="+", metavar="CASE", choices=CASES, help=f"of: {'; '.join(CASES)}")
-    parser.add_argument("--rivals", nargs="+", metavar="RIVAL", choices=RIVALS, help=f"of: {'; '.join(RIVALS)}")
+    names = "; ".join(SIMULATORS)
+    parser.add_argument("--rivals", nargs="+", metavar="RIVAL", choices=SIMULATORS, help=f"simulators, of: {names}")
     parser.add_argument("--threads", type=int, nargs="+", help="thread counts (default: 1 and all)")
     parser.add_argument("--repeats", type=int, default=Effort.repeats, help="interleaved (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path("reports/bench/results.json"), help="default: %(default)s")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from benchmarks.rivals import RIVALS, SIMULATORS
+from benchmarks.rivals import SIMULATORS
 from benchmarks.task import Task
 
 
@@ -73,12 +73,11 @@ CASES = {
 
 
 def with_rivals(case: Case, names: list[str] | None) -> Case:
-    """The case with its first rival, what is qaa, and the rivals named."""
+    """The case without the simulators that are not named; what they are compared with stays."""
     if names is None:
         return case
-    first, *others = case.units
-    kept = [(rival, task) for rival, task in others if rival in names or RIVALS[rival].kind == "qaa"]
-    return replace(case, units=(first, *kept))
+    kept = tuple((rival, task) for rival, task in case.units if rival in names or rival not in SIMULATORS)
+    return replace(case, units=kept)
 
 
 def made_small(case: Case) -> Case:

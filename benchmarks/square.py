@@ -1,7 +1,7 @@
 """One training step of SQUARE's classifier, and of the multilayer perceptron that it competes with.
 
-SQUARE embeds 16 numbers into four wires, runs ``ring`` and reads probabilities and <Z>; a 16 → 8 → 1 head with tanh
-learns from them. Here the head gets the sixteen probabilities: every <Z> is a fixed sum of these. float64, Adam.
+SQUARE embeds 16 numbers into four wires, runs ``ring`` and reads ``[probs, <Z>]``; a 20 → 8 → 1 head with tanh learns
+from them: :class:`qaa.nn.Square`. The perceptron is 16 → 8 → 1. float64, Adam.
 """
 
 from __future__ import annotations
@@ -9,19 +9,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-import qaa
 from benchmarks.task import Rival, Task
-from qaa.nn import QuantumLayer
+from qaa.nn import Square
 
 
 def with_circuit(task: Task) -> Rival:
     """The circuit, then the head."""
-    circuit = qaa.ansatz("ring", task.n_wires, task.layers)
-    return _training(task, nn.Sequential(QuantumLayer(circuit, readout="probs"), _head(task)), "circuit, 16 → 8 → 1")
+    return _training(task, Square(2**task.n_wires, 1, task.n_wires, task.layers), "circuit, 20 → 8 → 1")
 
 
 def mlp(task: Task) -> Rival:
-    """The head alone."""
+    """The rival: a head on the 16 numbers themselves."""
     return _training(task, _head(task), "16 → 8 → 1")
 
 

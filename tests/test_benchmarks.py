@@ -127,6 +127,9 @@ def test_cases_name_rivals_and_can_be_narrowed() -> None:
     narrowed = with_rivals(CASES["rivals"], ["torch, Kronecker"])
     assert [rival for rival, _ in narrowed.units] == ["qaa", "qaa kernel", "torch, Kronecker"]
     assert made_small(narrowed).units[0][1].batch == CASES["rivals"].units[0][1].batch // 16
+    assert (
+        with_rivals(CASES["SQUARE"], ["torch, Kronecker"]) == CASES["SQUARE"]
+    )  # no simulators, so that none are left out
     assert set(SIMULATORS) < set(RIVALS)
 
 

@@ -28,9 +28,21 @@ from transformers import AutoModelForCausalLM
 from compare_tiny import rows, write_data, write_encoder, write_model
 from qaa.cli import info, main
 from qaa.compare import metrics, sources
-from qaa.compare.config import BUDGETS, DEFAULT_METHODS, CompareError, settings
+from qaa.compare.config import BUDGETS, DEFAULT_METHODS, METHOD_NAMES, CompareError, settings
+from qaa.compare.controls import CONTROLS, Control, controls
 from qaa.compare.data import Example, load_splits, read_examples, save_splits, split, tokenized, training_order
-from qaa.compare.methods import METHODS, Scope, adapted_targets, build, optimizer_groups, parameter_counts
+from qaa.compare.methods import (
+    METHODS,
+    Row,
+    Scope,
+    adapted_layers,
+    adapted_targets,
+    build,
+    calibrate,
+    optimizer_groups,
+    parameter_counts,
+    row,
+)
 from qaa.compare.models import (
     HiddenStates,
     answer_losses,
@@ -84,11 +96,13 @@ def job(model_folder: Path, tokenizer: Any, tmp_path: Path) -> Job:
 
 def test_options_override_yaml_which_overrides_the_budget(tmp_path: Path) -> None:
     file = tmp_path / "compare.yaml"
-    file.write_text("budget: smoke\nsteps: 7\nseeds: [3, 4]\nlearning_rates: {lora: [2e-2, 1e-2]}\nlayers: all\n")
+    file.write_text(
+        "budget: smoke\nsteps: 7\nseeds: [3, 4]\nlayers: all\nvariants: {lora: {learning_rates: [2e-2, 1e-2]}}\n"
+    )
     chosen = settings(config=file, seeds=[5], out=None)
     assert (chosen.steps, chosen.seeds, chosen.layers) == (7, (5,), None)
     assert chosen.max_tokens == BUDGETS["smoke"]["max_tokens"]
-    assert chosen.learning_rates == {"lora": (0.01, 0.02)}
+    assert chosen.row("lora").learning_rates == (0.01, 0.02)
     assert chosen.methods == DEFAULT_METHODS
 
 
@@ -104,9 +118,20 @@ def test_options_override_yaml_which_overrides_the_budget(tmp_path: Path) -> Non
         ({"seeds": [-1]}, r"expected seeds to be integers of at least 0, received \[-1\]"),
         ({"methods": []}, r"expected methods to be a list of at least one entry, received \[\]"),
         ({"source": "moon"}, "expected source to be one of auto, hub, packages, local, received 'moon'"),
-        ({"learning_rates": {"lora": [0]}}, r"expected the learning rates of lora to be positive numbers"),
-        ({"learning_rates": {"adam": 1}}, "expected the keys of learning_rates among .*, received 'adam'"),
-        ({"options": [1]}, r"expected options to map names to values, received \[1\]"),
+        ({"variants": {"lora": {"learning_rates": [0]}}}, "expected the learning rates of lora to be positive numbers"),
+        ({"variants": {"a": {"method": "lorra"}}}, r"the method of variant a among .*\(did you mean 'lora'\?\)"),
+        ({"variants": {"a": {"option": {}}}}, r"expected the keys of variant a among .*\(did you mean 'options'\?\)"),
+        ({"variants": {"a": {"label": "A"}}}, "expected variant a to have the key 'method', received label"),
+        ({"variants": {"lora": {"label": ""}}}, "expected the label of variant lora to be text, received ''"),
+        (
+            {"variants": {"a/b": {"method": "lora"}}},
+            "expected the names of variants to be .*, received 'a/b'",
+        ),
+        ({"variants": {"untouched": {"method": "lora"}}}, "expected the names of variants to be .* not 'untouched'"),
+        ({"variants": [1]}, r"expected variants to map names to values, received \[1\]"),
+        ({"variants": {"b": {"method": "lora"}}, "methods": ["bb"]}, r"expected methods among .*, b, received 'bb'"),
+        ({"methods": ["lora"], "references": ["sora"]}, "expected references among lora, untouched, received 'sora'"),
+        ({"generate": "no"}, "expected generate to be true or false, received 'no'"),
         ({"model": ""}, "expected model to be text, received ''"),
     ],
 )
@@ -126,6 +151,25 @@ def test_bad_yaml_is_refused(tmp_path: Path, content: str, sentence: str) -> Non
         settings(config=file)
     with pytest.raises(CompareError, match=r"expected a readable YAML file"):
         settings(config=tmp_path / "absent.yaml")
+
+
+STUDY = Path(__file__).parent.parent / "docs" / "study"
+
+
+def test_the_studys_comparisons_are_valid_and_ask_the_same() -> None:
+    alpaca, calls, small = (settings(STUDY / f"{name}.yaml") for name in ("alpaca", "toolcalls", "small"))
+    own = {"data": "", "out": "", "train_examples": 0, "max_tokens": 0}
+    assert alpaca.as_dict() | own == calls.as_dict() | own and alpaca.seeds == (0, 1, 2)
+    assert {row(alpaca, name).method.name for name in alpaca.methods} == set(METHOD_NAMES)
+    fewer = {"out": "", "seeds": [], "methods": [], "references": [], "variants": {}}
+    assert small.as_dict() | fewer == alpaca.as_dict() | fewer
+    assert all(row(small, name) == row(alpaca, name) for name in small.methods)
+
+
+def test_the_studys_page_shows_its_results() -> None:
+    from qaa.compare import study
+
+    assert study.main([str(STUDY / "README.md"), "--check"]) == 0
 
 
 # ---------------------------------------------------------------------------------------------------- examples
@@ -159,6 +203,62 @@ def test_bad_data_is_refused(tmp_path: Path, content: str, sentence: str) -> Non
     path = tmp_path / "data.json"
     path.write_text(content)
     with pytest.raises(CompareError, match=sentence):
+        read_examples(path)
+
+
+def conversations() -> list[dict[str, Any]]:
+    """Forty conversations of two to four answers, some of which begin alike."""
+    tools = '[{"name": "paint"}]'
+    rows = []
+    for number in range(40):
+        call = json.dumps({"name": "paint", "arguments": {"number": number}})
+        turns = [
+            ("human", f"Paint {number // 2}"),
+            ("function_call", call),
+            ("observation", "done"),
+            ("gpt", "Painted."),
+        ]
+        turns += [("human", f"And {number}?"), ("gpt", f"Also {number}."), ("human", "Bye"), ("gpt", "Bye.")][
+            : number % 5
+        ]
+        rows.append({"conversations": [{"from": a, "value": b} for a, b in turns], "tools": tools})
+    return rows
+
+
+def test_conversations_become_examples_that_no_two_splits_share(tokenizer: Any, tmp_path: Path) -> None:
+    path = tmp_path / "conversations.json"
+    path.write_text(json.dumps(conversations()))
+    found = read_examples(path)
+    answers = sum(turn["from"] in ("gpt", "function_call") for row in conversations() for turn in row["conversations"])
+    # the first turns of every second conversation are those of the one before; 20 prompts are repeated
+    assert len(found) == answers - 20 == len({example.prompt for example in found})
+    assert len({example.group for example in found}) == 20
+    by_prompt = {example.prompt: example.response for example in found}
+    assert by_prompt['Functions: [{"name": "paint"}]\nUser: Paint 3'] == '{"name": "paint", "arguments": {"number": 6}}'
+    chosen = settings(train_examples=40, validation_examples=11, test_examples=12, max_tokens=400)
+    dealt = split(found, tokenizer, chosen)
+    assert [len(dealt.train), len(dealt.validation), len(dealt.test)] == [40, 11, 12]
+    groups = [{example.group for example in part} for part in (dealt.train, dealt.validation, dealt.test)]
+    assert not groups[0] & groups[1] and not groups[0] & groups[2] and not groups[1] & groups[2]
+    save_splits(dealt, tmp_path / "splits.json")
+    assert load_splits(tmp_path / "splits.json") == dealt
+    with pytest.raises(CompareError, match=f"expected at least 523 examples .* received .* of {len(found)}"):
+        split(found, tokenizer, replace(chosen, train_examples=500))
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": "hello"},
+        {"conversations": [{"from": "robot", "value": "x"}]},
+        {"conversations": [{"from": "gpt"}]},
+        {"conversations": [{"from": "gpt", "value": "x"}], "tools": [1]},
+    ],
+)
+def test_odd_conversations_are_refused(row: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "odd.json"
+    path.write_text(json.dumps([row]))
+    with pytest.raises(CompareError, match=r"expected row 1 of .* to have 'conversations', a list of texts 'value'"):
         read_examples(path)
 
 
@@ -249,14 +349,41 @@ def test_layer_arithmetic_and_its_refusals(model: Any) -> None:
 # ----------------------------------------------------------------------------------------------------- methods
 
 
-@pytest.mark.parametrize("name", DEFAULT_METHODS)
+def plain(name: str, **options: Any) -> Row:
+    """The row of a method with these options."""
+    return row(settings(variants={name: {"options": options}}), name)
+
+
+def test_the_tables_of_methods_agree() -> None:
+    from qaa.compare import methods
+
+    assert tuple(METHODS) == METHOD_NAMES and set(methods._BUILDERS) == set(METHOD_NAMES)
+    assert set(CONTROLS) < set(METHOD_NAMES)
+
+
+def test_a_row_is_a_method_with_what_its_variant_changes() -> None:
+    variants = {
+        "lora-2": {"method": "lora", "options": {"r": 2}, "label": "LoRA r = 2", "learning_rates": [1]},
+        "deep": {"method": "qaa-paper", "angle_rate": 3},
+        "lora": {"options": {"r": 4}},
+    }
+    chosen = settings(variants=variants, methods=["lora-2", "lora", "deep", "sora"])
+    small, changed, deep, sora = (row(chosen, name) for name in chosen.methods)
+    assert (small.method.name, small.label, small.method.learning_rates) == ("lora", "LoRA r = 2", (1.0,))
+    assert small.about.endswith("; here with r = 2")
+    assert (changed.label, changed.method.learning_rates) == ("LoRA", METHODS["lora"].learning_rates)
+    assert (deep.label, deep.method.angle_rate, deep.method.is_qaa) == ("deep", 3.0, True)
+    assert sora.method == METHODS["sora"] and sora.about == METHODS["sora"].about
+
+
+@pytest.mark.parametrize("name", METHOD_NAMES)
 def test_a_method_trains_its_own_parameters_in_the_chosen_layers_only(
     name: str, model: Any, tokenizer: Any, examples: list[Example]
 ) -> None:
     batch = padded_batch(examples[:4], 0)
     before = answer_losses(model, batch)[0]
     method = METHODS[name]
-    built, _ = build(method, model, tokenizer, Scope(2, 4, ("q_proj", "v_proj")), {})
+    built, _ = build(plain(name), model, tokenizer, Scope(2, 4, ("q_proj", "v_proj")))
     trainable = [key for key, parameter in built.named_parameters() if parameter.requires_grad]
     assert trainable
     if method.top_layers_only:
@@ -271,13 +398,13 @@ def test_a_method_trains_its_own_parameters_in_the_chosen_layers_only(
 
 
 def test_full_fine_tuning_of_all_layers_trains_every_weight(model: Any, tokenizer: Any) -> None:
-    built, _ = build(METHODS["full"], model, tokenizer, Scope(0, 4, ("q_proj",)), {})
+    built, _ = build(plain("full"), model, tokenizer, Scope(0, 4, ("q_proj",)))
     trainable, total = parameter_counts(built)
     assert trainable == total == model.num_parameters()
 
 
 def test_prefix_starts_from_the_keys_and_values_of_a_text(model: Any, tokenizer: Any) -> None:
-    built, _ = build(METHODS["prefix"], model, tokenizer, Scope(2, 4, ()), {"text": "What colour is the cat?"})
+    built, _ = build(plain("prefix", text="What colour is the cat?"), model, tokenizer, Scope(2, 4, ()))
     system = [{"role": "system", "content": "What colour is the cat?"}]
     ids = tokenizer(tokenizer.apply_chat_template(system, tokenize=False), return_tensors="pt")["input_ids"][:, :8]
     with torch.no_grad(), built.disable_adapter():
@@ -288,26 +415,127 @@ def test_prefix_starts_from_the_keys_and_values_of_a_text(model: Any, tokenizer:
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [("lora", {"rank": 3}), ("full", {"r": 3}), ("qaa-best", {"n_layers": 0})]
+    ("name", "options"),
+    [
+        ("lora", {"rank": 3}),
+        ("full", {"r": 3}),
+        ("bias", {"r": 3}),
+        ("qaa-best", {"n_layers": 0}),
+        ("random-projection", {"n_features": 33}),
+        ("largest-channels", {"rank": 3}),
+    ],
 )
 def test_options_that_a_method_does_not_have_are_refused(
     name: str, options: dict[str, Any], model: Any, tokenizer: Any
 ) -> None:
     with pytest.raises(CompareError, match=f"method {name} cannot be set up"):
-        build(METHODS[name], model, tokenizer, Scope(2, 4, ("q_proj",)), options)
+        build(plain(name, **options), model, tokenizer, Scope(2, 4, ("q_proj",)))
+
+
+# ---------------------------------------------------------------------------------------------------- controls
+
+
+def by_hand(layer: Any, x: torch.Tensor) -> torch.Tensor:
+    """The features of a control from its definition, in float64."""
+    u = x.double() * layer.channels.double()
+    kind = type(layer).__name__
+    if kind == "LargestChannels":
+        return u[:, layer.index]
+    if kind == "WhitenedLora":
+        return u @ layer.down.double().T
+    if kind == "RandomProjection":
+        return u @ layer.rows.double().T
+    return ((u / u.norm(dim=-1, keepdim=True)) @ layer.rows.double().T) ** 2
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("name", CONTROLS)
+def test_a_control_is_its_definition_with_measured_channels_and_features(
+    name: str, bias: bool, model: Any, tokenizer: Any, examples: list[Example]
+) -> None:
+    size = {"r": 6, "standardize": True} if name == "whitened-lora" else {"n_features": 6}
+    built, _ = build(plain(name, bias=bias, **size), model, tokenizer, Scope(2, 4, ("q_proj", "v_proj")))
+    layers = controls(built)
+    assert list(layers) == [f"model.layers.{n}.self_attn.{t}_proj" for n in (2, 3) for t in "qv"]
+    batches = [padded_batch(examples[:4], 0), padded_batch(examples[20:23], 0)]
+    seen: list[torch.Tensor] = []
+    layer = layers["model.layers.3.self_attn.v_proj"]
+    hook = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        for batch in batches:
+            answer_losses(built, batch)
+    hook.remove()
+    calibrate(built, iter(batches))
+    x = torch.cat(seen)
+    torch.testing.assert_close(layer.channels.double(), 1 / x.double().square().mean(0).sqrt())
+    if name == "largest-channels":
+        assert layer.index.tolist() == sorted(x.square().mean(0).topk(6).indices.tolist())
+    f = by_hand(layer, x).detach()
+    if bias:
+        torch.testing.assert_close(layer.mean.double(), f.mean(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(layer.gain.double(), 1 / f.std(0, correction=0), rtol=1e-4, atol=1e-5)
+    else:
+        assert not layer.mean.any()
+        torch.testing.assert_close(layer.gain.double(), 1 / f.square().mean(0).sqrt(), rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        layer.up.normal_(generator=torch.Generator().manual_seed(0))
+        if bias:
+            layer.bias.fill_(0.3)
+    expected = layer.base(x).double() + layer.scaling * ((f - layer.mean) * layer.gain) @ layer.up.double().T
+    if bias:
+        expected = expected + 0.3
+    torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-4)
+    assert torch.isfinite(layer(torch.zeros(2, x.shape[1]))).all()
+
+
+def test_orthonormal_rows_point_everywhere_alike() -> None:
+    from qaa.compare.controls import orthonormal_rows
+
+    torch.manual_seed(0)
+    drawn = torch.stack([orthonormal_rows(2, 4) for _ in range(400)])
+    torch.testing.assert_close(drawn @ drawn.mT, torch.eye(2).expand(400, 2, 2), rtol=0, atol=1e-5)
+    # uniform on the sphere: every coordinate has mean 0 and variance 1/4
+    assert drawn.mean(0).abs().max() < 4 * 0.5 / 20 and (drawn.square().mean(0) - 0.25).abs().max() < 0.06
+
+
+def test_a_control_refuses_what_is_no_linear_layer(model: Any, tokenizer: Any) -> None:
+    with pytest.raises(CompareError, match=r"expected model.layers.2.mlp to be a torch.nn.Linear, received a"):
+        build(plain("random-projection"), model, tokenizer, Scope(2, 4, ("mlp",)))
+    assert not any(isinstance(part, Control) for part in model.modules())
+    assert adapted_layers(model, Scope(3, 4, ("self_attn.q_proj",))) == ["model.layers.3.self_attn.q_proj"]
+
+
+def test_parameters_of_the_small_methods(model_folder: Path, tokenizer: Any) -> None:
+    """q (32 -> 32) and v (32 -> 16) of two layers."""
+    expected = {
+        "rslora": 2 * 8 * (64 + 48),
+        "vera": 2 * (2 * 256 + 32 + 16),
+        "ia3": 2 * 48,
+        "road": 2 * 48,
+        "bias": 2 * 48,
+        "random-projection": 2 * 10 * 48,
+        "random-squares": 2 * 11 * 48,
+        "whitened-lora": 2 * 8 * (64 + 48),
+        "largest-channels": 2 * 10 * 48,
+        "lora-frozen-a": 2 * 10 * 48,
+    }
+    for name, count in expected.items():
+        fresh = load_model(model_folder, "cpu")
+        built, _ = build(plain(name), fresh, tokenizer, Scope(2, 4, ("q_proj", "v_proj")))
+        assert parameter_counts(built)[0] == count, name
 
 
 # ---------------------------------------------------------------------------------------------------- training
 
 
-@pytest.mark.parametrize("name", DEFAULT_METHODS)
+@pytest.mark.parametrize("name", METHOD_NAMES)
 def test_training_lowers_the_loss_and_keeps_the_best_step(
     name: str, job: Job, model: Any, tokenizer: Any, tmp_path: Path
 ) -> None:
     method = METHODS[name]
     inputs = Inputs(job, tokenizer, with_hidden=False)
     torch.manual_seed(0)
-    built, callbacks = build(method, model, tokenizer, Scope(2, 4, job.targets), {})
+    built, callbacks = build(plain(name), model, tokenizer, Scope(2, 4, job.targets))
     # the scales of the input channels are measured before the first step, not trained
     frozen = {
         key: parameter.detach().clone()
@@ -315,8 +543,8 @@ def test_training_lowers_the_loss_and_keeps_the_best_step(
         if not parameter.requires_grad and "qaa_channels" not in key
     }
     curves = train(
-        job, method, built, inputs, callbacks, rate=1e-2, steps=12, seed=0, evaluations=3, title=name,
-        keep_best=tmp_path / "best",
+        job, method, built, inputs, callbacks, rate=max(method.learning_rates), steps=12, seed=0, evaluations=3,
+        title=name, keep_best=tmp_path / "best",
     )  # fmt: skip
     assert [step for step, _ in curves.validation] == [0, 4, 8, 12]
     assert len(curves.train_loss) == len(curves.gradient_norm) == 12
@@ -339,7 +567,7 @@ def test_equal_seeds_give_equal_runs_and_stored_states_change_nothing(
     for chosen, skipped in ((job, 0), (job, 0), (stored_job, 2)):
         base = load_model(model_folder, "cpu")
         torch.manual_seed(0)
-        built, callbacks = build(METHODS["lora"], base, tokenizer, Scope(2, 4, job.targets), {})
+        built, callbacks = build(plain("lora"), base, tokenizer, Scope(2, 4, job.targets))
         inputs = Inputs(chosen, tokenizer, with_hidden=True)
         with lower_layers_skipped(base, skipped):
             curves = train(
@@ -359,25 +587,32 @@ def test_losses_come_back_in_the_order_asked_for(job: Job, model: Any, tokenizer
     assert sums[:3] == pytest.approx(alone, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", DEFAULT_METHODS)
+@pytest.mark.parametrize("name", METHOD_NAMES)
 def test_a_saved_adapter_reloads_to_the_same_losses(
     name: str, model: Any, model_folder: Path, tokenizer: Any, examples: list[Example], tmp_path: Path
 ) -> None:
     from peft import PeftModel
     from safetensors.torch import load_file
 
-    built, _ = build(METHODS[name], model, tokenizer, Scope(2, 4, ("q_proj", "v_proj")), {})
+    scope = Scope(2, 4, ("q_proj", "v_proj"))
+    torch.manual_seed(0)
+    built, _ = build(plain(name), model, tokenizer, scope)
+    calibrate(built, [padded_batch(examples[4:8], 0)])
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in (p for p in built.parameters() if p.requires_grad):
             parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
     batch = padded_batch(examples[:4], 0)
     expected = answer_losses(built.eval(), batch)[0]
-    size = save_adapter(name, built, tmp_path / "adapter")
+    size = save_adapter(built, tmp_path / "adapter")
     assert size == sum(file.stat().st_size for file in (tmp_path / "adapter").glob("*.safetensors")) > 0
     fresh = load_model(model_folder, "cpu")
-    if name == "full":
-        fresh.load_state_dict(load_file(tmp_path / "adapter" / "trained_weights.safetensors"), strict=False)
+    weights = tmp_path / "adapter" / "trained_weights.safetensors"
+    assert weights.exists() == (name in ("full", "bias", *CONTROLS))
+    if weights.exists():
+        torch.manual_seed(1)  # frozen random parts come from the file
+        fresh, _ = build(plain(name), fresh, tokenizer, scope)
+        assert not fresh.load_state_dict(load_file(weights), strict=False).unexpected_keys
     else:
         fresh = PeftModel.from_pretrained(fresh, tmp_path / "adapter").eval()
     torch.testing.assert_close(answer_losses(fresh, batch)[0], expected, rtol=1e-5, atol=1e-5)
@@ -575,10 +810,55 @@ def test_paired_interval_shrinks_with_pairing() -> None:
     generator = np.random.default_rng(0)
     hard = generator.gamma(2.0, 10.0, size=200)
     tokens = generator.integers(5, 30, size=200)
-    mean, low, high = metrics.paired_interval(hard + 0.1 * tokens, hard, tokens)
+    mean, low, high = metrics.paired_interval([hard + 0.1 * tokens], [hard], tokens)
     assert mean == pytest.approx(0.1) and low == pytest.approx(0.1) and high == pytest.approx(0.1)
-    mean, low, high = metrics.paired_interval(hard + generator.normal(0, 1, 200), hard, tokens)
+    mean, low, high = metrics.paired_interval([hard + generator.normal(0, 1, 200)], [hard], tokens)
     assert low < 0 < high and low < mean < high
+
+
+def test_paired_interval_is_that_of_the_normal_approximation_where_that_holds() -> None:
+    generator = np.random.default_rng(1)
+    first = generator.normal(0.3, 2.0, size=(1, 400))
+    mean, low, high = metrics.paired_interval(first, np.zeros((1, 400)), np.ones(400))
+    error = first.std(ddof=1) / 20
+    assert mean == pytest.approx(first.mean())
+    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.08 * 1.96 * error)
+    # examples that are all alike leave the seeds: 8 of them
+    first = generator.normal(0.3, 2.0, size=(8, 1)) * np.ones((8, 50))
+    mean, low, high = metrics.paired_interval(first, np.zeros((1, 50)), np.ones(50))
+    error = first[:, 0].std(ddof=1) / 8**0.5
+    assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.2 * 1.96 * error)
+
+
+def test_three_seeds_have_the_intervals_of_their_few_resamples() -> None:
+    """With seeds -1, 0, 1 a resampled mean is -1 with probability 1/27, so that the 2.5 % point is -1, stretched."""
+    first = np.array([[-1.0], [0.0], [1.0]]) * np.ones((3, 5))
+    _, low, high = metrics.paired_interval(first, np.zeros((3, 5)), np.ones(5))
+    assert (low, high) == (pytest.approx(-(1.5**0.5)), pytest.approx(1.5**0.5))
+    # pairing: a seed that both rows share does not count
+    both = metrics.paired_interval(first + 0.5, first, np.ones(5))
+    assert both == pytest.approx((0.5, 0.5, 0.5))
+    with pytest.raises(ValueError, match="broadcast"):
+        metrics.paired_interval(first, np.zeros((2, 5)), np.ones(5))
+
+
+def test_intervals_over_seeds_and_examples_cover_the_truth_nearly_as_often_as_they_say() -> None:
+    generator = np.random.default_rng(2)
+    examples, cases = 60, 300
+
+    def coverage(seeds: int, seed_noise: float) -> float:
+        hits = 0
+        for _ in range(cases):
+            noise = generator.normal(0, 1.0, size=examples) + generator.normal(0, 0.5, size=(seeds, examples))
+            first = 0.2 + noise + generator.normal(0, seed_noise, size=(seeds, 1))
+            _, low, high = metrics.paired_interval(first, np.zeros((1, examples)), np.ones(examples), resamples=400)
+            hits += low <= 0.2 <= high
+        return hits / cases
+
+    assert 0.90 < coverage(seeds=8, seed_noise=0.15) <= 0.99
+    assert 0.86 < coverage(seeds=3, seed_noise=0.15) <= 0.99  # three seeds: somewhat too narrow, as the report says
+    assert 0.90 < coverage(seeds=1, seed_noise=0.0) <= 0.98
+    assert coverage(seeds=1, seed_noise=0.3) < 0.75  # what the choice of one seed adds is not covered
 
 
 # ------------------------------------------------------------------------------------------------------- words
@@ -589,6 +869,8 @@ def _report(best: float, lora: float, low: float, high: float) -> dict[str, Any]
         rate = {"at_edge": name == "lora"}
         return {
             "name": name,
+            "method": name,
+            "validation_loss": loss + 0.1,
             "label": label,
             "test_loss": loss,
             "trainable_parameters": parameters,
@@ -608,21 +890,28 @@ def _report(best: float, lora: float, low: float, high: float) -> dict[str, Any]
         {"method": "qaa-paper", "reference": "untouched", "difference": -0.4, "low": -0.5, "high": 0.01},
         {"method": "qaa-best", "reference": "untouched", "difference": best - 2, "low": -0.6, "high": -0.2},
     ]
-    return {"methods": methods, "differences": differences}
+    return {"methods": methods, "differences": differences, "references": ["lora", "untouched"]}
 
 
 def test_the_headline_goes_no_further_than_the_interval() -> None:
     level = headline(_report(1.50, 1.51, -0.03, 0.01))
     assert level.replace("\xa0", " ") == (
-        "Both forms of QAA end level with LoRA: a test loss of 1.600 (paper form, 40 % of LoRA's parameters) and 1.500 "
-        "(best form, 50 % of LoRA's parameters) against 1.510."
+        "QAA (paper form) and QAA (best form) end level with LoRA: a test loss of 1.600 (40 % of its parameters) and "
+        "1.500 (50 % of its parameters) against 1.510."
     )
     below = headline(_report(1.50, 1.51, -0.03, -0.001))
-    assert below.startswith("QAA ends level with LoRA in its paper form and below it in its best form: a test loss")
-    assert "and above it in its best form" in headline(_report(1.55, 1.51, 0.01, 0.05))
+    assert below.startswith("QAA (paper form) ends level with LoRA and QAA (best form) below it: a test loss")
+    assert "and QAA (best form) above it" in headline(_report(1.55, 1.51, 0.01, 0.05))
     one = _report(1.55, 1.51, 0.01, 0.05)
     one["methods"] = [row for row in one["methods"] if row["name"] != "qaa-paper"]
-    assert headline(one).startswith("QAA in its best form ends above LoRA: a test loss of 1.550 (best form")
+    assert headline(one).startswith("QAA (best form) ends above LoRA: a test loss of 1.550 (50")
+    many = _report(1.50, 1.51, -0.03, -0.001)
+    many["methods"].append({**many["methods"][0], "name": "other", "method": "qaa-paper", "validation_loss": 9.0})
+    assert headline(many).startswith(
+        "QAA (best form), which of 3 rows of QAA has the lowest validation loss, ends below LoRA: a test loss of 1.500"
+    )
+    many["references"] = ["untouched"]
+    assert headline(many).startswith("QAA (best form) ends lowest")
     alone = _report(1.5, 1.51, 0, 0)
     alone["methods"] = [row for row in alone["methods"] if row["name"] in ("lora", "untouched")]
     assert headline(alone) == "LoRA ends lowest, at a test loss of 1.510 against 2.000 for the untouched model."
@@ -638,7 +927,14 @@ def test_findings_name_what_is_not_settled() -> None:
 def test_limits_say_what_a_smoke_test_is() -> None:
     chosen = settings(budget="smoke").as_dict()
     report = {"settings": chosen, "protocol": {"first": 26, "n_layers": 30}, "sources": {"model": {"origin": "Q4_1"}}}
+    report["methods"] = [{"method": "lora"}]
     said = " ".join(limits(report))
+    assert "not of the seed" in said and "BLEU" in said and "Prefix" not in said
+    several = {**report, "settings": {**chosen, "seeds": [0, 1, 2], "generate": False}}
+    several["methods"] = [{"method": "prefix"}]
+    also = " ".join(limits(several))
+    assert "cover the choice of seeds and of test examples" in also and "With only 3 seeds" in also
+    assert "BLEU" not in also and "Prefix changes every layer" in also
     assert "smoke test" in said and "top 4 of 30 layers" in said and "quantized" in said
 
 

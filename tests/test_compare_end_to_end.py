@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ pytest.importorskip("evaluate")
 from compare_browser import Browser, find_chromium
 from compare_tiny import write_data, write_encoder, write_model
 from qaa.cli import main
-from qaa.compare.config import DEFAULT_METHODS
+from qaa.compare import study
+from qaa.compare.config import DEFAULT_METHODS, METHOD_NAMES
 from qaa.compare.report import write_report
 
 #: what every entry of ``methods`` in results.json has
@@ -39,6 +41,7 @@ KEYS = [
     "final_validation_loss",
     "learning_rate",
 ]
+NEW = [name for name in METHOD_NAMES if name not in DEFAULT_METHODS]
 FIGURES = ["difference", "trade_off", "validation_loss", "training_loss", "gradient_norm"]
 
 
@@ -51,7 +54,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]
     config.write_text(
         f"model: {model}\ndata: {write_data(folder / 'data.json')}\nencoder: {encoder}\nsource: local\nbudget: smoke\n"
         "train_examples: 24\nvalidation_examples: 12\ntest_examples: 12\nmax_tokens: 80\nmax_new_tokens: 6\nlayers: 2\n"
-        "steps: 6\ntuning_steps: 2\nevaluations: 2\nbatch_size: 4\nlearning_rates: {full: [1.0e-3, 1.0e-2]}\n"
+        "steps: 6\ntuning_steps: 2\nevaluations: 2\nbatch_size: 4\n"
+        "variants: {full: {learning_rates: [1.0e-3, 1.0e-2]}}\n"
     )
     command = ["compare", "--config", str(config), "--out", str(folder / "out"), "--cache", str(folder / "cache")]
     command += ["--seeds", "0", "1"]
@@ -119,11 +123,168 @@ def test_a_second_call_trains_nothing_and_an_interrupted_one_only_what_is_missin
 
 
 @pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A finished comparison of losses alone with many rows, variants and two references: its results and folder."""
+    folder = tmp_path_factory.mktemp("wide")
+    ranks = {f"lora-{r}": {"method": "lora", "label": f"LoRA r = {r}", "options": {"r": r}} for r in (1, 2, 4)}
+    frozen = {"method": "qaa-best", "label": "QAA, circuit frozen", "options": {"train_circuit": False}}
+    variants = {**ranks, "qaa-frozen": frozen}
+    config = {
+        "model": str(write_model(folder / "model")), "data": str(write_data(folder / "data.json")), "budget": "smoke",
+        "source": "local", "cache": str(folder / "cache"), "out": str(folder / "out"), "train_examples": 24,
+        "validation_examples": 12, "test_examples": 12, "max_tokens": 80, "layers": 2, "steps": 2, "tuning_steps": 1,
+        "evaluations": 1, "batch_size": 4, "encoder": "/nowhere", "generate": False, "seeds": [0],
+        "methods": [*variants, "lora", *NEW], "references": ["lora-2", "random-projection"],
+        "variants": {**variants, **{name: {"learning_rates": [1e-3]} for name in ("lora", *NEW)}},
+    }  # fmt: skip
+    for row in ranks.values():
+        row["learning_rates"] = [1e-3]
+    frozen["learning_rates"] = [1e-3]
+    path = folder / "wide.yaml"
+    path.write_text(json.dumps(config))  # JSON is YAML
+    assert main(["compare", "--config", str(path)]) == 0
+    return {"results": read(folder / "out"), "out": folder / "out", "command": ["compare", "--config", str(path)]}
+
+
+def test_losses_alone_of_every_method_and_of_variants(wide: dict[str, Any]) -> None:
+    results, out = wide["results"], wide["out"]
+    rows = {row["name"]: row for row in results["methods"]}
+    assert list(rows) == ["lora-1", "lora-2", "lora-4", "qaa-frozen", "lora", *NEW, "untouched"]
+    assert [rows[f"lora-{r}"]["trainable_parameters"] for r in (1, 2, 4)] == [r * 2 * (64 + 48) for r in (1, 2, 4)]
+    assert rows["qaa-frozen"]["trainable_parameters"] == 16 * 2 * 48
+    assert all(
+        row["learning_rate"] == {"rate": 1e-3, "grid": [], "at_edge": False} for row in rows.values() if row["seeds"]
+    )
+    assert rows["lora-1"]["method"] == "lora" and rows["lora-1"]["about"].endswith("here with r = 1")
+    assert not any("bleu" in row or "rougeL" in row for row in rows.values())
+    assert results["samples"] == [] and "encoder" not in results["sources"]
+    assert results["references"] == ["lora-2", "random-projection"]
+    assert len(results["differences"]) == 2 * (len(rows) - 2)
+    for difference in results["differences"]:
+        first, second = (rows[difference[key]]["runs"][0]["test_sums"] for key in ("method", "reference"))
+        by_hand = (sum(first) - sum(second)) / sum(results["protocol"]["test_counts"])
+        assert difference["difference"] == pytest.approx(by_hand, abs=1e-3)
+        assert difference["low"] <= difference["difference"] <= difference["high"]
+    assert sorted(p.name for p in (out / "plots").glob("diff*")) == [
+        "difference-random-projection.png", "difference.png",
+    ]  # fmt: skip
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "BLEU" not in page and "What they say" not in page and "Random squares" in page
+    assert "paired bootstrap over test examples" in page
+
+
+def test_a_changed_variant_repeats_its_own_runs_only(wide: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(wide["command"][-1])
+    config = json.loads(path.read_text())
+    config["variants"]["lora-4"]["label"] = "another label"
+    config["variants"]["lora-2"]["options"]["lora_alpha"] = 3
+    config["references"] = ["lora"]
+    changed = path.with_name("changed.yaml")
+    changed.write_text(json.dumps(config))
+    assert main(["compare", "--config", str(changed)]) == 0
+    said = capsys.readouterr().err
+    assert said.count("done before") == 1 + len(config["methods"]) - 1
+    assert "] lora-2-seed0\n" in said
+
+
+PAGE = """# A page
+<!-- losses results.json -->
+old
+<!-- end -->
+between
+<!-- differences results.json lora-2 -->
+<!-- end -->
+<!-- rates results.json -->
+<!-- end -->
+<!-- figure trade_off results.json -->
+<!-- end -->
+after
+"""
+
+
+def test_a_page_gets_its_tables_and_figures_from_results(
+    wide: dict[str, Any], finished: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "README.md"
+    page.write_text(PAGE)
+    shutil.copy(wide["out"] / "results.json", tmp_path)
+    assert study.main([str(page), "--check"]) == 1 and page.read_text() == PAGE
+    assert study.main([str(page)]) == 0 and study.main([str(page), "--check"]) == 0
+    results = read(wide["out"])
+    rows = {row["name"]: row for row in results["methods"]}
+    text = page.read_text()
+    assert text.startswith("# A page\n<!-- losses") and "\nbetween\n" in text and text.endswith("after\n")
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    losses = {line[0]: line for line in cells[2 : 2 + len(rows)]}
+    assert list(losses) == [row["label"] for row in rows.values()]
+    gain = rows["untouched"]["test_loss"] - rows["lora-4"]["test_loss"]
+    assert losses[rows["lora-4"]["label"]][3] == f"{rows['lora-4']['test_loss']:.4f}"
+    assert losses[rows["lora-4"]["label"]][4].replace("\N{MINUS SIGN}", "-") == f"{gain:.4f}"
+    found = [line for line in cells[2 + len(rows) :] if line[1].startswith(("+", "\N{MINUS SIGN}"))]
+    assert len(found) == len(rows) - 2 and all(line[3] in ("above", "level", "below") for line in found)
+    values = [float(line[1].replace("\N{MINUS SIGN}", "-")) for line in found]
+    assert values == sorted(values)
+    assert (tmp_path / "results-trade-off.png").read_bytes().startswith(b"\x89PNG")
+    # with several seeds, and with a search for the rate
+    shutil.copy(finished[0] / "results.json", tmp_path)
+    assert study.main([str(page)]) == 2 and "expected a reference among lora, untouched" in capsys.readouterr().err
+    page.write_text(PAGE.replace("lora-2", "lora"))
+    assert study.main([str(page)]) == 0 and " ± " in page.read_text() and "**1e\N{MINUS SIGN}3: " in page.read_text()
+
+
+@pytest.mark.parametrize(
+    ("block", "sentence"),
+    [
+        ("losses", "expected 1 words after 'losses', received ''"),
+        ("losses absent.json", "absent.json to be a results.json of qaa compare, received FileNotFoundError"),
+        ("figure nothing results.json", "expected a figure among difference, .*, received 'nothing'"),
+    ],
+)
+def test_a_page_with_an_impossible_block_is_left_alone(
+    block: str, sentence: str, wide: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "README.md"
+    page.write_text(f"<!-- {block} -->\n<!-- end -->\n")
+    shutil.copy(wide["out"] / "results.json", tmp_path)
+    before = page.read_text()
+    assert study.main([str(page)]) == 2 and page.read_text() == before
+    assert re.search(sentence, capsys.readouterr().err)
+
+
+@pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Any:
     if find_chromium() is None:
         pytest.skip("needs chromium (Debian: apt-get install chromium)")
     with Browser(tmp_path_factory.mktemp("profile")) as opened:
         yield opened
+
+
+def labels_outside(browser: Browser) -> Any:
+    """The texts of figures that reach beyond their figure."""
+    return browser.evaluate(
+        "[...document.querySelectorAll('figure svg')].flatMap(s => { const b = s.getBoundingClientRect();"
+        " return [...s.querySelectorAll('text')].filter(t => { const r = t.getBoundingClientRect();"
+        " return r.left < b.left - 1 || r.right > b.right + 1 || r.top < b.top - 1 || r.bottom > b.bottom + 1 })"
+        ".map(t => t.textContent) })"
+    )
+
+
+def test_thirty_rows_keep_their_labels_inside_and_apart(wide: dict[str, Any], browser: Browser, tmp_path: Path) -> None:
+    report = json.loads(json.dumps(wide["results"]))
+    more = [{**row, "name": f"{row['name']}-b", "label": f"{row['label']}, again"} for row in report["methods"][:-1]]
+    report["methods"] = [*report["methods"][:-1], *more, report["methods"][-1]]
+    report["differences"] += [{**d, "method": f"{d['method']}-b"} for d in report["differences"]]
+    browser.open(write_report(report, tmp_path).as_uri())
+    assert labels_outside(browser) == []
+    overlaps = (
+        "((id) => { const t = [...document.querySelectorAll(`#figure-${id} svg text`)].filter(e => /[A-Za-z]/.test("
+        "e.textContent)).map(e => [e.textContent, e.getBoundingClientRect()]); const found = [];"
+        " for (const [i, [a, p]] of t.entries()) for (const [b, q] of t.slice(i + 1))"
+        " if (p.left < q.right && q.left < p.right && p.top + 2 < q.bottom - 2 && q.top + 2 < p.bottom - 2)"
+        " found.push([a, b]); return found })"
+    )
+    for name in (*FIGURES, "difference-random-projection"):
+        assert browser.evaluate(f"{overlaps}('{name}')") == [], name
 
 
 def test_the_report_renders_without_errors_and_without_requests(
@@ -141,13 +302,7 @@ def test_the_report_renders_without_errors_and_without_requests(
     assert sorted(box[0] for box in boxes) == sorted(f"figure-{name}" for name in [*FIGURES, "seed_spread"])
     for name, width, height, paths, texts in boxes:
         assert width > 300 and height > 80 and paths > 5 and texts > 4, name
-    outside = browser.evaluate(
-        "[...document.querySelectorAll('figure svg')].flatMap(s => { const b = s.getBoundingClientRect();"
-        " return [...s.querySelectorAll('text')].filter(t => { const r = t.getBoundingClientRect();"
-        " return r.left < b.left - 1 || r.right > b.right + 1 || r.top < b.top - 1 || r.bottom > b.bottom + 1 })"
-        ".map(t => t.textContent) })"
-    )
-    assert outside == []
+    assert labels_outside(browser) == []
     assert browser.evaluate("document.querySelectorAll('table.sortable tbody tr').length") == 13
     assert browser.evaluate("document.querySelectorAll('.sample').length") == 6
     for scheme in ("dark", "light"):
@@ -204,6 +359,7 @@ def test_a_single_seed_without_qaa_or_lora_still_makes_a_report(
         d for d in report["differences"] if d["method"] == "full" and d["reference"] == "untouched"
     ]
     report["settings"]["seeds"] = [0]
+    report["references"] = ["untouched"]
     page = write_report(report, tmp_path).read_text(encoding="utf-8")
     assert "Full fine-tuning ends lowest" in page
     assert 'id="figure-difference"' not in page and 'id="figure-seed_spread"' not in page

@@ -42,12 +42,11 @@ def table() -> dict[str, dict[str, evidence.Resources]]:
 
 @pytest.mark.parametrize(("architecture", "number"), evidence.CASES)
 def test_resources(machine: Machine, table: dict, architecture: str, number: str) -> None:
-    """As committed (after a change that is meant: ``make cuda-evidence``), and no float kernel needs local memory."""
+    """As committed (after a change that is meant: ``make cuda-evidence``), and no kernel needs local memory."""
     _, resources = machine.code(architecture, number)
     assert len(resources) == {"float": 8, "double": 12}[number]
     assert resources == table["resources"][f"{architecture} {number}"]
-    if number == "float":
-        assert all(kernel["stack_bytes"] == kernel["spill_bytes"] == 0 for kernel in resources.values())
+    assert all(kernel["stack_bytes"] == kernel["spill_bytes"] == 0 for kernel in resources.values())
 
 
 def test_occupancy(machine: Machine, table: dict, emulated_library: Path) -> None:

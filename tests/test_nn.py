@@ -15,7 +15,7 @@ from torch import nn
 
 import oracle
 import qaa
-from qaa.nn import Adapter, QAALinear, QuantumLayer, Whitening, random_signs
+from qaa.nn import Adapter, DenseSquare, QAALinear, QuantumLayer, Square, Whitening, random_signs
 
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -90,6 +90,135 @@ def test_quantum_layer_refuses_bad_arguments():
         QuantumLayer(qaa.ansatz("ring", 3), ["ZZ"])
     with pytest.raises(ValueError, match="9"):
         QuantumLayer(qaa.ansatz("ring", 3))(torch.ones(2, 9))
+
+
+SQUARES = [(16, 4, 1), (9, 4, 2), (2, 1, 1), (7, 1, 3), (32, 5, 3), (40, 3, 1)]  # width, wires, layers
+
+
+def square_and_input(d=16, wires=4, layers=1, out=3):
+    torch.manual_seed(0)
+    model = Square(d, out, wires, layers, hidden_features=5).double()
+    return model, torch.randn(2, 3, d, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("d", "wires", "layers"), SQUARES)
+def test_square_computes_its_equation(d, wires, layers):
+    model, x = square_and_input(d, wires, layers)
+    assert (model.bottleneck is None) == (d == 2**wires)
+    embedded = x if model.bottleneck is None else x @ model.bottleneck.weight.T + model.bottleneck.bias
+    rows = embedded.detach().reshape(6, -1).numpy()
+    theta = model.circuit.theta.detach().numpy()
+    circuit = qaa.ansatz("ring", wires, layers)
+    readouts = [qaa.Readout.parse(name, wires) for name in ("probs", "z")]
+    expected = np.concatenate([oracle.features(circuit, theta, rows, readout) for readout in readouts], axis=1)
+    np.testing.assert_allclose(model.features(x).detach().reshape(6, -1).numpy(), expected, rtol=0, atol=1e-12)
+    first, _, last = model.head
+    hidden = np.tanh(expected @ first.weight.detach().numpy().T + first.bias.detach().numpy())
+    result = hidden @ last.weight.detach().numpy().T + last.bias.detach().numpy()
+    np.testing.assert_allclose(model(x).detach().reshape(6, -1).numpy(), result, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(("d", "wires", "layers"), SQUARES)
+def test_squares_classical_form_is_exact(d, wires, layers):
+    model, x = square_and_input(d, wires, layers)
+    theta = model.circuit.theta.detach().numpy()
+    matrix = model.to_matrix()
+    np.testing.assert_allclose(
+        matrix.detach().numpy(), oracle.unitary(qaa.ansatz("ring", wires, layers), theta), rtol=0, atol=1e-12
+    )
+    x[0, 0] = 0.0
+    if model.bottleneck is not None:
+        nn.init.zeros_(model.bottleneck.bias)  # a zero row then embeds as zero
+    dense = model.to_classical()
+    torch.testing.assert_close(dense(x), model(x), rtol=0, atol=1e-12)
+    assert torch.equal(model.features(x)[0, 0], torch.zeros(2**wires + wires, dtype=torch.float64))
+    assert {name for name, _ in dense.named_parameters()} == {
+        name for name, _ in model.named_parameters() if name != "circuit.theta"
+    } | {"mix.weight"}
+    before = dense(x).detach()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)
+    assert torch.equal(dense(x), before) and not torch.equal(model(x), before)
+
+
+def test_squares_gradients_are_those_of_its_classical_form():
+    model, x = square_and_input(9, 4, 2)
+    dense = model.to_classical()
+    x, twin = x.requires_grad_(), x.detach().clone().requires_grad_()
+    model(x).square().sum().backward()
+    dense(twin).square().sum().backward()
+    torch.testing.assert_close(x.grad, twin.grad, rtol=0, atol=1e-12)
+    # the angles see the dense gradient through the matrix
+    unitary = model.to_matrix()
+    through = torch.cat([unitary.real, unitary.imag])
+    (grad_theta,) = torch.autograd.grad(through, model.circuit.theta, dense.mix.weight.grad)
+    torch.testing.assert_close(grad_theta, model.circuit.theta.grad, rtol=0, atol=1e-12)
+    for name, parameter in dense.named_parameters():
+        if name != "mix.weight":
+            torch.testing.assert_close(model.get_parameter(name).grad, parameter.grad, rtol=0, atol=1e-12)
+
+
+def test_square_passes_gradcheck():
+    model, x = square_and_input(5, 2, 2)
+    names, parameters = zip(*((n, p.detach().requires_grad_()) for n, p in model.named_parameters()), strict=True)
+
+    def output(x, *values):
+        return torch.func.functional_call(model, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(output, (x[0].requires_grad_(), *parameters), fast_mode=False)
+
+
+def test_square_travels_and_compiles():
+    model, x = square_and_input(9)
+    other, _ = square_and_input(9)
+    assert not any("signs" in name for name in model.state_dict())
+    other.load_state_dict(model.state_dict())
+    for twin in (other, copy.deepcopy(model), torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)):
+        torch.testing.assert_close(twin(x), model(x), rtol=0, atol=1e-12)
+    dense = model.to_classical()
+    fresh = DenseSquare(Square(9, 3, 4, hidden_features=5).double())
+    fresh.load_state_dict(dense.state_dict())
+    assert torch.equal(fresh(x), dense(x))
+
+
+def test_squares_angles_learn_what_a_frozen_circuit_cannot():
+    """Labels from one circuit's <Z>, a head that is only a readout of it: trained angles find them."""
+    teacher, x = square_and_input()
+    torch.manual_seed(3)
+    x = torch.randn(256, 16, dtype=torch.float64)
+    target = teacher.features(x)[:, 16:17].detach() * 4
+    losses = {}
+    for train_angles in (True, False):
+        torch.manual_seed(1)
+        student = Square(16, 1).double()
+        student.circuit.theta.requires_grad_(train_angles)
+        optimizer = torch.optim.Adam([p for p in student.parameters() if p.requires_grad], lr=0.02)
+        for _ in range(300):
+            loss = (student(x) - target).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        losses[train_angles] = loss.item()
+    assert losses[True] < 0.5 * losses[False]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 1), "expected in_features of at least 1, received 0"),
+        ((16, 1.0), r"expected out_features of at least 1, received 1\.0"),
+        ((16, 1, 17), "expected n_wires from 1 to 16, received 17"),
+        ((16, 1, 4, 0), "expected n_layers from 1 to 10000, received 0"),
+        ((16, 1, 4, 1, True), "expected hidden_features of at least 1, received True"),
+    ],
+)
+def test_square_refuses_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Square(*arguments)
+    for width in (15, 17):
+        with pytest.raises(ValueError, match=f"expected x with a last dimension of 16, received {width}"):
+            Square(16, 1)(torch.ones(2, width))
 
 
 @pytest.mark.parametrize("readout", ["z", "probs[:6]", ["ZIII", "XYZI"], "state", "state[:3]"])

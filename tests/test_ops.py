@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -761,6 +762,32 @@ def test_bad_arguments_say_what_was_expected_and_received(call: Callable[[], Any
     with pytest.raises((ValueError, TypeError), match=received) as error:
         call()
     assert re.fullmatch(r"[^\n]*expected [^\n]*received [^\n]*", str(error.value)), str(error.value)
+
+
+def test_torchs_flop_counter_counts_the_plans_operations() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    def counted(call: Callable[[], Any], backward: bool) -> int:
+        with FlopCounterMode(display=False) as counter:
+            value = call()
+            if backward:
+                (value.real if value.is_complex() else value).sum().backward()
+        return int(counter.get_total_flops())
+
+    theta, x = angles(CIRCUIT).requires_grad_(), vectors(5, 7, 6).requires_grad_()
+    for readout in ("z", "state[:3]"):
+        forward, backward = qaa.program.program(CIRCUIT, readout, True).plan.operations(6)
+        call = partial(quantum_features, CIRCUIT, theta, x, readout)
+        assert counted(call, backward=False) == 2 * 35 * forward
+        assert counted(call, backward=True) == 2 * 35 * (forward + backward)
+    forward, backward = qaa.program.program(CIRCUIT, "state[:3]", False).plan.operations(6)
+    for real, states in ((True, 3), (False, 6)):
+        call = partial(amplitude_rows, CIRCUIT, theta, 3, width=6, real=real)
+        assert counted(call, backward=False) == 2 * states * forward
+        assert counted(call, backward=True) == 2 * states * (forward + backward)
+    base, features, up = vectors(5, 7, 4), vectors(5, 7, 3).requires_grad_(), vectors(4, 3).requires_grad_()
+    by_torch = counted(lambda: base + torch.nn.functional.linear(features, up), backward=True)
+    assert counted(lambda: project(base, features, up), backward=True) == by_torch == 6 * 35 * 4 * 3
 
 
 def test_examples_in_docstrings_run() -> None:

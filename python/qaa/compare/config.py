@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,16 @@ class CompareError(Exception):
     """A request that cannot be met, in one sentence; the command line prints it and exits with code 2."""
 
 
+UNTOUCHED = "untouched"
+
 #: The rows of the paper's table, in its order. ``untouched`` is always added as the reference.
 DEFAULT_METHODS = ("qaa-paper", "qaa-best", "lora", "sora", "prefix", "full")
+
+#: What a row can train; the last five are controls, which could do without a circuit what QAA does.
+METHOD_NAMES = (
+    *DEFAULT_METHODS, "rslora", "vera", "ia3", "road", "bias", "random-projection", "random-squares", "whitened-lora",
+    "largest-channels", "lora-frozen-a",
+)  # fmt: skip
 
 #: What each budget sets. Times are for two cores that multiply float32 matrices at about 170 GFLOP/s together.
 BUDGETS: dict[str, dict[str, Any]] = {
@@ -68,21 +77,37 @@ SOURCES = ("auto", "hub", "packages", "local")
 
 
 @dataclass(frozen=True)
+class Variant:
+    """A row: a method with options of its configuration. What is None comes from the method."""
+
+    method: str
+    label: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    learning_rates: tuple[float, ...] | None = None
+    angle_rate: float | None = None
+
+
+@dataclass(frozen=True)
 class Settings:
     """One comparison, complete: equal settings give equal training runs.
 
     ``model``, ``data`` and ``encoder`` are hub names or local paths. ``layers`` is the number of top decoder layers
     that are adapted (``None``: all). ``targets`` are the adapted linear layers (``None``: the default of PEFT for the
-    model's architecture, query and value for Llama). ``learning_rates`` and ``options`` replace a method's grid and
-    its configuration, by method name.
+    model's architecture, query and value for Llama). ``methods`` are the rows: names of methods or of ``variants``.
+    A variant may have a method's name and then changes that method. ``references`` are the rows that every other one
+    is subtracted from (``None``: ``lora`` and ``untouched``). Without ``generate`` there are no answers and no scores.
 
     Example:
         >>> settings(budget="smoke", seeds=[0, 1]).seeds
         (0, 1)
+        >>> chosen = settings(methods=["lora-2"], variants={"lora-2": {"method": "lora", "options": {"r": 2}}})
+        >>> chosen.row("lora-2").options, chosen.row("sora").method
+        ({'r': 2}, 'sora')
         >>> settings(methods=["lorra"])
         Traceback (most recent call last):
         ...
         qaa.compare.config.CompareError: expected methods among qaa-paper, qaa-best, lora, sora, prefix, full, \
+rslora, vera, ia3, road, bias, random-projection, random-squares, whitened-lora, largest-channels, lora-frozen-a, \
 received 'lorra' (did you mean 'lora'?)
     """
 
@@ -108,8 +133,13 @@ received 'lorra' (did you mean 'lora'?)
     layers: int | None = 12
     targets: tuple[str, ...] | None = None
     grid_extensions: int = 1
-    learning_rates: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    generate: bool = True
+    references: tuple[str, ...] | None = None
+    variants: Mapping[str, Variant] = field(default_factory=dict)
+
+    def row(self, name: str) -> Variant:
+        """What the row ``name`` trains."""
+        return self.variants.get(name) or Variant(name)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data for YAML and JSON."""
@@ -156,7 +186,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _hint(word: str, known: list[str] | tuple[str, ...]) -> str:
+def _hint(word: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(word, known, n=1)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
@@ -191,14 +221,23 @@ def _checked(values: dict[str, Any]) -> Settings:
     if values.get("source", "auto") not in SOURCES:
         raise CompareError(f"expected source to be one of {', '.join(SOURCES)}, received {values['source']!r}")
 
+    if not isinstance(values.get("generate", True), bool):
+        raise CompareError(f"expected generate to be true or false, received {values['generate']!r}")
+
+    values["variants"] = {
+        _row_name(name): _variant(name, entry)
+        for name, entry in _mapping(values.get("variants", {}), "variants").items()
+    }
+    known = tuple(dict.fromkeys([*METHOD_NAMES, *values["variants"]]))
     methods = _listed(values.get("methods", DEFAULT_METHODS), "methods")
     for name in methods:
-        if name not in DEFAULT_METHODS:
-            raise CompareError(
-                f"expected methods among {', '.join(DEFAULT_METHODS)}, received {name!r}"
-                f"{_hint(str(name), DEFAULT_METHODS)}"
-            )
-    values["methods"] = tuple(m for m in dict.fromkeys(methods))
+        _known(name, known, "methods")
+    values["methods"] = tuple(dict.fromkeys(methods))
+    if values.get("references") is not None:
+        references = _listed(values["references"], "references")
+        for name in references:
+            _known(name, (*values["methods"], UNTOUCHED), "references")
+        values["references"] = tuple(dict.fromkeys(references))
 
     seeds = _listed(values.get("seeds", (0,)), "seeds")
     if any(isinstance(seed, bool) or not isinstance(seed, int) or seed < 0 for seed in seeds):
@@ -207,15 +246,6 @@ def _checked(values: dict[str, Any]) -> Settings:
 
     if values.get("targets") is not None:
         values["targets"] = tuple(str(name) for name in _listed(values["targets"], "targets"))
-
-    values["learning_rates"] = {
-        _method_key(name, "learning_rates"): _rates(name, rates)
-        for name, rates in _mapping(values.get("learning_rates", {}), "learning_rates").items()
-    }
-    values["options"] = {
-        _method_key(name, "options"): dict(_mapping(options, f"options of {name}"))
-        for name, options in _mapping(values.get("options", {}), "options").items()
-    }
     return Settings(**values)
 
 
@@ -232,10 +262,39 @@ def _mapping(value: Any, what: str) -> Mapping[str, Any]:
     return value
 
 
-def _method_key(name: Any, what: str) -> str:
-    if name not in DEFAULT_METHODS:
-        raise CompareError(f"expected the keys of {what} among {', '.join(DEFAULT_METHODS)}, received {name!r}")
+def _known(name: Any, known: Sequence[str], what: str) -> str:
+    if name not in known:
+        raise CompareError(f"expected {what} among {', '.join(known)}, received {name!r}{_hint(str(name), known)}")
     return str(name)
+
+
+def _row_name(name: Any) -> str:
+    """Names of rows become names of files and of style rules."""
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z][a-z0-9]*(-[a-z0-9]+)*", name) or name == UNTOUCHED:
+        raise CompareError(
+            f"expected the names of variants to be lower-case words and digits with hyphens, not {UNTOUCHED!r}, "
+            f"received {name!r}"
+        )
+    return name
+
+
+def _variant(name: str, entry: Any) -> Variant:
+    given = dict(_mapping(entry, f"variant {name}"))
+    keys = [f.name for f in fields(Variant)]
+    for key in given:
+        _known(key, keys, f"the keys of variant {name}")
+    if "method" not in given and name not in METHOD_NAMES:
+        raise CompareError(f"expected variant {name} to have the key 'method', received {', '.join(given) or 'none'}")
+    label, angle_rate = given.get("label"), given.get("angle_rate")
+    if label is not None and (not isinstance(label, str) or not label.strip()):
+        raise CompareError(f"expected the label of variant {name} to be text, received {label!r}")
+    return Variant(
+        _known(given.get("method", name), METHOD_NAMES, f"the method of variant {name}"),
+        label,
+        dict(_mapping(given.get("options", {}), f"options of {name}")),
+        _rates(name, given["learning_rates"]) if given.get("learning_rates") is not None else None,
+        None if angle_rate is None else _rates(name, angle_rate)[0],
+    )
 
 
 def _rates(name: str, rates: Any) -> tuple[float, ...]:

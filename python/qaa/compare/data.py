@@ -5,24 +5,30 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from .config import CompareError, Settings
 
 SPLIT_SEED = 0  # the split belongs to the protocol: every method and every seed sees the same examples
+SPEAKERS = {"human": "User", "gpt": "Assistant", "function_call": "Function call", "observation": "Function result"}
+ANSWERS = ("gpt", "function_call")  # the turns of a conversation that the model is to produce
 PLAIN_TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
 
 
 @dataclass(frozen=True)
 class Example:
-    """One instruction and its reference answer, as text and as token ids (the answer's ids end with end-of-text)."""
+    """One instruction and its reference answer, as text and as token ids (the answer's ids end with end-of-text).
+
+    Examples with the same ``group`` come from one conversation; None stands alone.
+    """
 
     prompt: str
     response: str
     prompt_ids: tuple[int, ...] = ()
     response_ids: tuple[int, ...] = ()
+    group: str | None = field(default=None, compare=False)
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
@@ -30,7 +36,10 @@ class Example:
 
 @dataclass(frozen=True)
 class Splits:
-    """Training, validation (learning rates, best step) and test examples; no prompt occurs twice."""
+    """Training, validation (learning rates, best step) and test examples.
+
+    No prompt occurs twice, and no conversation reaches into two of them.
+    """
 
     train: tuple[Example, ...]
     validation: tuple[Example, ...]
@@ -45,7 +54,8 @@ def read_examples(path: str | Path) -> list[Example]:
     """Examples from a JSON list or a JSON-lines file.
 
     Rows are Alpaca's (``instruction``, optional ``input``, ``output``), or ``prompt`` with ``response`` or
-    ``completion``. Repeated prompts are dropped after their first occurrence.
+    ``completion``, or conversations (:func:`conversation_examples`). Repeated prompts are dropped after their first
+    occurrence.
 
     Raises:
         CompareError: the file cannot be read, is no such JSON, or a row lacks a key.
@@ -61,9 +71,10 @@ def read_examples(path: str | Path) -> list[Example]:
         raise CompareError(f"expected JSON or JSON lines in {path}, received: {error}") from None
     examples: dict[str, Example] = {}
     for number, row in enumerate(rows, 1):
-        example = _example(row, number, path)
-        if example.prompt and example.response:
-            examples.setdefault(example.prompt, example)
+        found = _conversation(row, number, path) if _is_conversation(row) else [_example(row, number, path)]
+        for example in found:
+            if example.prompt and example.response:
+                examples.setdefault(example.prompt, example)
     if not examples:
         raise CompareError(f"expected at least one example with a prompt and a response in {path}, received none")
     return list(examples.values())
@@ -84,6 +95,52 @@ def _example(row: Any, number: int, path: Path) -> Example:
     )
 
 
+def conversation_examples(turns: Sequence[tuple[str, str]], functions: str) -> list[Example]:
+    """One example for every turn of the model: the prompt is all that came before, the response is the turn.
+
+    ``turns`` are pairs of speaker (a key of ``SPEAKERS``) and text; ``functions`` describes what can be called, as
+    JSON. A call is answered with its JSON, anything else with text: that the model chooses is part of the task. The
+    group is the prompt of the first turn, so that conversations that begin alike stay together.
+
+    Example:
+        >>> call = '{"name": "time", "arguments": {}}'
+        >>> turns = [("human", "Time?"), ("function_call", call), ("observation", "12:30"), ("gpt", "Half past 12.")]
+        >>> first, second = conversation_examples(turns, '[{"name": "time"}]')
+        >>> print(second.prompt)
+        Functions: [{"name": "time"}]
+        User: Time?
+        Function call: {"name": "time", "arguments": {}}
+        Function result: 12:30
+        >>> first.response == call, second.response, second.group == first.prompt
+        (True, 'Half past 12.', True)
+    """
+    lines = [f"Functions: {functions}"]
+    found: list[Example] = []
+    for speaker, text in turns:
+        if speaker in ANSWERS:
+            prompt = "\n".join(lines)
+            found.append(Example(prompt, text, group=found[0].group if found else prompt))
+        lines.append(f"{SPEAKERS[speaker]}: {text}")
+    return found
+
+
+def _is_conversation(row: Any) -> bool:
+    return isinstance(row, dict) and "conversations" in row
+
+
+def _conversation(row: dict[str, Any], number: int, path: Path) -> list[Example]:
+    turns, functions = row["conversations"], row.get("tools") or "[]"
+    plain = isinstance(turns, list) and all(
+        isinstance(turn, dict) and turn.get("from") in SPEAKERS and isinstance(turn.get("value"), str) for turn in turns
+    )
+    if not plain or not isinstance(functions, str):
+        raise CompareError(
+            f"expected row {number} of {path} to have 'conversations', a list of texts 'value' from "
+            f"{', '.join(SPEAKERS)}, and 'tools', a text, received {json.dumps(row, ensure_ascii=False)[:100]}"
+        )
+    return conversation_examples([(turn["from"], turn["value"].strip()) for turn in turns], functions.strip())
+
+
 def tokenized(example: Example, tokenizer: Any) -> Example:
     """The example with token ids: the prompt through the chat template, the response with its end-of-text token."""
     if tokenizer.chat_template:
@@ -93,32 +150,39 @@ def tokenized(example: Example, tokenizer: Any) -> Example:
     else:
         prompt_ids = tokenizer(PLAIN_TEMPLATE.format(prompt=example.prompt))["input_ids"]
     response_ids = tokenizer(example.response, add_special_tokens=False)["input_ids"]
-    return Example(example.prompt, example.response, tuple(prompt_ids), (*response_ids, tokenizer.eos_token_id))
+    return replace(example, prompt_ids=tuple(prompt_ids), response_ids=(*response_ids, tokenizer.eos_token_id))
 
 
 def split(examples: Sequence[Example], tokenizer: Any, chosen: Settings) -> Splits:
     """Shuffles once, keeps examples of at most ``max_tokens``, and deals out test, validation and training examples.
 
+    What is shuffled and dealt are groups: a conversation of which a split takes only some examples loses the others.
+
     Raises:
         CompareError: fewer examples fit than the three splits need.
     """
     sizes = (chosen.test_examples, chosen.validation_examples, chosen.train_examples)
-    shuffled = list(examples)
+    groups: dict[Any, list[Example]] = {}
+    for number, example in enumerate(examples):
+        groups.setdefault(number if example.group is None else example.group, []).append(example)
+    shuffled = list(groups.values())
     random.Random(SPLIT_SEED).shuffle(shuffled)
-    kept: list[Example] = []
-    for example in shuffled:
-        if len(kept) == sum(sizes):
-            break
-        candidate = tokenized(example, tokenizer)
-        if len(candidate) <= chosen.max_tokens:
-            kept.append(candidate)
-    if len(kept) < sum(sizes):
-        raise CompareError(
-            f"expected at least {sum(sizes)} examples of at most {chosen.max_tokens} tokens "
-            f"({sizes[2]} training + {sizes[1]} validation + {sizes[0]} test), received {len(kept)} of {len(examples)}"
-        )
-    test, validation = kept[: sizes[0]], kept[sizes[0] : sizes[0] + sizes[1]]
-    return Splits(tuple(kept[sizes[0] + sizes[1] :]), tuple(validation), tuple(test))
+    waiting = iter(shuffled)
+    dealt: list[tuple[Example, ...]] = []
+    for size in sizes:
+        kept: list[Example] = []
+        while len(kept) < size:
+            group = next(waiting, None)
+            if group is None:
+                received = sum(map(len, dealt)) + len(kept)
+                raise CompareError(
+                    f"expected at least {sum(sizes)} examples of at most {chosen.max_tokens} tokens "
+                    f"({sizes[2]} training + {sizes[1]} validation + {sizes[0]} test), "
+                    f"received {received} of {len(examples)}"
+                )
+            kept += [e for e in (tokenized(e, tokenizer) for e in group) if len(e) <= chosen.max_tokens]
+        dealt.append(tuple(kept[:size]))
+    return Splits(train=dealt[2], validation=dealt[1], test=dealt[0])
 
 
 def training_order(lengths: Sequence[int], batch_size: int, steps: int, seed: int) -> list[list[int]]:

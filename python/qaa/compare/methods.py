@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
 
-from .config import CompareError
-from .models import decoder_layers
+from .config import CompareError, Settings
+from .controls import CONTROLS, controls, wrap
+from .controls import calibrate as calibrate_controls
+from .models import answer_losses, decoder_layers
 
-UNTOUCHED = "untouched"
 PREFIX_TEXT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 )
@@ -19,7 +22,7 @@ PREFIX_TEXT = (
 
 @dataclass(frozen=True)
 class Method:
-    """A row of the table: names, the learning rates to choose from, and where the method reaches."""
+    """What a row trains, and how it is shown: names, the learning rates to choose from, where the method reaches."""
 
     name: str
     label: str
@@ -27,28 +30,88 @@ class Method:
     top_layers_only: bool = True  # False: it changes every layer, whatever ``layers`` says
     angle_rate: float = 1.0  # learning rate of circuit angles relative to that of the other parameters
     about: str = ""
+    own: bool = False  # its layers are this package's, so that a change of their code changes it
 
+    @property
+    def is_qaa(self) -> bool:
+        """Whether the method is a form of QAA."""
+        return self.name.startswith("qaa")
+
+
+_RATES = (1e-3, 3e-3, 1e-2)
 
 METHODS = {
     method.name: method
     for method in (
         Method(
-            "qaa-paper", "QAA (paper form)", (1e-4, 3e-4, 1e-3), angle_rate=10.0,
+            "qaa-paper", "QAA (paper form)", (1e-4, 3e-4, 1e-3), angle_rate=10.0, own=True,
             about="amplitude embedding, 4-layer circuit, <Z> of every wire, up-projection and bias",
         ),
         Method(
-            "qaa-best", "QAA (best form)", (1e-3, 3e-3, 1e-2),
+            "qaa-best", "QAA (best form)", _RATES, own=True,
             about="amplitude embedding, 4-layer circuit, 16 real amplitudes of the scaled input, up-projection",
         ),
-        Method("lora", "LoRA", (1e-3, 3e-3, 1e-2), about="rank 8, alpha 16, PEFT's own"),
-        Method("sora", "SoRA", (1e-3, 3e-3, 1e-2), about="rank 8 with a gate per rank, soft threshold after each step"),
+        Method("lora", "LoRA", _RATES, about="rank 8, alpha 16, PEFT's own"),
+        Method("sora", "SoRA", _RATES, own=True,
+               about="rank 8 with a gate per rank, soft threshold after each step"),
         Method(
             "prefix", "Prefix", (3e-3, 1e-2, 3e-2), top_layers_only=False,
             about="8 virtual tokens in every layer, PEFT's own, started from the keys and values of a real text",
         ),
         Method("full", "Full fine-tuning", (1e-4, 3e-4, 1e-3), about="every weight of the adapted layers"),
+        Method("rslora", "rsLoRA", _RATES, about="LoRA of rank 8, alpha 16, scaled by alpha over the rank's root"),
+        Method("vera", "VeRA", (1e-2, 3e-2, 1e-1),
+               about="frozen random matrices of rank 256 shared by all layers, trained vectors, PEFT's own"),
+        Method("ia3", "IA3", (1e-2, 3e-2, 1e-1), about="a trained factor for every output channel, PEFT's own"),
+        Method("road", "RoAd", (1e-2, 3e-2, 1e-1),
+               about="trained rotations and scales of pairs of output channels, PEFT's own"),
+        Method("bias", "Bias only", (1e-2, 3e-2, 1e-1), about="a trained bias of every adapted linear layer"),
+        Method("random-projection", "Random projection", _RATES,
+               about="control: 10 random orthonormal projections of the scaled input, frozen and standardised"),
+        Method("random-squares", "Random squares", _RATES,
+               about="control: squares of 10 random projections of the scaled, normalised input, standardised"),
+        Method("whitened-lora", "LoRA, scaled channels", _RATES,
+               about="control: LoRA of rank 8, alpha 16, on inputs scaled channel by channel"),
+        Method("largest-channels", "Largest channels", _RATES,
+               about="control: the 10 input channels of largest rms, scaled"),
+        Method("lora-frozen-a", "LoRA, A frozen", _RATES,
+               about="control: LoRA of rank 10, alpha 20, whose A is frozen"),
     )
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Row:
+    """A row of the table: a name, and a method with options."""
+
+    name: str
+    method: Method
+    options: Mapping[str, Any]
+
+    @property
+    def label(self) -> str:
+        """What readers see."""
+        return self.method.label
+
+    @property
+    def about(self) -> str:
+        """One line on what is trained."""
+        changed = ", ".join(f"{key} = {value}" for key, value in self.options.items())
+        return f"{self.method.about}; here with {changed}" if changed else self.method.about
+
+
+def row(chosen: Settings, name: str) -> Row:
+    """The row ``name`` of a comparison: the method with what its variant changes."""
+    variant = chosen.row(name)
+    method = METHODS[variant.method]
+    method = replace(
+        method,
+        # a variant that only changes a method keeps the method's label
+        label=variant.label or (method.label if name == method.name else name),
+        learning_rates=variant.learning_rates or method.learning_rates,
+        angle_rate=method.angle_rate if variant.angle_rate is None else variant.angle_rate,
+    )
+    return Row(name, method, variant.options)
 
 
 @dataclass(frozen=True)
@@ -84,78 +147,157 @@ def adapted_targets(model: Any, targets: Sequence[str] | None) -> tuple[str, ...
     return tuple(targets)
 
 
-def build(
-    method: Method, model: Any, tokenizer: Any, scope: Scope, options: Mapping[str, Any]
-) -> tuple[Any, list[Any]]:
-    """The model with ``method``'s parameters trainable and all others frozen, and callbacks for the ``Trainer``.
+def adapted_layers(model: Any, scope: Scope) -> list[str]:
+    """The full names of the adapted linear layers."""
+    inside = {id(part) for layer in decoder_layers(model)[scope.first :] for part in layer.modules()}
+    endings = tuple(f".{target}" for target in scope.targets)
+    return [name for name, part in model.named_modules() if id(part) in inside and f".{name}".endswith(endings)]
+
+
+def build(row: Row, model: Any, tokenizer: Any, scope: Scope) -> tuple[Any, list[Any]]:
+    """The model with the row's parameters trainable and all others frozen, and callbacks for the ``Trainer``.
 
     Raises:
         CompareError: an option that the method's configuration does not have, or refuses.
     """
-    settings = dict(options)
-    common: dict[str, Any] = {"target_modules": list(scope.targets), "layers_to_transform": scope.layers}
     try:
-        if method.name == "full":
-            return _full(model, scope, settings), []
-        if method.name == "prefix":
-            return _prefix(model, tokenizer, settings), []
-        import peft
-
-        if method.name == "lora":
-            config: Any = peft.LoraConfig(
-                **{"r": 8, "lora_alpha": 16, "task_type": "CAUSAL_LM", **common, **settings},
-            )
-            return peft.get_peft_model(model, config), []
-        from qaa.peft import QaaConfig, SoraCallback, SoraConfig
-
-        if method.name == "sora":
-            callback = SoraCallback(xi=float(settings.pop("xi", 1e-3)))
-            config = SoraConfig(**{"r": 8, "task_type": "CAUSAL_LM", **common, **settings})
-            return peft.get_peft_model(model, config), [callback]
-        preset = method.name.removeprefix("qaa-")
-        config = QaaConfig.preset(preset, **{"task_type": "CAUSAL_LM", **common, **settings})
-        return peft.get_peft_model(model, config), []
+        return _BUILDERS[row.method.name](row.method.name, model, tokenizer, scope, dict(row.options))
     except (TypeError, ValueError) as error:
-        raise CompareError(f"method {method.name} cannot be set up: {error}") from error
+        raise CompareError(f"method {row.name} cannot be set up: {error}") from error
 
 
-def _full(model: Any, scope: Scope, settings: dict[str, Any]) -> Any:
-    if settings:
-        raise TypeError(f"expected no options, received {', '.join(settings)}")
-    for part in decoder_layers(model)[scope.first :] if scope.first else [model]:
-        part.requires_grad_(True)
-    return model
+Built = tuple[Any, list[Any]]
 
 
-def _prefix(model: Any, tokenizer: Any, settings: dict[str, Any]) -> Any:
+def _in_layers(scope: Scope) -> dict[str, Any]:
+    return {
+        "target_modules": list(scope.targets), "layers_to_transform": scope.layers, "task_type": "CAUSAL_LM",
+    }  # fmt: skip
+
+
+def _qaa(name: str, model: Any, tokenizer: Any, scope: Scope, options: dict[str, Any]) -> Built:
     import peft
 
-    text = settings.pop("text", PREFIX_TEXT)
-    config = peft.PrefixTuningConfig(**{"num_virtual_tokens": 8, "task_type": "CAUSAL_LM", **settings})
+    from qaa.peft import QaaConfig
+
+    config = QaaConfig.preset(name.removeprefix("qaa-"), **{**_in_layers(scope), **options})
+    return peft.get_peft_model(model, config), []
+
+
+def _sora(name: str, model: Any, tokenizer: Any, scope: Scope, options: dict[str, Any]) -> Built:
+    import peft
+
+    from qaa.peft import SoraCallback, SoraConfig
+
+    callback = SoraCallback(xi=float(options.pop("xi", 1e-3)))
+    return peft.get_peft_model(model, SoraConfig(**{"r": 8, **_in_layers(scope), **options})), [callback]
+
+
+def _lora(name: str, model: Any, tokenizer: Any, scope: Scope, options: dict[str, Any]) -> Built:
+    import peft
+
+    rank = 10 if name == "lora-frozen-a" else 8
+    fixed = {"r": rank, "lora_alpha": 2 * rank, "use_rslora": name == "rslora"}
+    adapted = peft.get_peft_model(model, peft.LoraConfig(**{**fixed, **_in_layers(scope), **options}))
+    if name == "lora-frozen-a":
+        for key, parameter in adapted.named_parameters():
+            if ".lora_A." in key:
+                parameter.requires_grad_(False)
+    return adapted, []
+
+
+def _vera(name: str, model: Any, tokenizer: Any, scope: Scope, options: dict[str, Any]) -> Built:
+    import peft
+
+    return peft.get_peft_model(model, peft.VeraConfig(**{**_in_layers(scope), **options})), []
+
+
+def _ia3(name: str, model: Any, tokenizer: Any, scope: Scope, options: dict[str, Any]) -> Built:
+    import peft
+
+    # IA3 and RoAd know no layers_to_transform: every layer is named
+    fixed = {"target_modules": adapted_layers(model, scope), "feedforward_modules": [], "task_type": "CAUSAL_LM"}
+    return peft.get_peft_model(model, peft.IA3Config(**{**fixed, **options})), []
+
+
+def _road(name: str, model: Any, tokenizer: Any, scope: Scope, options: dict[str, Any]) -> Built:
+    import peft
+
+    names = adapted_layers(model, scope)
+    # pairs of channels are formed inside groups, which have to divide every layer's width
+    group = math.gcd(64, *(model.get_submodule(layer).out_features for layer in names))
+    fixed = {"target_modules": names, "group_size": group, "task_type": "CAUSAL_LM"}
+    return peft.get_peft_model(model, peft.RoadConfig(**{**fixed, **options})), []
+
+
+def _bias(name: str, model: Any, tokenizer: Any, scope: Scope, options: dict[str, Any]) -> Built:
+    _no_options(options)
+    for key in adapted_layers(model, scope):
+        layer = model.get_submodule(key)
+        if layer.bias is None:
+            layer.bias = nn.Parameter(layer.weight.new_zeros(layer.out_features))
+        layer.bias.requires_grad_(True)
+    return model, []
+
+
+def _control(name: str, model: Any, tokenizer: Any, scope: Scope, options: dict[str, Any]) -> Built:
+    wrap(model, adapted_layers(model, scope), CONTROLS[name], options)
+    return model, []
+
+
+def _full(name: str, model: Any, tokenizer: Any, scope: Scope, options: dict[str, Any]) -> Built:
+    _no_options(options)
+    for part in decoder_layers(model)[scope.first :] if scope.first else [model]:
+        part.requires_grad_(True)
+    return model, []
+
+
+def _no_options(options: dict[str, Any]) -> None:
+    if options:
+        raise TypeError(f"expected no options, received {', '.join(options)}")
+
+
+def _prefix(name: str, model: Any, tokenizer: Any, scope: Scope, options: dict[str, Any]) -> Built:
+    import peft
+
+    text = options.pop("text", PREFIX_TEXT)
+    config = peft.PrefixTuningConfig(**{"num_virtual_tokens": 8, "task_type": "CAUSAL_LM", **options})
     adapted = peft.get_peft_model(model, config)
     if not config.prefix_projection:
         # random keys and values would swamp the attention of every layer: start from those of a text
         peft.initialize_kv_prefix_from_text(
             adapted, tokenizer, text=text, use_chat_template=bool(tokenizer.chat_template)
         )
-    return adapted
+    return adapted, []
+
+
+_BUILDERS: dict[str, Callable[[str, Any, Any, Scope, dict[str, Any]], Built]] = {
+    "qaa-paper": _qaa, "qaa-best": _qaa, "lora": _lora, "sora": _sora, "prefix": _prefix, "full": _full,
+    "rslora": _lora, "vera": _vera, "ia3": _ia3, "road": _road, "bias": _bias, "lora-frozen-a": _lora,
+    **dict.fromkeys(CONTROLS, _control),
+}  # fmt: skip
 
 
 def calibrate(model: Any, batches: Iterable[Any]) -> None:
-    """Measures the input channels of QAA adapters that scale them, on a few batches; leaves other models alone."""
-    if not any(getattr(config, "scale_channels", False) for config in getattr(model, "peft_config", {}).values()):
+    """Measures inputs and features of adapters that scale them, on a few batches; leaves other models alone."""
+    measured = ("scale_channels", "center_channels", "standardize_features")
+    is_qaa = any(
+        any(getattr(config, key, False) for key in measured) and getattr(config, "calibration", "") != "first_batch"
+        for config in getattr(model, "peft_config", {}).values()
+    )
+    if not is_qaa and not controls(model):
         return
-    import qaa.peft
+    on_device = [{key: value.to(model.device) for key, value in batch.items()} for batch in batches]
+    if is_qaa:
+        import qaa.peft
 
-    from .models import answer_losses
-
-    on_device = ({key: value.to(model.device) for key, value in batch.items()} for batch in batches)
-    qaa.peft.calibrate(model, on_device, forward=answer_losses)
+        qaa.peft.calibrate(model, on_device, forward=answer_losses)
+    calibrate_controls(model, on_device, answer_losses)
 
 
 def optimizer_groups(method: Method, model: Any, rate: float) -> list[dict[str, Any]]:
     """Parameter groups for AdamW: one rate, and another one for the angles where ``method.angle_rate`` is not 1."""
-    if method.name.startswith("qaa") and method.angle_rate != 1.0:
+    if method.is_qaa and method.angle_rate != 1.0:
         from qaa.peft import parameter_groups
 
         return parameter_groups(model, rate, rate * method.angle_rate)
@@ -165,6 +307,14 @@ def optimizer_groups(method: Method, model: Any, rate: float) -> list[dict[str, 
 def trainable_state(model: Any) -> dict[str, torch.Tensor]:
     """The trainable parameters by name."""
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def saved_state(model: Any) -> dict[str, torch.Tensor]:
+    """What a model that is no PEFT model needs to be rebuilt: what was trained, and the buffers of controls."""
+    buffers = {
+        f"{name}.{key}": value for name, layer in controls(model).items() for key, value in layer.named_buffers()
+    }
+    return {**trainable_state(model), **buffers}
 
 
 def parameter_counts(model: Any) -> tuple[int, int]:

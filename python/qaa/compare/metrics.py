@@ -100,20 +100,35 @@ def text_scores(answers: Sequence[str], references: Sequence[str], encoder: str 
 
 
 def paired_interval(
-    first: Sequence[float], second: Sequence[float], tokens: Sequence[int], resamples: int = 4000
+    first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], tokens: Sequence[int], resamples: int = 4000
 ) -> tuple[float, float, float]:
-    """Loss of ``first`` minus loss of ``second`` on the same examples, with a 95 % interval over examples.
+    """Loss of ``first`` minus loss of ``second``, with a 95 % interval over seeds and test examples.
 
-    ``first`` and ``second`` are summed losses per example, ``tokens`` the answers' lengths. The interval resamples
-    examples (paired percentile bootstrap): it says how far the test split alone can move the difference.
+    ``first`` and ``second`` hold for each seed the summed losses of every example, shape (seeds, examples); one seed
+    stands for all of a row without randomness. ``tokens`` are the answers' lengths, shape (examples,). Each resample
+    draws seeds and then examples, both with replacement, and subtracts the rows under the same seeds and the same
+    examples (percentile bootstrap over both factors; Owen 2007, The pigeonhole bootstrap). The deviations of the
+    seeds from their mean are first stretched by ``sqrt(S / (S - 1))``, because resampled means of S seeds vary too
+    little by that factor. With one seed the interval covers the choice of examples only.
+
+    Raises:
+        ValueError: the rows have different numbers of seeds (above one) or of examples.
 
     Example:
-        >>> paired_interval([2.0, 4.0], [1.0, 3.0], [1, 1])
+        >>> paired_interval([[2.0, 4.0]], [[1.0, 3.0]], [1, 1])
         (1.0, 1.0, 1.0)
+        >>> mean, low, high = paired_interval([[2.0, 2.0], [0.0, 0.0]], [[0.0, 0.0]], [1, 1])
+        >>> mean, round(low, 3), round(high, 3)
+        (1.0, -0.414, 2.414)
     """
-    difference = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)
+    difference = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)  # (seeds, examples)
     weight = np.asarray(tokens, dtype=float)
-    drawn = np.random.default_rng(0).integers(0, len(difference), size=(resamples, len(difference)))
-    means = difference[drawn].sum(axis=1) / weight[drawn].sum(axis=1)
+    seeds, examples = difference.shape
+    centre = difference.mean(axis=0)
+    stretched = centre + (difference - centre) * (seeds / (seeds - 1)) ** 0.5 if seeds > 1 else difference
+    generator = np.random.default_rng(0)
+    drawn_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
+    drawn = generator.multinomial(examples, np.full(examples, 1 / examples), size=resamples)
+    means = ((drawn_seeds @ stretched) * drawn).sum(axis=1) / (drawn @ weight)
     low, high = np.percentile(means, [2.5, 97.5])
-    return float(difference.sum() / weight.sum()), float(low), float(high)
+    return float(centre.sum() / weight.sum()), float(low), float(high)

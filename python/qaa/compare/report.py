@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import figures
+from .config import UNTOUCHED
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
@@ -34,10 +35,10 @@ def write_report(report: dict[str, Any], out: Path) -> Path:
         rows=report["methods"],
         drawings=drawings,
         labels={row["name"]: row["label"] for row in report["methods"]},
-        lora={d["method"]: d for d in report["differences"] if d["reference"] == "lora"},
+        scored="bleu" in report["methods"][0],
         best=_best(report["methods"]),
-        light=figures.css_variables(0),
-        dark=figures.css_variables(1),
+        light=figures.css_variables(report, 0),
+        dark=figures.css_variables(report, 1),
         adapted=_adapted(report),
     )
     path = out / "report.html"
@@ -51,31 +52,43 @@ def write_report(report: dict[str, Any], out: Path) -> Path:
 
 
 def headline(report: dict[str, Any]) -> str:
-    """One sentence on what was found, worded by the figures and no further than they go."""
+    """One sentence on what was found, worded by the figures and no further than they go.
+
+    It sets the rows of QAA (of more than two the one with the lowest validation loss) against the first reference.
+    """
     rows = {row["name"]: row for row in report["methods"]}
-    lora = rows.get("lora")
-    forms = {name.removeprefix("qaa-"): rows[name] for name in ("qaa-paper", "qaa-best") if name in rows}
-    if not forms or lora is None:
-        best = min((row for name, row in rows.items() if name != "untouched"), key=lambda row: row["test_loss"])
+    reference = rows.get(_first_reference(report) or "")
+    ours = [row for row in rows.values() if row["method"].startswith("qaa") and row is not reference]
+    if not ours or reference is None:
+        best = min((row for name, row in rows.items() if name != UNTOUCHED), key=lambda row: row["test_loss"])
         return (
             f"{best['label']} ends lowest, at a test loss of {_loss(best['test_loss'])} against "
-            f"{_loss(rows['untouched']['test_loss'])} for the untouched model."
+            f"{_loss(rows[UNTOUCHED]['test_loss'])} for the untouched model."
         )
-    found = {d["method"]: d for d in report["differences"] if d["reference"] == "lora"}
-    places = {form: _place(found[row["name"]]) for form, row in forms.items()}
+    chosen = ours if len(ours) <= 2 else [min(ours, key=lambda row: row["validation_loss"])]
+    found = {d["method"]: _place(d) for d in report["differences"] if d["reference"] == reference["name"]}
+    name = reference["label"]
     losses = " and ".join(
-        f"{_loss(row['test_loss'])} ({form} form, {_share(row['trainable_parameters'], lora['trainable_parameters'])})"
-        for form, row in forms.items()
+        f"{_loss(row['test_loss'])} ({_share(row['trainable_parameters'], reference['trainable_parameters'])} of "
+        "its parameters)"
+        for row in chosen
     )
-    kinds = set(places.values())
-    if len(forms) == 1:
-        form = next(iter(forms))
-        said = f"QAA in its {form} form ends {places[form]} LoRA"
-    elif len(kinds) == 1:
-        said = f"Both forms of QAA end {kinds.pop()} LoRA"
+    first, last = chosen[0], chosen[-1]
+    places = found[first["name"]], found[last["name"]]
+    if len(chosen) == 1:
+        said = f"{first['label']} ends {places[0]} {name}"
+    elif places[0] == places[1]:
+        said = f"{first['label']} and {last['label']} end {places[0]} {name}"
     else:
-        said = f"QAA ends {places['paper']} LoRA in its paper form and {places['best']} it in its best form"
-    return f"{said}: a test loss of {losses} against {_loss(lora['test_loss'])}."
+        said = f"{first['label']} ends {places[0]} {name} and {last['label']} {places[1]} it"
+    of_many = f", which of {len(ours)} rows of QAA has the lowest validation loss," if len(ours) > 2 else ""
+    said = said.replace(" ends", f"{of_many} ends", 1)
+    return f"{said}: a test loss of {losses} against {_loss(reference['test_loss'])}."
+
+
+def _first_reference(report: dict[str, Any]) -> str | None:
+    """The first reference that was trained."""
+    return next((name for name in report["references"] if name != UNTOUCHED), None)
 
 
 def _place(difference: dict[str, Any]) -> str:
@@ -84,21 +97,21 @@ def _place(difference: dict[str, Any]) -> str:
     return "below" if difference["high"] < 0 else "above"
 
 
-def _share(count: int, of_lora: int) -> str:
-    return f"{100 * count / of_lora:.0f}\N{NO-BREAK SPACE}% of LoRA's parameters"
+def _share(count: int, of: int) -> str:
+    return f"{100 * count / of:.0f}\N{NO-BREAK SPACE}%"
 
 
 def findings(report: dict[str, Any]) -> list[str]:
     """Further sentences, each of them read off the figures."""
     rows = {row["name"]: row for row in report["methods"]}
-    trained = sorted((row for row in report["methods"] if row["name"] != "untouched"), key=lambda row: row["test_loss"])
-    untouched = rows["untouched"]
+    trained = sorted((row for row in report["methods"] if row["name"] != UNTOUCHED), key=lambda row: row["test_loss"])
+    untouched = rows[UNTOUCHED]
     said = [
         "Lowest test loss first: "
         + ", ".join(f"{row['label']} {_loss(row['test_loss'])}" for row in trained)
         + f"; the untouched model has {_loss(untouched['test_loss'])}."
     ]
-    from_untouched = [d for d in report["differences"] if d["reference"] == "untouched"]
+    from_untouched = [d for d in report["differences"] if d["reference"] == UNTOUCHED]
     unclear = [rows[d["method"]]["label"] for d in from_untouched if d["high"] >= 0]
     if from_untouched and not unclear:
         smallest = max(from_untouched, key=lambda d: d["difference"])
@@ -110,12 +123,13 @@ def findings(report: dict[str, Any]) -> list[str]:
     elif unclear:
         verb = "is" if len(unclear) == 1 else "are"
         said.append(f"{_listed(unclear)} {verb} not clearly below the untouched model on this test split.")
-    if "lora" in rows:
-        found = {d["method"]: d for d in report["differences"] if d["reference"] == "lora"}
+    for reference in report["references"]:
+        found = {d["method"]: d for d in report["differences"] if d["reference"] == reference}
         level = [rows[name]["label"] for name, d in found.items() if _place(d) == "level with"]
-        if level:
+        if level and reference != UNTOUCHED:
             said.append(
-                f"{_listed(level)} cannot be told from LoRA: the 95 % interval of the difference includes zero."
+                f"{_listed(level)} cannot be told from {rows[reference]['label']}: the 95 % interval of the "
+                "difference includes zero."
             )
     at_edge = [row["label"] for row in trained if row["learning_rate"] and row["learning_rate"]["at_edge"]]
     if at_edge:
@@ -133,22 +147,33 @@ def limits(report: dict[str, Any]) -> list[str]:
     said = []
     if settings["budget"] == "smoke":
         said.append("This is a smoke test: its runs are far too short to say which method is better.")
+    if seeds == 1:
+        covered = "cover the choice of test examples, not of the seed, data or model."
+    else:
+        covered = "cover the choice of seeds and of test examples, not of data or model."
+        if seeds < 5:
+            covered += f" With only {seeds} seeds their share is itself uncertain: read them as somewhat too narrow."
     said.append(
         f"{'One seed' if seeds == 1 else f'{seeds} seeds'}, {settings['steps']} steps and one data set. The intervals "
-        "cover the choice of test examples, not of seeds, data or model."
+        f"{covered}"
     )
-    said.append(
-        f"BLEU, ROUGE and BERTScore compare {settings['test_examples']} answers of at most "
-        f"{settings['max_new_tokens']} tokens with one reference each; on so few answers, differences of a few BLEU "
-        "points mean little. The losses are the steadier figure."
-    )
-    if protocol["first"]:
+    if settings["generate"]:
         said.append(
-            f"Only the top {protocol['n_layers'] - protocol['first']} of {protocol['n_layers']} layers were adapted; "
-            "full fine-tuning trained all weights of these layers and no others. Prefix changes every layer by its "
-            "nature: it reaches deeper than the others and must run the whole model, so neither its loss nor its time "
-            "is a like-for-like comparison."
+            f"BLEU, ROUGE and BERTScore compare {settings['test_examples']} answers of at most "
+            f"{settings['max_new_tokens']} tokens with one reference each; on so few answers, differences of a few "
+            "BLEU points mean little. The losses are the steadier figure."
         )
+    if protocol["first"]:
+        methods = {row["method"] for row in report["methods"]}
+        words = f"Only the top {protocol['n_layers'] - protocol['first']} of {protocol['n_layers']} layers were adapted"
+        if "full" in methods:
+            words += "; full fine-tuning trained all weights of these layers and no others"
+        if "prefix" in methods:
+            words += (
+                ". Prefix changes every layer by its nature: it reaches deeper than the others and must run the whole "
+                "model, so neither its loss nor its time is a like-for-like comparison"
+            )
+        said.append(f"{words}.")
     said.append(
         f"Learning rates were chosen in runs of {settings['tuning_steps']} steps, a fraction of a full run, on few "
         "examples. No other setting was tuned."
@@ -160,8 +185,10 @@ def limits(report: dict[str, Any]) -> list[str]:
 
 def table(report: dict[str, Any]) -> str:
     """The paper's table as text for a terminal."""
-    header = ["", "trainable", "%", "test loss", "val. loss", "BLEU"]
-    header += ["ROUGE-1", "ROUGE-2", "ROUGE-L", "BERTScore", "train"]
+    scored = "bleu" in report["methods"][0]
+    header = ["", "trainable", "%", "test loss", "val. loss"]
+    header += ["BLEU", "ROUGE-1", "ROUGE-2", "ROUGE-L", "BERTScore"] if scored else []
+    header += ["train"]
     rows = [
         [
             row["label"],
@@ -169,9 +196,8 @@ def table(report: dict[str, Any]) -> str:
             _percent(row["trainable_percent"]),
             _loss(row["test_loss"]),
             _loss(row["validation_loss"]),
-            f"{row['bleu']:.1f}",
-            *(_score(row[key]) for key in ("rouge1", "rouge2", "rougeL")),
-            _score(row["bertscore"]),
+            *([f"{row['bleu']:.1f}"] if scored else []),
+            *(_score(row[key]) for key in ("rouge1", "rouge2", "rougeL", "bertscore") if scored),
             _seconds(row["train_seconds"]),
         ]
         for row in report["methods"]
@@ -245,11 +271,11 @@ def _listed(items: Sequence[str]) -> str:
 
 def _best(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
     """For every column the name of the best trained row."""
-    trained = [row for row in rows if row["name"] != "untouched"]
+    trained = [row for row in rows if row["name"] != UNTOUCHED]
     smallest = ("test_loss", "best_validation_loss", "final_validation_loss")
     found = {}
     for key in (*smallest, "bleu", "rouge1", "rouge2", "rougeL", "bertscore"):
-        known = [row for row in trained if row[key] is not None]
+        known = [row for row in trained if row.get(key) is not None]
         if known:
             found[key] = (min if key in smallest else max)(known, key=operator.itemgetter(key))["name"]
     return found

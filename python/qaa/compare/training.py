@@ -209,21 +209,21 @@ def cache_hidden_states(job: Job, path: Path) -> tuple[float, float]:
 # -------------------------------------------------------------------------------------------------- training
 
 
-def _start(job: Job, method_name: str, seed: int) -> tuple[Any, Any, Inputs, list[Any], Any]:
-    """A freshly loaded model with the method's parameters: (method, model, inputs, callbacks, base model)."""
+def _start(job: Job, name: str, seed: int) -> tuple[Any, Any, Inputs, list[Any], Any]:
+    """A freshly loaded model with the row's parameters: (row, model, inputs, callbacks, base model)."""
     import transformers
 
-    from .methods import METHODS, Scope, build
+    from .methods import Scope, build, row
     from .models import decoder_layers, load_model, load_tokenizer
 
-    method = METHODS[method_name]
+    chosen = row(job.settings, name)
     tokenizer = load_tokenizer(job.model)
     base = load_model(job.model, job.device)
-    inputs = Inputs(job, tokenizer, with_hidden=method.top_layers_only)
+    inputs = Inputs(job, tokenizer, with_hidden=chosen.method.top_layers_only)
     transformers.set_seed(seed)
     scope = Scope(job.first, len(decoder_layers(base)), job.targets)
-    model, callbacks = build(method, base, tokenizer, scope, job.settings.options.get(method_name, {}))
-    return method, model, inputs, callbacks, base
+    model, callbacks = build(chosen, base, tokenizer, scope)
+    return chosen, model, inputs, callbacks, base
 
 
 def _skipping(job: Job, inputs: Inputs, base: Any) -> Any:
@@ -423,29 +423,28 @@ def _within_noise(scores: Scores | None, best: Scores | None) -> bool:
     return total <= math.sqrt(count * variance)
 
 
-def tune(job: Job, method_name: str, seed: int) -> dict[str, Any]:
-    """Chooses the learning rate of a method on the validation split, with short runs of the same schedule."""
-    from .methods import METHODS
+def tune(job: Job, name: str, seed: int) -> dict[str, Any]:
+    """Chooses the learning rate of a row on the validation split, with short runs of the same schedule."""
+    from .methods import row
 
     _quiet()
     chosen = job.settings
-    grid = chosen.learning_rates.get(method_name) or METHODS[method_name].learning_rates
-    label = METHODS[method_name].label
+    trained = row(chosen, name)
 
     def score(rate: float) -> Scores | None:
-        method, model, inputs, callbacks, base = _start(job, method_name, seed)
+        _, model, inputs, callbacks, base = _start(job, name, seed)
         with _skipping(job, inputs, base):
             train(
-                job, method, model, inputs, callbacks, rate=rate, steps=chosen.tuning_steps, seed=seed, evaluations=0,
-                title=f"{label}: learning rate {rate:.2g}",
+                job, trained.method, model, inputs, callbacks, rate=rate, steps=chosen.tuning_steps, seed=seed,
+                evaluations=0, title=f"{trained.label}: learning rate {rate:.2g}",
             )  # fmt: skip
             sums, counts = inputs.losses(model, inputs.validation)
         return (sums, counts) if math.isfinite(sum(sums)) else None
 
     began = time.perf_counter()
-    rate, tried, at_edge = choose_rate(grid, score, chosen.grid_extensions)
+    rate, tried, at_edge = choose_rate(trained.method.learning_rates, score, chosen.grid_extensions)
     if all(value is None for _, value in tried):
-        raise RuntimeError(f"every learning rate of {method_name} diverged: {[r for r, _ in tried]}")
+        raise RuntimeError(f"every learning rate of {name} diverged: {[r for r, _ in tried]}")
     return {
         "rate": rate,
         "grid": tried,
@@ -455,33 +454,29 @@ def tune(job: Job, method_name: str, seed: int) -> dict[str, Any]:
     }
 
 
-def run(job: Job, method_name: str, seed: int, rate: float, folder: str) -> dict[str, Any]:
-    """Trains one method with one seed, and returns its curves, losses, answers and costs; saves the adapter."""
-    from .methods import METHODS, parameter_counts
-    from .models import generate_answers, mean_loss
+def run(job: Job, name: str, seed: int, rate: float, folder: str) -> dict[str, Any]:
+    """Trains one row with one seed, and returns its curves, losses, answers and costs; saves the adapter."""
+    from .methods import parameter_counts
+    from .models import mean_loss
 
     _quiet()
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
-    method, model, inputs, callbacks, base = _start(job, method_name, seed)
+    row, model, inputs, callbacks, base = _start(job, name, seed)
     trainable, total = parameter_counts(model)
     with _skipping(job, inputs, base):
         curves = train(
-            job, method, model, inputs, callbacks, rate=rate, steps=job.settings.steps, seed=seed,
-            evaluations=job.settings.evaluations, title=f"{METHODS[method_name].label}: seed {seed}",
+            job, row.method, model, inputs, callbacks, rate=rate, steps=job.settings.steps, seed=seed,
+            evaluations=job.settings.evaluations, title=f"{row.label}: seed {seed}",
             keep_best=target / "best.part",
         )  # fmt: skip
         peak = peak_memory(job.device)
         model.eval()
         best_step, best = min(((s, v) for s, v in curves.validation if v is not None), key=lambda pair: pair[1])
         test_sums, test_counts = inputs.losses(model, inputs.test)
-    adapter_bytes = save_adapter(method_name, model, target)
-    began = time.perf_counter()
-    answers = generate_answers(
-        model, inputs.tokenizer, inputs.splits.test, job.settings.max_new_tokens, GENERATION_BATCH
-    )
+    adapter_bytes = save_adapter(model, target)
     result = {
-        "method": method_name,
+        "name": name,
         "seed": seed,
         "learning_rate": rate,
         "trainable_parameters": trainable,
@@ -495,26 +490,38 @@ def run(job: Job, method_name: str, seed: int, rate: float, folder: str) -> dict
         "test_loss": mean_loss(test_sums, test_counts),
         "test_sums": test_sums,
         "test_counts": test_counts,
-        "answers": answers,
+        **_answers(job, model, inputs),
         "train_seconds": curves.seconds,
         "train_tokens": curves.tokens,
         "train_answer_tokens": curves.answer_tokens,
-        "generate_seconds": time.perf_counter() - began,
         "peak_memory_bytes": peak,
         "adapter_bytes": adapter_bytes,
         "stored_states": inputs.hidden is not None,
     }
-    if method_name == "sora":
+    if row.method.name == "sora":
         from qaa.peft import sora_sparsity
 
         result["sparsity"] = sora_sparsity(model)
     return result
 
 
+def _answers(job: Job, model: Any, inputs: Inputs) -> dict[str, Any]:
+    """Greedy answers to the test prompts and the time they took; nothing where none are asked for."""
+    from .models import generate_answers
+
+    if not job.settings.generate:
+        return {}
+    began = time.perf_counter()
+    limit = job.settings.max_new_tokens
+    answers = generate_answers(model, inputs.tokenizer, inputs.splits.test, limit, GENERATION_BATCH)
+    return {"answers": answers, "generate_seconds": time.perf_counter() - began}
+
+
 def run_untouched(job: Job) -> dict[str, Any]:
     """The reference row: the model as it came."""
-    from .methods import UNTOUCHED, parameter_counts
-    from .models import generate_answers, load_model, load_tokenizer, mean_loss
+    from .config import UNTOUCHED
+    from .methods import parameter_counts
+    from .models import load_model, load_tokenizer, mean_loss
 
     _quiet()
     tokenizer = load_tokenizer(job.model)
@@ -523,9 +530,8 @@ def run_untouched(job: Job) -> dict[str, Any]:
     with _skipping(job, inputs, model):
         validation = mean_loss(*inputs.losses(model, inputs.validation))
         test_sums, test_counts = inputs.losses(model, inputs.test)
-    answers = generate_answers(model, tokenizer, inputs.splits.test, job.settings.max_new_tokens, GENERATION_BATCH)
     return {
-        "method": UNTOUCHED,
+        "name": UNTOUCHED,
         "seed": 0,
         "trainable_parameters": 0,
         "total_parameters": parameter_counts(model)[1],
@@ -535,23 +541,27 @@ def run_untouched(job: Job) -> dict[str, Any]:
         "test_loss": mean_loss(test_sums, test_counts),
         "test_sums": test_sums,
         "test_counts": test_counts,
-        "answers": answers,
+        **_answers(job, model, inputs),
         "train_seconds": 0.0,
         "peak_memory_bytes": peak_memory(job.device),
         "adapter_bytes": 0,
     }
 
 
-def save_adapter(method_name: str, model: Any, folder: Path) -> int:
-    """Saves what was trained as safetensors in ``folder``; returns the bytes of the weights."""
+def save_adapter(model: Any, folder: Path) -> int:
+    """Saves what was trained as safetensors in ``folder``; returns the bytes of the weights.
+
+    A PEFT model is saved in PEFT's format, another one as ``trained_weights.safetensors``.
+    """
+    from peft import PeftModel
     from safetensors.torch import save_file
 
-    from .methods import trainable_state
+    from .methods import saved_state
 
     folder.mkdir(parents=True, exist_ok=True)
-    if method_name == "full":
-        state = {name: p.detach().cpu().contiguous() for name, p in trainable_state(model).items()}
-        save_file(state, folder / "trained_weights.safetensors", metadata={"format": "pt"})
+    if isinstance(model, PeftModel):
+        model.save_pretrained(str(folder))
     else:
-        model.save_pretrained(folder)
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in saved_state(model).items()}
+        save_file(state, folder / "trained_weights.safetensors", metadata={"format": "pt"})
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
