@@ -287,7 +287,7 @@ def flow(options: argparse.Namespace, seed: int = 0) -> dict[str, Any]:
     from qaa.compare import sources
     from qaa.compare.config import settings
     from qaa.compare.data import read_examples, split, training_order
-    from qaa.compare.methods import METHODS, Scope, adapted_targets, build, calibrate, optimizer_groups
+    from qaa.compare.methods import METHODS, Row, Scope, adapted_targets, build, calibrate, optimizer_groups
     from qaa.compare.models import answer_losses, decoder_layers, load_model, load_tokenizer, padded_batch
 
     given = {name: value for name, value in (("model", options.model), ("data", options.data)) if value}
@@ -322,7 +322,7 @@ def flow(options: argparse.Namespace, seed: int = 0) -> dict[str, Any]:
         torch.manual_seed(seed)
         base = load_model(path, "cpu")
         scope = Scope(0, len(decoder_layers(base)), adapted_targets(base, chosen.targets))
-        model, _ = build(method, base, tokenizer, scope, {})
+        model, _ = build(Row(name, method, {}), base, tokenizer, scope)
         calibrate(model, training[:4])
         rate = method.learning_rates[len(method.learning_rates) // 2]
         optimizer = torch.optim.AdamW(optimizer_groups(method, model, rate), lr=rate, weight_decay=0.0)

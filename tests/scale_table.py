@@ -7,6 +7,7 @@ PEFT; parameters are those of the modules, operations are what ``FlopCounterMode
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +15,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -171,6 +171,11 @@ def _millions(flop: int) -> str:
     return "0" if flop == 0 else f"{flop / 1e6:,.3g}" if flop < 1e8 else f"{flop / 1e6:,.0f}"
 
 
+def _two_digits(percent: float) -> str:
+    """Two significant digits, without an exponent."""
+    return f"{percent:.{max(0, 1 - math.floor(math.log10(percent)))}f}"
+
+
 def table() -> str:
     """The table as Markdown."""
     titles = ["model", "method", "trainable", "share", "frozen", "MiB"]
@@ -184,7 +189,7 @@ def table() -> str:
             "" if row.model == seen else model,
             row.method,
             f"{row.trainable:,}",
-            f"{np.format_float_positional(100 * row.trainable / row.total, 2, fractional=False, trim='-')} %",
+            f"{_two_digits(100 * row.trainable / row.total)} %",
             f"{row.frozen:,}",
             f"{row.bytes / 2**20:.3g}",
             *map(_millions, (o.token_forward, o.token_both, o.step_forward, o.step_both)),

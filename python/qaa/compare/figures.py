@@ -56,7 +56,7 @@ def row_styles(report: dict[str, Any]) -> dict[str, tuple[str, str, str, Any]]:
         >>> rows = [{"name": "a", "method": "lora"}, {"name": "b", "method": "lora"}]
         >>> found = row_styles({"methods": rows})
         >>> found["a"][0], found["b"][0]
-        ('#c4501b', '#a54624')
+        ('#c4501b', '#a5471c')
     """
     seen: dict[str, int] = {}
     found = {}
