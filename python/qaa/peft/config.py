@@ -18,7 +18,15 @@ UP_PROJECTIONS = ("full", "random")
 #: name -> fields; see :meth:`QaaConfig.preset`
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"n_layers": 4, "ansatz": "ring", "readout": "z", "adapter_bias": True},
-    "best": {"n_layers": 4, "ansatz": "ring", "readout": "state[:16]", "adapter_bias": False, "scale_channels": True},
+    "default": {
+        "n_layers": 4,
+        "ansatz": "ring",
+        "readout": "state[:10]",
+        "adapter_bias": False,
+        "scale_channels": True,
+        "center_channels": False,
+        "standardize_features": True,
+    },
     "tiny": {
         "n_layers": 2,
         "ansatz": "ring",
@@ -259,17 +267,18 @@ class QaaConfig(PeftConfig):
         ``"paper"``: <Z> of every wire, V and c, four layers of ``ring``. On q and v of a 24-layer model of width 2048
         (n = 11) that is ``48 * (11 * 2048 + 2048 + 4 * 11 * 3) = 1,185,984`` parameters, 0.09 % of GPT-Neo-1.3B, the
         share that the paper reports; that this is the paper's layer list is our inference.
-        ``"best"``: the real parts of 16 amplitudes of the input with scaled channels; linear in x, so that it merges
-        and exports as a LoRA of rank 16. Call :func:`qaa.peft.calibrate` before training.
-        ``"tiny"``: the same with two layers, standardised features and a random up-projection of which 16 gains are
-        trained, ``16 + 2 * n * 3`` numbers per layer: 0.0034 % of SmolLM2-135M on q and v. Calibrate it as well.
+        ``"default"``: the real parts of 10 amplitudes of the input with scaled channels, standardised; linear in x and
+        without a constant, so that it merges and exports as a LoRA of rank 10 that any server of LoRAs can serve. Call
+        :func:`qaa.peft.calibrate` before training, or add ``calibration="first_batch"``.
+        ``"tiny"``: 16 such amplitudes, two layers and a random up-projection of which 16 gains are trained,
+        ``16 + 2 * n * 3`` numbers per layer: 0.0034 % of SmolLM2-135M on q and v. Calibrate it as well.
 
         Raises:
             ValueError: there is no preset of that name.
 
         Example:
-            >>> QaaConfig.preset("best", target_modules=["v_proj"]).readout
-            'state[:16]'
+            >>> QaaConfig.preset("default", target_modules=["v_proj"]).readout
+            'state[:10]'
         """
         if name not in PRESETS:
             raise ValueError(f"expected a preset among {', '.join(PRESETS)}, received {name!r}")
