@@ -28,8 +28,8 @@ def qaa_paper(task: Task) -> Rival:
     return _training(task, QaaConfig.preset("paper", target_modules=TARGETS))
 
 
-def qaa_best(task: Task) -> Rival:
-    return _training(task, QaaConfig.preset("best", target_modules=TARGETS))
+def qaa_default(task: Task) -> Rival:
+    return _training(task, QaaConfig.preset("default", target_modules=TARGETS))
 
 
 def _training(task: Task, adapter: Any) -> Rival:

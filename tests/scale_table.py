@@ -91,12 +91,13 @@ class Row:
     layers: int
     trainable: int
     frozen: int  # numbers that the adapter holds and does not train
+    frozen_bytes: int
     operations: Operations
 
     @property
     def bytes(self) -> int:
-        """Of float32 numbers during training: each trained one with its gradient and AdamW's two moments."""
-        return 16 * self.trainable + 4 * self.frozen
+        """During training in float32: each trained number with its gradient and AdamW's two moments."""
+        return 16 * self.trainable + self.frozen_bytes
 
 
 def rows(models: dict[str, PretrainedConfig] = MODELS) -> Iterator[Row]:
@@ -132,6 +133,7 @@ def count(name: str, config: PretrainedConfig, method: str, adapter: PeftConfig)
         len(layers),
         sum(t.numel() for t in added if t.requires_grad),
         sum(t.numel() for t in added if not t.requires_grad),
+        sum(t.nbytes for t in added if not t.requires_grad),
         operations,
     )
 

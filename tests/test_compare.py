@@ -420,7 +420,7 @@ def test_prefix_starts_from_the_keys_and_values_of_a_text(model: Any, tokenizer:
         ("lora", {"rank": 3}),
         ("full", {"r": 3}),
         ("bias", {"r": 3}),
-        ("qaa-best", {"n_layers": 0}),
+        ("qaa", {"n_layers": 0}),
         ("random-projection", {"n_features": 33}),
         ("largest-channels", {"rank": 3}),
     ],
@@ -536,11 +536,11 @@ def test_training_lowers_the_loss_and_keeps_the_best_step(
     inputs = Inputs(job, tokenizer, with_hidden=False)
     torch.manual_seed(0)
     built, callbacks = build(plain(name), model, tokenizer, Scope(2, 4, job.targets))
-    # the scales of the input channels are measured before the first step, not trained
+    # the scales of the input channels and of the features are measured before the first step, not trained
     frozen = {
         key: parameter.detach().clone()
         for key, parameter in built.named_parameters()
-        if not parameter.requires_grad and "qaa_channels" not in key
+        if not parameter.requires_grad and not ("qaa_channels" in key or "qaa_gain" in key)
     }
     curves = train(
         job, method, built, inputs, callbacks, rate=max(method.learning_rates), steps=12, seed=0, evaluations=3,
@@ -554,7 +554,7 @@ def test_training_lowers_the_loss_and_keeps_the_best_step(
     assert mean_loss(*inputs.losses(built, inputs.validation)) == pytest.approx(min(losses), rel=1e-5)
     assert all(torch.equal(p, frozen[key]) for key, p in built.named_parameters() if key in frozen)
     channels = [p for key, p in built.named_parameters() if "qaa_channels" in key]
-    assert bool(channels) == (name == "qaa-best") and not any(torch.all(p == 1) for p in channels)
+    assert bool(channels) == (name == "qaa") and not any(torch.all(p == 1) for p in channels)
 
 
 def test_equal_seeds_give_equal_runs_and_stored_states_change_nothing(
@@ -880,15 +880,15 @@ def _report(best: float, lora: float, low: float, high: float) -> dict[str, Any]
 
     methods = [
         row("qaa-paper", "QAA (paper form)", 1.6, 40),
-        row("qaa-best", "QAA (best form)", best, 50),
+        row("qaa", "QAA", best, 50),
         row("lora", "LoRA", lora, 100),
         row("untouched", "Untouched model", 2.0, 0),
     ]
     differences = [
         {"method": "qaa-paper", "reference": "lora", "difference": 0.05, "low": -0.01, "high": 0.1},
-        {"method": "qaa-best", "reference": "lora", "difference": best - lora, "low": low, "high": high},
+        {"method": "qaa", "reference": "lora", "difference": best - lora, "low": low, "high": high},
         {"method": "qaa-paper", "reference": "untouched", "difference": -0.4, "low": -0.5, "high": 0.01},
-        {"method": "qaa-best", "reference": "untouched", "difference": best - 2, "low": -0.6, "high": -0.2},
+        {"method": "qaa", "reference": "untouched", "difference": best - 2, "low": -0.6, "high": -0.2},
     ]
     return {"methods": methods, "differences": differences, "references": ["lora", "untouched"]}
 
@@ -896,22 +896,22 @@ def _report(best: float, lora: float, low: float, high: float) -> dict[str, Any]
 def test_the_headline_goes_no_further_than_the_interval() -> None:
     level = headline(_report(1.50, 1.51, -0.03, 0.01))
     assert level.replace("\xa0", " ") == (
-        "QAA (paper form) and QAA (best form) end level with LoRA: a test loss of 1.600 (40 % of its parameters) and "
+        "QAA (paper form) and QAA end level with LoRA: a test loss of 1.600 (40 % of its parameters) and "
         "1.500 (50 % of its parameters) against 1.510."
     )
     below = headline(_report(1.50, 1.51, -0.03, -0.001))
-    assert below.startswith("QAA (paper form) ends level with LoRA and QAA (best form) below it: a test loss")
-    assert "and QAA (best form) above it" in headline(_report(1.55, 1.51, 0.01, 0.05))
+    assert below.startswith("QAA (paper form) ends level with LoRA and QAA below it: a test loss")
+    assert "and QAA above it" in headline(_report(1.55, 1.51, 0.01, 0.05))
     one = _report(1.55, 1.51, 0.01, 0.05)
     one["methods"] = [row for row in one["methods"] if row["name"] != "qaa-paper"]
-    assert headline(one).startswith("QAA (best form) ends above LoRA: a test loss of 1.550 (50")
+    assert headline(one).startswith("QAA ends above LoRA: a test loss of 1.550 (50")
     many = _report(1.50, 1.51, -0.03, -0.001)
     many["methods"].append({**many["methods"][0], "name": "other", "method": "qaa-paper", "validation_loss": 9.0})
     assert headline(many).startswith(
-        "QAA (best form), which of 3 rows of QAA has the lowest validation loss, ends below LoRA: a test loss of 1.500"
+        "QAA, which of 3 rows of QAA has the lowest validation loss, ends below LoRA: a test loss of 1.500"
     )
     many["references"] = ["untouched"]
-    assert headline(many).startswith("QAA (best form) ends lowest")
+    assert headline(many).startswith("QAA ends lowest")
     alone = _report(1.5, 1.51, 0, 0)
     alone["methods"] = [row for row in alone["methods"] if row["name"] in ("lora", "untouched")]
     assert headline(alone) == "LoRA ends lowest, at a test loss of 1.510 against 2.000 for the untouched model."
@@ -920,7 +920,7 @@ def test_the_headline_goes_no_further_than_the_interval() -> None:
 def test_findings_name_what_is_not_settled() -> None:
     said = " ".join(findings(_report(1.50, 1.51, -0.03, 0.01)))
     assert "QAA (paper form) is not clearly below the untouched model" in said
-    assert "QAA (paper form) and QAA (best form) cannot be told from LoRA" in said
+    assert "QAA (paper form) and QAA cannot be told from LoRA" in said
     assert "learning rate of LoRA lies at the edge" in said
 
 

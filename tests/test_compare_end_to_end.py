@@ -127,7 +127,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A finished comparison of losses alone with many rows, variants and two references: its results and folder."""
     folder = tmp_path_factory.mktemp("wide")
     ranks = {f"lora-{r}": {"method": "lora", "label": f"LoRA r = {r}", "options": {"r": r}} for r in (1, 2, 4)}
-    frozen = {"method": "qaa-best", "label": "QAA, circuit frozen", "options": {"train_circuit": False}}
+    frozen = {"method": "qaa", "label": "QAA, circuit frozen", "options": {"train_circuit": False}}
     variants = {**ranks, "qaa-frozen": frozen}
     config = {
         "model": str(write_model(folder / "model")), "data": str(write_data(folder / "data.json")), "budget": "smoke",

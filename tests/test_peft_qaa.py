@@ -739,13 +739,15 @@ def test_the_tiny_preset_has_a_share_of_thousandths_of_a_percent(make, total, tr
     assert 100 * trainable / before <= limit
 
 
-def test_the_best_preset_reads_sixteen_amplitudes():
-    config = QaaConfig.preset("best", n_layers=2, target_modules=["v_proj"])
-    assert (config.readout, config.n_layers, config.target_modules) == ("state[:16]", 2, {"v_proj"})
+def test_the_default_preset_is_linear_standardised_and_without_a_constant():
+    config = QaaConfig.preset("default", n_layers=2, target_modules=["v_proj"])
+    assert (config.readout, config.n_layers, config.target_modules) == ("state[:10]", 2, {"v_proj"})
     model = adapted(config)
-    angles, up = 2 * 5 * 3, 16 * 12
+    assert layers_of(model)[0].stages("default") == ("channels", "features")
+    assert layers_of(model)[0].supports_lora_conversion()
+    angles, up = 2 * 5 * 3, 10 * 12
     assert model.get_nb_trainable_parameters()[0] == 2 * (angles + up)
-    with pytest.raises(ValueError, match="expected a preset among paper, best, tiny, received 'papre'"):
+    with pytest.raises(ValueError, match="expected a preset among paper, default, tiny, received 'papre'"):
         QaaConfig.preset("papre")
 
 
@@ -859,6 +861,11 @@ def test_a_whitened_adapter_merges_unmerges_and_exports(center: bool, tmp_path: 
         loaded = PeftModel.from_pretrained(whitened_model().unload(), tmp_path)
     torch.testing.assert_close(loaded(x), expected, rtol=1e-5, atol=1e-4)
     assert layers_of(model)[0].supports_lora_conversion() != center
+
+
+def test_standardised_features_need_no_scaling_by_default() -> None:
+    for fields, expected in (({}, 17**0.5), ({"standardize_features": True}, 1.0), ({"scaling": 3.0, **WHITENED}, 3.0)):
+        assert layers_of(whitened_model("z", **fields))[0].qaa_adapter["default"].scaling == expected
 
 
 def test_only_a_constant_term_needs_a_bias_to_merge_into() -> None:

@@ -36,6 +36,8 @@ class Whitening(NamedTuple):
         mean: m, shape ``(K,)``, the mean of each feature.
         gain: r, shape ``(K,)``, 1/std of each feature where there is a mean, else 1/rms.
 
+    m is for adapters that have a c: without one, subtracting it would add the constant ``-V diag(r) m``.
+
     Where f is linear nothing of this costs a pass over x: s goes into the matrix, mu into a constant. Where f is
     quadratic, u is one fused operation before the kernel. In both, r and m go into the up-projection and its bias.
 

@@ -18,7 +18,7 @@ class CompareError(Exception):
 UNTOUCHED = "untouched"
 
 #: The rows of the paper's table, in its order. ``untouched`` is always added as the reference.
-DEFAULT_METHODS = ("qaa-paper", "qaa-best", "lora", "sora", "prefix", "full")
+DEFAULT_METHODS = ("qaa-paper", "qaa", "lora", "sora", "prefix", "full")
 
 #: What a row can train; the last five are controls, which could do without a circuit what QAA does.
 METHOD_NAMES = (
@@ -106,7 +106,7 @@ class Settings:
         >>> settings(methods=["lorra"])
         Traceback (most recent call last):
         ...
-        qaa.compare.config.CompareError: expected methods among qaa-paper, qaa-best, lora, sora, prefix, full, \
+        qaa.compare.config.CompareError: expected methods among qaa-paper, qaa, lora, sora, prefix, full, \
 rslora, vera, ia3, road, bias, random-projection, random-squares, whitened-lora, largest-channels, lora-frozen-a, \
 received 'lorra' (did you mean 'lora'?)
     """

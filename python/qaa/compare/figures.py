@@ -20,7 +20,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 #: method -> (light, dark, marker, dashes): hues that stay apart for colour-blind readers, doubled by shape and dash
 STYLES: dict[str, tuple[str, str, str, Any]] = {
-    "qaa-best": ("#0b63b5", "#6cb6ff", "o", "solid"),
+    "qaa": ("#0b63b5", "#6cb6ff", "o", "solid"),
     "qaa-paper": ("#0a8fa8", "#5ad1e0", "D", (0, (5, 1.6))),
     "lora": ("#c4501b", "#ff9a6b", "s", "solid"),
     "sora": ("#a87900", "#f0c14d", "^", (0, (5, 1.6))),

@@ -48,8 +48,8 @@ METHODS = {
             about="amplitude embedding, 4-layer circuit, <Z> of every wire, up-projection and bias",
         ),
         Method(
-            "qaa-best", "QAA (best form)", _RATES, own=True,
-            about="amplitude embedding, 4-layer circuit, 16 real amplitudes of the scaled input, up-projection",
+            "qaa", "QAA", _RATES, own=True,
+            about="amplitude embedding, 4-layer circuit, 10 standardised amplitudes of the scaled input, up-projection",
         ),
         Method("lora", "LoRA", _RATES, about="rank 8, alpha 16, PEFT's own"),
         Method("sora", "SoRA", _RATES, own=True,
@@ -180,7 +180,8 @@ def _qaa(name: str, model: Any, tokenizer: Any, scope: Scope, options: dict[str,
 
     from qaa.peft import QaaConfig
 
-    config = QaaConfig.preset(name.removeprefix("qaa-"), **{**_in_layers(scope), **options})
+    preset = "paper" if name == "qaa-paper" else "default"
+    config = QaaConfig.preset(preset, **{**_in_layers(scope), **options})
     return peft.get_peft_model(model, config), []
 
 
@@ -272,7 +273,7 @@ def _prefix(name: str, model: Any, tokenizer: Any, scope: Scope, options: dict[s
 
 
 _BUILDERS: dict[str, Callable[[str, Any, Any, Scope, dict[str, Any]], Built]] = {
-    "qaa-paper": _qaa, "qaa-best": _qaa, "lora": _lora, "sora": _sora, "prefix": _prefix, "full": _full,
+    "qaa-paper": _qaa, "qaa": _qaa, "lora": _lora, "sora": _sora, "prefix": _prefix, "full": _full,
     "rslora": _lora, "vera": _vera, "ia3": _ia3, "road": _road, "bias": _bias, "lora-frozen-a": _lora,
     **dict.fromkeys(CONTROLS, _control),
 }  # fmt: skip

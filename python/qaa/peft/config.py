@@ -18,7 +18,15 @@ UP_PROJECTIONS = ("full", "random")
 #: name -> fields; see :meth:`QaaConfig.preset`
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"n_layers": 4, "ansatz": "ring", "readout": "z", "adapter_bias": True},
-    "best": {"n_layers": 4, "ansatz": "ring", "readout": "state[:16]", "adapter_bias": False, "scale_channels": True},
+    "default": {
+        "n_layers": 4,
+        "ansatz": "ring",
+        "readout": "state[:10]",
+        "adapter_bias": False,
+        "scale_channels": True,
+        "center_channels": False,
+        "standardize_features": True,
+    },
     "tiny": {
         "n_layers": 2,
         "ansatz": "ring",
@@ -51,7 +59,7 @@ class QaaConfig(PeftConfig):
         ansatz: circuit, ``"ring"``, ``"basic_entangler"``, ``"strongly_entangling"`` or ``"brick"``.
         readout: ``"z"``, Pauli strings, ``"probs"``, ``"probs[:K]"``, ``"state"`` or ``"state[:K]"``.
         adapter_bias: whether there is a c; None means yes for Pauli readouts, no otherwise.
-        scaling: s; None means ``sqrt(2**n_wires + 1)`` for quadratic readouts and 1 for ``"state"``.
+        scaling: s; None means 1, but ``sqrt(2**n_wires + 1)`` for quadratic readouts that are not standardised.
         init_weights: True for V = 0 (or g = 0) and c = 0, an exact no-op; False for random ones (tests).
         init_angles: ``"uniform"`` in ``[-pi, pi)``, ``"small"`` in ``[-0.1, 0.1)`` radians, or ``"zero"``.
         scale_channels: whether each input channel is first multiplied by a frozen factor, 1/std if the channels are
@@ -135,15 +143,16 @@ class QaaConfig(PeftConfig):
         default=None,
         metadata={
             "help": "Whether the adapter adds a constant c. None means yes for Pauli readouts, whose features are "
-            "small numbers around a mean, and no otherwise; without it a 'state' adapter is a plain LoRA."
+            "small numbers around a mean, and no otherwise; without it, and without center_channels, a 'state' adapter "
+            "is a plain LoRA."
         },
     )
     scaling: float | None = field(
         default=None,
         metadata={
-            "help": "Factor s of the adapter. None means sqrt(2**n_wires + 1) for quadratic readouts, because <Z> of "
-            "a spread-out state deviates by only 1/sqrt(2**n_wires + 1), and 1 for 'state'. Change it to change the "
-            "step size of V without changing that of other parameters."
+            "help": "Factor s of the adapter. None means 1, but sqrt(2**n_wires + 1) for quadratic readouts without "
+            "standardize_features, because <Z> of a spread-out state deviates by only 1/sqrt(2**n_wires + 1). Change "
+            "it to change the step size of V without changing that of other parameters."
         },
     )
     init_weights: bool = field(
@@ -162,10 +171,10 @@ class QaaConfig(PeftConfig):
     scale_channels: bool = field(
         default=False,
         metadata={
-            "help": "Whether each input channel is first multiplied by a frozen factor: 1 until qaa.peft.calibrate has "
-            "set it to 1/rms of that channel. A few channels of an LLM's hidden states are hundreds of times larger "
-            "than the rest and would fill the state alone; it pays for every readout, at d_in numbers per layer that "
-            "are saved but not trained."
+            "help": "Whether each input channel is first multiplied by a frozen factor: 1 until it is measured, then "
+            "1/rms of that channel, or 1/std with center_channels. A few channels of an LLM's hidden states are "
+            "hundreds of times larger than the rest and would fill the state alone; it pays for every readout, at d_in "
+            "numbers per layer that are saved but not trained."
         },
     )
     center_channels: bool = field(
@@ -258,17 +267,18 @@ class QaaConfig(PeftConfig):
         ``"paper"``: <Z> of every wire, V and c, four layers of ``ring``. On q and v of a 24-layer model of width 2048
         (n = 11) that is ``48 * (11 * 2048 + 2048 + 4 * 11 * 3) = 1,185,984`` parameters, 0.09 % of GPT-Neo-1.3B, the
         share that the paper reports; that this is the paper's layer list is our inference.
-        ``"best"``: the real parts of 16 amplitudes of the input with scaled channels; linear in x, so that it merges
-        and exports as a LoRA of rank 16. Call :func:`qaa.peft.calibrate` before training.
-        ``"tiny"``: the same with two layers, standardised features and a random up-projection of which 16 gains are
-        trained, ``16 + 2 * n * 3`` numbers per layer: 0.0034 % of SmolLM2-135M on q and v. Calibrate it as well.
+        ``"default"``: the real parts of 10 amplitudes of the input with scaled channels, standardised; linear in x and
+        without a constant, so that it merges and exports as a LoRA of rank 10 that any server of LoRAs can serve. Call
+        :func:`qaa.peft.calibrate` before training, or add ``calibration="first_batch"``.
+        ``"tiny"``: 16 such amplitudes, two layers and a random up-projection of which 16 gains are trained,
+        ``16 + 2 * n * 3`` numbers per layer: 0.0034 % of SmolLM2-135M on q and v. Calibrate it as well.
 
         Raises:
             ValueError: there is no preset of that name.
 
         Example:
-            >>> QaaConfig.preset("best", target_modules=["v_proj"]).readout
-            'state[:16]'
+            >>> QaaConfig.preset("default", target_modules=["v_proj"]).readout
+            'state[:10]'
         """
         if name not in PRESETS:
             raise ValueError(f"expected a preset among {', '.join(PRESETS)}, received {name!r}")

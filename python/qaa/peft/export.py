@@ -25,7 +25,8 @@ _PREFIX = "base_model.model."
 def to_lora(peft_model: PeftModel, folder: str | os.PathLike[str], adapter_name: str = "default") -> LoraConfig:
     """Writes a QAA adapter with the ``"state"`` readout, or a SoRA adapter, as a LoRA with the same outputs.
 
-    QAA: ``A = Re U(theta)[:K, :d_in]``, ``B = s V``, bias ``s c``; rank K. SoRA: A and ``(alpha / r) B diag(g)``
+    QAA: ``A = Re U(theta)[:K, :d_in]``, ``B = s V``, bias ``s c``; rank K; whitening and standardisation are multiplied
+    into A, B and the bias, which there is only with c or centred channels. SoRA: A and ``(alpha / r) B diag(g)``
     without the ranks whose gate is zero; layers without any rank left are not adapted. Factors are multiplied into B,
     so that LoRA's own scaling ``alpha / r`` is 1. Plain PEFT loads the folder, ``qaa`` need not be installed there.
 

@@ -95,7 +95,8 @@ class QaaLayer(AdditiveLayer):
         self.qaa_adapter: dict[str, Adapter] = {}
 
     def _create_adapter(self, adapter_name: str, config: Any) -> None:
-        adapter = Adapter.create(self.in_features, config.n_layers, config.ansatz, config.readout, config.scaling)
+        scaling = 1.0 if config.scaling is None and config.standardize_features else config.scaling
+        adapter = Adapter.create(self.in_features, config.n_layers, config.ansatz, config.readout, scaling)
         has_bias = adapter.readout.kind == "expval" if config.adapter_bias is None else config.adapter_bias
         self.qaa_adapter[adapter_name] = adapter
         self.qaa_theta[adapter_name] = draw_angles(torch.empty(adapter.circuit.parameter_shape), config.init_angles)
