@@ -856,7 +856,8 @@ def test_intervals_over_seeds_and_examples_cover_the_truth_nearly_as_often_as_th
         return hits / cases
 
     assert 0.90 < coverage(seeds=8, seed_noise=0.15) <= 0.99
-    assert 0.86 < coverage(seeds=3, seed_noise=0.15) <= 0.99  # three seeds: somewhat too narrow, as the report says
+    assert 0.90 < coverage(seeds=3, seed_noise=0.15) <= 0.99
+    assert 0.70 < coverage(seeds=3, seed_noise=2.0) < 0.88  # three seeds that dominate: too narrow, as the report says
     assert 0.90 < coverage(seeds=1, seed_noise=0.0) <= 0.98
     assert coverage(seeds=1, seed_noise=0.3) < 0.75  # what the choice of one seed adds is not covered
 
@@ -933,7 +934,7 @@ def test_limits_say_what_a_smoke_test_is() -> None:
     several = {**report, "settings": {**chosen, "seeds": [0, 1, 2], "generate": False}}
     several["methods"] = [{"method": "prefix"}]
     also = " ".join(limits(several))
-    assert "cover the choice of seeds and of test examples" in also and "With only 3 seeds" in also
+    assert "cover the choice of seeds and of test examples" in also and "from only 3 seeds is too narrow" in also
     assert "BLEU" not in also and "Prefix changes every layer" in also
     assert "smoke test" in said and "top 4 of 30 layers" in said and "quantized" in said
 

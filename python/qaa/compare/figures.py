@@ -313,7 +313,7 @@ def _trade_off(report: dict[str, Any], palette: Palette) -> Any:
         return None
     many = len(rows) > _MANY
     margin = 0.083 * max(len(row["label"]) for row in rows) + 0.65 if many else 1.5
-    figure, axes = _axes(palette, 5.7 + margin, max(4.0, 0.2 * len(rows) + 1.2), 0.75, margin)
+    figure, axes = _axes(palette, 5.85 + margin, max(4.0, 0.2 * len(rows) + 1.2), 0.9, margin)
     axes.set_xscale("log")
     losses = [row["test_loss"] for row in rows]
     reference = _untouched(report)["test_loss"]

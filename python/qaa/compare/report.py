@@ -152,7 +152,7 @@ def limits(report: dict[str, Any]) -> list[str]:
     else:
         covered = "cover the choice of seeds and of test examples, not of data or model."
         if seeds < 5:
-            covered += f" With only {seeds} seeds their share is itself uncertain: read them as somewhat too narrow."
+            covered += f" Where seeds differ more than examples do, an interval from only {seeds} seeds is too narrow."
     said.append(
         f"{'One seed' if seeds == 1 else f'{seeds} seeds'}, {settings['steps']} steps and one data set. The intervals "
         f"{covered}"
