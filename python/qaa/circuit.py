@@ -16,6 +16,11 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
 
 MAX_WIRES = 16
 
@@ -153,6 +158,68 @@ class Circuit:
         except ValueError as error:
             detail = f": {error}" if str(error) else ""
             raise ValueError(f"expected 'wires N; theta SHAPE; GATE ...', received {text[:80]!r}{detail}") from None
+
+    # ------------------------------------------------------------------------------------------- other languages
+
+    def to_openqasm3(self, theta: ArrayLike | None = None) -> str:
+        """The circuit as an OpenQASM 3 program over ``stdgates.inc``; qubit ``q[k]`` is wire k.
+
+        Args:
+            theta: angles in radians, shape ``parameter_shape``, written as numbers with all their digits. By default
+                they stay open: entry i of ``theta.ravel()`` becomes ``input float[64] theta_i``.
+
+        Returns:
+            The program's text. ``Rot(a, b, c)`` is written as ``rz(a)``, ``ry(b)``, ``rz(c)``.
+
+        Raises:
+            ValueError: theta has another shape, or an angle is not finite.
+
+        Source: OpenQASM 3 (Cross et al., ACM Transactions on Quantum Computing 3(3), 2022).
+
+        Example:
+            >>> bell = Circuit(2, (Gate("RY", 0, 0), Gate("CNOT", (0, 1))), parameter_shape=(1,))
+            >>> print(bell.to_openqasm3(), end="")
+            OPENQASM 3.0;
+            include "stdgates.inc";
+            input float[64] theta_0;
+            qubit[2] q;
+            ry(theta_0) q[0];
+            cx q[0], q[1];
+        """
+        from qaa.exchange import to_openqasm3
+
+        return to_openqasm3(self, theta)
+
+    @staticmethod
+    def from_openqasm3(text: str) -> tuple[Circuit, NDArray[np.float64]]:
+        """The circuit of an OpenQASM 3 program, and its angles.
+
+        The subset: ``OPENQASM 3``, ``include "stdgates.inc"``, ``input float``, one or more ``qubit`` registers (wires
+        are numbered in order of declaration), comments, and the gates x, y, z, h, s, sdg, t, tdg, sx, rx, ry, rz, p
+        (or phase, u1), cx (or CX), cz, swap, crx, cry, crz. A gate on one qubit may name a whole register. An angle is
+        one input or an expression of numbers, ``pi``, ``tau`` and ``euler`` with ``+ - * / **`` and parentheses.
+        sdg, tdg and sx become products of Z, S, T and H, exactly; nothing is dropped.
+
+        Returns:
+            ``(circuit, theta)``: theta, float64 of shape ``(n,)`` in radians, holds inputs and numbers in the order of
+            the text. An input is one entry however often it is used, and NaN until a value is put there. Of a program
+            by :meth:`to_openqasm3` without angles, the circuit is the original one with a flat ``parameter_shape``
+            (and Rot as three gates).
+
+        Raises:
+            ValueError: the text holds anything else; the sentence names the line.
+
+        Example:
+            >>> circuit, theta = Circuit.from_openqasm3("qubit[2] q; h q; rx(-pi / 4) q[1];")
+            >>> print(circuit, theta)
+            wires 2; theta 1; H 0; H 1; RX 1 t0 [-0.78539816]
+            >>> Circuit.from_openqasm3("qubit q; ry(pi / 0) q;")
+            Traceback (most recent call last):
+            ValueError: line 1: expected an angle with a value, received float division by zero
+        """
+        from qaa.exchange import from_openqasm3
+
+        return from_openqasm3(text)
 
 
 @dataclass(frozen=True, slots=True)
