@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any
 
 import numpy as np
@@ -214,3 +215,132 @@ def test_wrong_angles_are_refused() -> None:
 def test_ansaetze_come_back(name: str) -> None:
     circuit = ansatz(name, 4, 2)
     assert Circuit.from_openqasm3(circuit.to_openqasm3())[0] == flat(circuit)
+
+
+# ------------------------------------------------------------------------------------------------ Qiskit
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_unitary_in_qiskit(seed: int) -> None:
+    pytest.importorskip("qiskit")
+    from qiskit.quantum_info import Operator
+
+    circuit, theta = case(seed)
+    expected = little_endian(oracle.unitary(circuit, theta))
+    np.testing.assert_allclose(Operator(circuit.to_qiskit(theta)).data, expected, rtol=0, atol=ATOL)
+    np.testing.assert_allclose(
+        Operator(circuit.to_qiskit(theta).reverse_bits()).data, oracle.unitary(circuit, theta), rtol=0, atol=ATOL
+    )
+    unbound = circuit.to_qiskit()
+    values = {parameter: np.ravel(theta)[parameter.index] for parameter in unbound.parameters}
+    np.testing.assert_allclose(Operator(unbound.assign_parameters(values)).data, expected, rtol=0, atol=ATOL)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_there_and_back_through_qiskit(seed: int) -> None:
+    """Its exporter writes our gates under the names that it read; angles near multiples of pi lose some digits."""
+    pytest.importorskip("qiskit")
+    from qiskit import qasm3
+
+    circuit, theta = case(seed)
+    back, angles = Circuit.from_openqasm3(qasm3.dumps(circuit.to_qiskit(theta)))
+    assert [(gate.name, gate.wires) for gate in back.gates] == [(g.name, g.wires) for g in flat(circuit).gates]
+    used = [parameter for gate in flat(circuit).gates for parameter in gate.parameters]
+    np.testing.assert_allclose(angles, np.ravel(theta)[used], rtol=0, atol=1e-9)
+
+
+# ------------------------------------------------------------------------------------------------ PennyLane
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_unitary_in_pennylane_and_back(seed: int) -> None:
+    qml = pytest.importorskip("pennylane")
+    circuit, theta = case(seed)
+    operations = circuit.to_pennylane(theta)
+    expected = oracle.unitary(circuit, theta)
+    wires = range(circuit.n_wires)
+    actual = qml.matrix(qml.tape.QuantumScript(operations), wire_order=wires)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=ATOL)
+
+    back, angles = Circuit.from_pennylane(qml.tape.QuantumScript(operations), wire_order=wires)
+    assert [(gate.name, gate.wires) for gate in back.gates] == [(gate.name, gate.wires) for gate in circuit.gates]
+    assert angles.tolist() == [np.ravel(theta)[p] for gate in circuit.gates for p in gate.parameters]
+
+
+def test_recording_and_derivatives_in_pennylane() -> None:
+    qml = pytest.importorskip("pennylane")
+    import torch
+
+    circuit = ansatz("ring", 3, 2)
+    theta = torch.tensor(random_angles(np.random.default_rng(0), circuit.parameter_shape), requires_grad=True)
+
+    @qml.qnode(qml.device("default.qubit", wires=3), interface="torch", diff_method="backprop")
+    def expectation(theta: Any) -> Any:
+        circuit.to_pennylane(theta)
+        return qml.expval(qml.Z(1))
+
+    value = expectation(theta)
+    value.backward()
+    x, grad = np.eye(1, 8), np.array([[0.0, 1.0, 0.0]])
+    np.testing.assert_allclose(value.item(), oracle.features(circuit, theta.detach().numpy(), x)[0, 1], atol=ATOL)
+    np.testing.assert_allclose(theta.grad, oracle.vjp(circuit, theta.detach().numpy(), x, grad)[0], atol=ATOL)
+
+
+def test_operations_of_pennylanes_own() -> None:
+    """Templates and gates that are no gates here: the same unitary up to what a decomposition may change, the phase."""
+    qml = pytest.importorskip("pennylane")
+    rng = np.random.default_rng(1)
+    weights = rng.normal(size=qml.StronglyEntanglingLayers.shape(n_layers=2, n_wires=3))
+    operations = [
+        qml.StronglyEntanglingLayers(weights, wires=[0, 1, 2]),
+        qml.Toffoli([2, 0, 1]),
+        qml.adjoint(qml.T(0)),
+        qml.SX(1),
+        qml.U1(0.3, 2),
+        qml.IsingXX(0.7, [0, 2]),
+        qml.ControlledPhaseShift(0.4, [1, 2]),
+    ]
+    tape = qml.tape.QuantumScript(operations, [qml.expval(qml.Z(0))])
+    circuit, theta = Circuit.from_pennylane(tape)
+    expected = qml.matrix(tape, wire_order=[0, 1, 2])
+    overlap = np.trace(expected.conj().T @ oracle.unitary(circuit, theta)) / 8
+    assert abs(overlap) == pytest.approx(1, abs=ATOL)
+
+
+def test_wires_of_pennylane() -> None:
+    qml = pytest.importorskip("pennylane")
+    script = qml.tape.QuantumScript
+    assert str(Circuit.from_pennylane(script([qml.CNOT([3, 1])]))[0]) == "wires 4; theta 0; CNOT 3 1"
+    assert str(Circuit.from_pennylane(script([qml.CNOT(["b", "a"])]))[0]) == "wires 2; theta 0; CNOT 0 1"
+    named = Circuit.from_pennylane(script([qml.CNOT(["b", "a"])]), wire_order=["a", "b", "c"])[0]
+    assert str(named) == "wires 3; theta 0; CNOT 1 0"
+    with pytest.raises(ValueError, match=re.escape("expected wires among ['a'], received CNOT on 'b'")):
+        Circuit.from_pennylane(script([qml.CNOT(["b", "a"])]), wire_order=["a"])
+    with pytest.raises(ValueError, match="expected operations on at least one wire, received none"):
+        Circuit.from_pennylane(script([]))
+
+
+def test_what_pennylane_has_and_we_have_not() -> None:
+    qml = pytest.importorskip("pennylane")
+    script = qml.tape.QuantumScript
+    for operation in (qml.StatePrep(np.eye(1, 4)[0], [0, 1]), qml.AmplitudeEmbedding(np.eye(1, 4)[0], [0, 1])):
+        with pytest.raises(
+            ValueError, match=f"expected operations that decompose into X, .* received {operation.name}"
+        ):
+            Circuit.from_pennylane(script([operation]))
+    with pytest.raises(ValueError, match="received DepolarizingChannel"):
+        Circuit.from_pennylane(script([qml.DepolarizingChannel(0.1, 0)]))
+    with pytest.raises(ValueError, match=re.escape("expected one number per angle, received RX with (2,)")):
+        Circuit.from_pennylane(script([qml.RX([0.1, 0.2], 0)]))
+    with pytest.raises(TypeError, match="expected a pennylane QuantumScript or QuantumTape, received list"):
+        Circuit.from_pennylane([qml.X(0)])
+    with pytest.raises(ValueError, match=re.escape("expected theta of shape (1, 2), received (2,)")):
+        ansatz("basic_entangler", 2).to_pennylane(np.zeros(2))
+
+
+@pytest.mark.parametrize("package", ["qiskit", "pennylane"])
+def test_a_missing_package_is_one_sentence(package: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    circuit = ansatz("ring", 2)
+    with pytest.raises(ImportError, match=f"expected {package} to be installed .pip install {package}., received"):
+        getattr(circuit, f"to_{package}")(np.zeros(circuit.parameter_shape))

@@ -16,7 +16,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -220,6 +220,93 @@ class Circuit:
         from qaa.exchange import from_openqasm3
 
         return from_openqasm3(text)
+
+    def to_qiskit(self, theta: ArrayLike | None = None) -> Any:
+        """The circuit as a Qiskit ``QuantumCircuit``; qubit k is wire k.
+
+        The unitary is the same to the global phase, but Qiskit counts amplitudes the other way round: qubit 0 is the
+        least significant bit of its index, wire 0 the most significant one of ours (``reverse_bits()`` turns it).
+
+        Args:
+            theta: angles in radians, shape ``parameter_shape``. By default they stay open, as the elements of a
+                ``ParameterVector`` named theta whose index is that of ``theta.ravel()``.
+
+        Returns:
+            ``qiskit.QuantumCircuit``; ``Rot(a, b, c)`` is ``rz(a)``, ``ry(b)``, ``rz(c)``. The way back is
+            ``Circuit.from_openqasm3(qiskit.qasm3.dumps(circuit))``.
+
+        Raises:
+            ImportError: Qiskit is not installed.
+            ValueError: theta has another shape, or an angle is not finite.
+
+        Example:
+            >>> bell = Circuit(2, (Gate("RY", 0, 0), Gate("CNOT", (0, 1))), parameter_shape=(1,))
+            >>> [(gate.name, gate.operation.params) for gate in bell.to_qiskit([0.5]).data]
+            [('ry', [0.5]), ('cx', [])]
+        """
+        from qaa.exchange import to_qiskit
+
+        return to_qiskit(self, theta)
+
+    def to_pennylane(self, theta: Any) -> list[Any]:
+        """The gates as PennyLane operations on wires ``0 ... n_wires - 1``, queued where PennyLane is recording.
+
+        Args:
+            theta: angles in radians, shape ``parameter_shape``, of any kind that PennyLane computes with (NumPy, torch,
+                JAX, ...); derivatives pass through.
+
+        Returns:
+            The operations, first applied first.
+
+        Raises:
+            ImportError: PennyLane is not installed.
+            ValueError: theta has another shape.
+
+        Example:
+            >>> import pennylane as qml, qaa
+            >>> @qml.qnode(qml.device("default.qubit", wires=2))
+            ... def expectation(theta):
+            ...     qaa.ansatz("basic_entangler", n_wires=2).to_pennylane(theta)
+            ...     return qml.expval(qml.Z(0))
+            >>> round(float(expectation([[0.0, 0.5]])), 4)
+            1.0
+        """
+        from qaa.exchange import to_pennylane
+
+        return to_pennylane(self, theta)
+
+    @staticmethod
+    def from_pennylane(tape: Any, wire_order: Sequence[Any] | None = None) -> tuple[Circuit, NDArray[np.float64]]:
+        """The circuit of a PennyLane tape's operations, and its angles; measurements are left out.
+
+        Operations of other names than ours, templates among them, are replaced by PennyLane's own decomposition, which
+        may change the global phase.
+
+        Args:
+            tape: ``pennylane.tape.QuantumScript`` or ``QuantumTape``; of a QNode, what
+                ``qml.workflow.construct_tape(node)(...)`` returns.
+            wire_order: labels of wire 0, 1, ...; by default labels that are integers from 0 stand for themselves, and
+                others are numbered in the order in which the tape uses them.
+
+        Returns:
+            ``(circuit, theta)``; theta, float64 of shape ``(n,)`` in radians, has an entry for each angle of each gate.
+
+        Raises:
+            ImportError: PennyLane is not installed.
+            TypeError: ``tape`` is something else.
+            ValueError: an operation is no product of our gates, or is broadcast over several angles.
+
+        Example:
+            >>> import pennylane as qml
+            >>> template = qml.BasicEntanglerLayers([[1.0, 2.0]], wires=[0, 1])
+            >>> tape = qml.tape.QuantumScript([qml.RX(0.5, 0), qml.adjoint(qml.S(1)), template])
+            >>> circuit, theta = Circuit.from_pennylane(tape)
+            >>> print(circuit, theta)
+            wires 2; theta 3; RX 0 t0; Z 1; S 1; RX 0 t1; RX 1 t2; CNOT 0 1 [0.5 1.  2. ]
+        """
+        from qaa.exchange import from_pennylane
+
+        return from_pennylane(tape, wire_order)
 
 
 @dataclass(frozen=True, slots=True)
