@@ -161,6 +161,31 @@ class Circuit:
 
     # ------------------------------------------------------------------------------------------- other languages
 
+    def draw(self, output: str = "text") -> str:
+        """A drawing: wires are rows from wire 0 down, time runs to the right, angles are named by their index in theta.
+
+        Args:
+            output: ``"text"`` for lines of Unicode characters, which are not folded; ``"svg"`` for a self-contained
+                image, for example ``IPython.display.SVG(circuit.draw("svg"))``.
+
+        Returns:
+            The drawing as a ``str``; equal circuits have equal drawings.
+
+        Raises:
+            ValueError: ``output`` is something else.
+
+        Example:
+            >>> print(ansatz("ring", n_wires=3).draw())
+            0: ─RY(θ[0,0,0])─RZ(θ[0,0,1])─●───⊕─RY(θ[0,0,2])─
+                                          │   │
+            1: ─RY(θ[0,1,0])─RZ(θ[0,1,1])─⊕─●─┼─RY(θ[0,1,2])─
+                                            │ │
+            2: ─RY(θ[0,2,0])─RZ(θ[0,2,1])───⊕─●─RY(θ[0,2,2])─
+        """
+        from qaa.drawing import draw
+
+        return draw(self, output)
+
     def to_openqasm3(self, theta: ArrayLike | None = None) -> str:
         """The circuit as an OpenQASM 3 program over ``stdgates.inc``; qubit ``q[k]`` is wire k.
 
