@@ -407,10 +407,15 @@ def wire_index(wires: Any, fixed: bool) -> dict[Any, int]:
     return {label: wire for wire, label in enumerate(labels)}
 
 
+def is_pennylane_gate(operation: Any) -> bool:
+    """Whether a PennyLane operation is one of our gates, or an exact product of them."""
+    return operation.name in _FROM_PENNYLANE
+
+
 def _known_operations(qml: Any, operations: Sequence[Any]) -> Iterator[Any]:
     """The operations, those that are not in the table replaced by their decompositions."""
     for operation in operations:
-        if operation.name in _FROM_PENNYLANE:
+        if is_pennylane_gate(operation):
             yield operation
         elif operation.has_decomposition and not isinstance(operation, qml.operation.StatePrepBase):
             yield from _known_operations(qml, operation.decomposition())
