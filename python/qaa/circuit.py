@@ -16,6 +16,11 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import ArrayLike, NDArray
 
 MAX_WIRES = 16
 
@@ -153,6 +158,180 @@ class Circuit:
         except ValueError as error:
             detail = f": {error}" if str(error) else ""
             raise ValueError(f"expected 'wires N; theta SHAPE; GATE ...', received {text[:80]!r}{detail}") from None
+
+    # ------------------------------------------------------------------------------------------- other languages
+
+    def draw(self, output: str = "text") -> str:
+        """A drawing: wires are rows from wire 0 down, time runs to the right, angles are named by their index in theta.
+
+        Args:
+            output: ``"text"`` for lines of Unicode characters, which are not folded; ``"svg"`` for a self-contained
+                image, for example ``IPython.display.SVG(circuit.draw("svg"))``.
+
+        Returns:
+            The drawing as a ``str``; equal circuits have equal drawings.
+
+        Raises:
+            ValueError: ``output`` is something else.
+
+        Example:
+            >>> print(ansatz("ring", n_wires=3).draw())
+            0: ─RY(θ[0,0,0])─RZ(θ[0,0,1])─●───⊕─RY(θ[0,0,2])─
+                                          │   │
+            1: ─RY(θ[0,1,0])─RZ(θ[0,1,1])─⊕─●─┼─RY(θ[0,1,2])─
+                                            │ │
+            2: ─RY(θ[0,2,0])─RZ(θ[0,2,1])───⊕─●─RY(θ[0,2,2])─
+        """
+        from qaa.drawing import draw
+
+        return draw(self, output)
+
+    def to_openqasm3(self, theta: ArrayLike | None = None) -> str:
+        """The circuit as an OpenQASM 3 program over ``stdgates.inc``; qubit ``q[k]`` is wire k.
+
+        Args:
+            theta: angles in radians, shape ``parameter_shape``, written as numbers with all their digits. By default
+                they stay open: entry i of ``theta.ravel()`` becomes ``input float[64] theta_i``.
+
+        Returns:
+            The program's text. ``Rot(a, b, c)`` is written as ``rz(a)``, ``ry(b)``, ``rz(c)``.
+
+        Raises:
+            ValueError: theta has another shape, or an angle is not finite.
+
+        Source: OpenQASM 3 (Cross et al., ACM Transactions on Quantum Computing 3(3), 2022).
+
+        Example:
+            >>> bell = Circuit(2, (Gate("RY", 0, 0), Gate("CNOT", (0, 1))), parameter_shape=(1,))
+            >>> print(bell.to_openqasm3(), end="")
+            OPENQASM 3.0;
+            include "stdgates.inc";
+            input float[64] theta_0;
+            qubit[2] q;
+            ry(theta_0) q[0];
+            cx q[0], q[1];
+        """
+        from qaa.exchange import to_openqasm3
+
+        return to_openqasm3(self, theta)
+
+    @staticmethod
+    def from_openqasm3(text: str) -> tuple[Circuit, NDArray[np.float64]]:
+        """The circuit of an OpenQASM 3 program, and its angles.
+
+        The subset: ``OPENQASM 3``, ``include "stdgates.inc"``, ``input float``, one or more ``qubit`` registers (wires
+        are numbered in order of declaration), comments, and the gates x, y, z, h, s, sdg, t, tdg, sx, rx, ry, rz, p
+        (or phase, u1), cx (or CX), cz, swap, crx, cry, crz. A gate on one qubit may name a whole register. An angle is
+        one input or an expression of numbers, ``pi``, ``tau`` and ``euler`` with ``+ - * / **`` and parentheses.
+        sdg, tdg and sx become products of Z, S, T and H, exactly; nothing is dropped.
+
+        Returns:
+            ``(circuit, theta)``: theta, float64 of shape ``(n,)`` in radians, holds inputs and numbers in the order of
+            the text. An input is one entry however often it is used, and NaN until a value is put there. Of a program
+            by :meth:`to_openqasm3` without angles, the circuit is the original one with a flat ``parameter_shape``
+            (and Rot as three gates).
+
+        Raises:
+            ValueError: the text holds anything else; the sentence names the line.
+
+        Example:
+            >>> circuit, theta = Circuit.from_openqasm3("qubit[2] q; h q; rx(-pi / 4) q[1];")
+            >>> print(circuit, theta)
+            wires 2; theta 1; H 0; H 1; RX 1 t0 [-0.78539816]
+            >>> Circuit.from_openqasm3("qubit q; ry(pi / 0) q;")
+            Traceback (most recent call last):
+            ValueError: line 1: expected an angle with a value, received float division by zero
+        """
+        from qaa.exchange import from_openqasm3
+
+        return from_openqasm3(text)
+
+    def to_qiskit(self, theta: ArrayLike | None = None) -> Any:
+        """The circuit as a Qiskit ``QuantumCircuit``; qubit k is wire k.
+
+        The unitary is the same to the global phase, but Qiskit counts amplitudes the other way round: qubit 0 is the
+        least significant bit of its index, wire 0 the most significant one of ours (``reverse_bits()`` turns it).
+
+        Args:
+            theta: angles in radians, shape ``parameter_shape``. By default they stay open, as the elements of a
+                ``ParameterVector`` named theta whose index is that of ``theta.ravel()``.
+
+        Returns:
+            ``qiskit.QuantumCircuit``; ``Rot(a, b, c)`` is ``rz(a)``, ``ry(b)``, ``rz(c)``. The way back is
+            ``Circuit.from_openqasm3(qiskit.qasm3.dumps(circuit))``.
+
+        Raises:
+            ImportError: Qiskit is not installed.
+            ValueError: theta has another shape, or an angle is not finite.
+
+        Example:
+            >>> bell = Circuit(2, (Gate("RY", 0, 0), Gate("CNOT", (0, 1))), parameter_shape=(1,))
+            >>> [(gate.name, gate.operation.params) for gate in bell.to_qiskit([0.5]).data]
+            [('ry', [0.5]), ('cx', [])]
+        """
+        from qaa.exchange import to_qiskit
+
+        return to_qiskit(self, theta)
+
+    def to_pennylane(self, theta: Any) -> list[Any]:
+        """The gates as PennyLane operations on wires ``0 ... n_wires - 1``, queued where PennyLane is recording.
+
+        Args:
+            theta: angles in radians, shape ``parameter_shape``, of any kind that PennyLane computes with (NumPy, torch,
+                JAX, ...); derivatives pass through.
+
+        Returns:
+            The operations, first applied first.
+
+        Raises:
+            ImportError: PennyLane is not installed.
+            ValueError: theta has another shape.
+
+        Example:
+            >>> import pennylane as qml, qaa
+            >>> @qml.qnode(qml.device("default.qubit", wires=2))
+            ... def expectation(theta):
+            ...     qaa.ansatz("basic_entangler", n_wires=2).to_pennylane(theta)
+            ...     return qml.expval(qml.Z(0))
+            >>> round(float(expectation([[0.0, 0.5]])), 4)
+            1.0
+        """
+        from qaa.exchange import to_pennylane
+
+        return to_pennylane(self, theta)
+
+    @staticmethod
+    def from_pennylane(tape: Any, wire_order: Sequence[Any] | None = None) -> tuple[Circuit, NDArray[np.float64]]:
+        """The circuit of a PennyLane tape's operations, and its angles; measurements are left out.
+
+        Operations of other names than ours, templates among them, are replaced by PennyLane's own decomposition, which
+        may change the global phase.
+
+        Args:
+            tape: ``pennylane.tape.QuantumScript`` or ``QuantumTape``; of a QNode, what
+                ``qml.workflow.construct_tape(node)(...)`` returns.
+            wire_order: labels of wire 0, 1, ...; by default labels that are integers from 0 stand for themselves, and
+                others are numbered in the order in which the tape uses them.
+
+        Returns:
+            ``(circuit, theta)``; theta, float64 of shape ``(n,)`` in radians, has an entry for each angle of each gate.
+
+        Raises:
+            ImportError: PennyLane is not installed.
+            TypeError: ``tape`` is something else.
+            ValueError: an operation is no product of our gates, or is broadcast over several angles.
+
+        Example:
+            >>> import pennylane as qml
+            >>> template = qml.BasicEntanglerLayers([[1.0, 2.0]], wires=[0, 1])
+            >>> tape = qml.tape.QuantumScript([qml.RX(0.5, 0), qml.adjoint(qml.S(1)), template])
+            >>> circuit, theta = Circuit.from_pennylane(tape)
+            >>> print(circuit, theta)
+            wires 2; theta 3; RX 0 t0; Z 1; S 1; RX 0 t1; RX 1 t2; CNOT 0 1 [0.5 1.  2. ]
+        """
+        from qaa.exchange import from_pennylane
+
+        return from_pennylane(tape, wire_order)
 
 
 @dataclass(frozen=True, slots=True)

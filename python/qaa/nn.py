@@ -232,6 +232,9 @@ class QuantumLayer(nn.Module):
         circuit: U(theta); ``theta`` is in radians, starts uniform in ``[-pi, pi)`` and has the circuit's shape.
         readout: ``"z"``, ``"probs"``, ``"probs[:K]"``, ``"state"``, ``"state[:K]"`` or Pauli strings, wire 0 first.
         normalize: whether x is divided by its norm; rows of zeros give features 0 either way.
+        shots: if given, features and the gradient of ``theta`` are unbiased estimates from so many runs for each
+            vector, as on a device (:mod:`qaa.shots`); x then may not need a gradient.
+        generator: where the random numbers for ``shots`` come from; by default torch's own generator.
 
     Shapes:
         x ``(..., d)`` with ``d <= 2**n_wires``, float64, float32, bfloat16 or float16, zero-padded to ``2**n_wires``;
@@ -247,13 +250,22 @@ class QuantumLayer(nn.Module):
         torch.Size([2, 5, 3])
     """
 
-    def __init__(self, circuit: Circuit, readout: str | Sequence[str] | Readout = "z", normalize: bool = True) -> None:
+    def __init__(
+        self,
+        circuit: Circuit,
+        readout: str | Sequence[str] | Readout = "z",
+        normalize: bool = True,
+        *,
+        shots: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> None:
         super().__init__()
         if not isinstance(circuit, Circuit):
             raise TypeError(f"expected a qaa.Circuit, received {type(circuit).__name__}")
         self.circuit = circuit
         self.readout = Readout.parse(readout, circuit.n_wires)
         self.normalize = normalize
+        self.shots, self.generator = shots, generator
         self.theta = nn.Parameter(torch.empty(circuit.parameter_shape))
         self.reset_parameters()
 
@@ -262,10 +274,19 @@ class QuantumLayer(nn.Module):
         draw_angles(self.theta, "uniform")
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.quantum_features(self.circuit, self.theta, x, self.readout, normalize=self.normalize)
+        return ops.quantum_features(
+            self.circuit,
+            self.theta,
+            x,
+            self.readout,
+            normalize=self.normalize,
+            shots=self.shots,
+            generator=self.generator,
+        )
 
     def extra_repr(self) -> str:
-        return f"n_wires={self.circuit.n_wires}, theta={tuple(self.theta.shape)}, readout={str(self.readout)!r}"
+        shots = "" if self.shots is None else f", shots={self.shots}"
+        return f"n_wires={self.circuit.n_wires}, theta={tuple(self.theta.shape)}, readout={str(self.readout)!r}{shots}"
 
 
 class Square(nn.Module):

@@ -10,11 +10,13 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from qaa import _core, cuda
+from qaa import shots as estimates
 from qaa.circuit import Circuit, Readout
 from qaa.program import Program, program
 
@@ -33,6 +35,8 @@ def quantum_features(
     readout: str | Sequence[str] | Readout = "z",
     *,
     normalize: bool = True,
+    shots: int | None = None,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     r"""Features of every vector of ``x`` after amplitude embedding, the circuit and the readout; differentiable.
 
@@ -49,6 +53,9 @@ def quantum_features(
         readout: see :class:`qaa.Readout`.
         normalize: if False, the vector itself goes through the circuit: expectations and probabilities become
             quadratic forms of it, amplitudes a linear map.
+        shots: if given, features are unbiased estimates from so many runs per vector, and so is the gradient of theta,
+            by the parameter-shift rule: see :mod:`qaa.shots`. Computed on the CPU, outside of compiled graphs.
+        generator: where the random numbers for ``shots`` come from; by default torch's own generator.
 
     Returns:
         Shape ``(..., n_outputs)`` in the dtype of ``x``; for the readout ``"state"`` complex128 for float64 ``x`` and
@@ -56,7 +63,8 @@ def quantum_features(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype or device.
-        RuntimeError: a second derivative is asked for; the adjoint itself is not differentiable.
+        RuntimeError: a second derivative is asked for; the adjoint itself is not differentiable. With ``shots``, the
+            gradient of ``x`` is asked for, which no device gives.
 
     Example:
         >>> import torch, qaa
@@ -69,6 +77,10 @@ def quantum_features(
         >>> theta.grad.shape
         torch.Size([2, 3, 3])
     """
+    if shots is not None:
+        return _estimated_features(circuit, theta, x, readout, normalize, shots, generator)
+    if generator is not None:
+        raise ValueError("expected a generator together with shots, received one without")
     if torch.compiler.is_compiling():
         features = torch.ops.qaa.forward(theta, x.reshape(-1, x.shape[-1]), _text(circuit, readout, normalize))
         return features.reshape(*x.shape[:-1], features.shape[-1])
@@ -82,6 +94,34 @@ def quantum_features(
     else:
         features = torch.ops.qaa.forward(theta, rows, str(what))
     return features if x.ndim == 2 else features.reshape(*x.shape[:-1], what.n_outputs)
+
+
+@torch.compiler.disable
+def _estimated_features(
+    circuit: Circuit,
+    theta: Tensor,
+    x: Tensor,
+    readout: str | Sequence[str] | Readout,
+    normalize: bool,
+    number: int,
+    generator: torch.Generator | None,
+) -> Tensor:
+    what = estimates._checked(circuit, readout, normalize, number)
+    _check_theta(what, theta)
+    _check_x(what, x)
+    _check_together(theta, "x", x)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise TypeError(f"expected generator to be a torch.Generator, received {type(generator).__name__}")
+    if not _is_plain(theta, x):
+        raise RuntimeError("expected plain tensors with shots, received traced or transformed ones")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            "expected x without requires_grad with shots, received one with it: an embedded vector has no shift rule"
+        )
+    device = "cpu" if generator is None else generator.device
+    seed = int(torch.randint(2**63 - 1, (), generator=generator, device=device))
+    features = _Estimates.apply(theta, x.reshape(-1, x.shape[-1]), what, number, seed)
+    return features.reshape(*x.shape[:-1], what.n_outputs)
 
 
 def amplitude_rows(circuit: Circuit, theta: Tensor, k: int, *, width: int | None = None, real: bool = False) -> Tensor:
@@ -439,6 +479,34 @@ class _Features(torch.autograd.Function):
         if torch.is_grad_enabled():
             return *torch.ops.qaa.backward(theta, x, grad, str(ctx.what)), None
         return *_backward(ctx.what, theta, x, grad), None
+
+
+class _Estimates(torch.autograd.Function):
+    """Features from shots; the backward pass draws from a stream of its own, so that its order does not matter."""
+
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, x: Tensor, what: Program, number: int, seed: int) -> Tensor:
+        ctx.save_for_backward(theta, x)
+        ctx.what, ctx.number, ctx.seed = what, number, seed
+        arguments = what.circuit, _doubles(theta), _doubles(x), what.readout
+        options: dict[str, Any] = {"normalize": what.normalize, "threads": torch.get_num_threads()}
+        rng = np.random.default_rng([seed, 0])
+        return torch.from_numpy(estimates.forward(*arguments, shots=number, seed=rng, **options)).to(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError("expected create_graph=False with shots, received a request for second derivatives")
+        theta, x = ctx.saved_tensors
+        arguments = ctx.what.circuit, _doubles(theta), _doubles(x), _doubles(grad), ctx.what.readout
+        options: dict[str, Any] = {"normalize": ctx.what.normalize, "threads": torch.get_num_threads()}
+        rng = np.random.default_rng([ctx.seed, 1])
+        grad_theta = estimates.backward(*arguments, shots=ctx.number, seed=rng, **options)
+        return torch.from_numpy(grad_theta).to(theta), None, None, None, None
+
+
+def _doubles(t: Tensor) -> Any:
+    return t.detach().to("cpu", torch.float64).resolve_neg().numpy()
 
 
 class _Rows(torch.autograd.Function):
