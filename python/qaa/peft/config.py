@@ -193,7 +193,7 @@ class QaaConfig(PeftConfig):
             "help": "Whether the features are brought to unit size before V: multiplied by 1/rms, or, in adapters that "
             "have a c, freed of their mean and multiplied by 1/std, measured with the initial angles. It pays because "
             "one ordinary learning rate (1e-2 or so) then serves V and the angles alike; it costs K numbers per layer, "
-            "2 K with a c, that are saved but not trained, and no time."
+            "2 K with a c, that are saved but not trained, and no pass over the batch."
         },
     )
     calibration: str = field(
@@ -202,8 +202,9 @@ class QaaConfig(PeftConfig):
             "help": "When the statistics of scale_channels, center_channels and standardize_features are measured: "
             "'explicit', by qaa.peft.calibrate on batches of your choice, or 'first_batch', on what reaches each layer "
             "in its first training forward (padding counts), summed over all processes of torch.distributed, each of "
-            "which has to reach the layer. 'first_batch' pays in training programs that cannot be changed; several "
-            "batches give statistics with less noise. Either way they are saved and measured once."
+            "which has to reach the layer and to hold all of its parameters (DDP, not FSDP). 'first_batch' pays in "
+            "training programs that cannot be changed; several batches give statistics with less noise. Either way "
+            "they are saved and measured once."
         },
     )
     up_projection: str = field(

@@ -178,13 +178,11 @@ class QaaLayer(AdditiveLayer):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def _calibrate_on(self, adapter_name: str, x: Tensor) -> None:
-        """Sets the statistics to those of x, unless the adapter has them already or is not trained.
+        """Sets the statistics to those of x, unless the adapter has them already.
 
         A re-entrant checkpoint runs its first forward without gradients, so that this happens in the recomputation;
         that gives the same outputs, because V and c are still zero then.
         """
-        if not self.qaa_up[adapter_name].requires_grad:
-            return
         if self.qaa_calibrated[adapter_name].item():
             self.qaa_pending[adapter_name] = False
             return
@@ -211,7 +209,8 @@ class QaaLayer(AdditiveLayer):
         return self.qaa_adapter[adapter_name].delta(self._cast_input_dtype(x, parameters[1].dtype), *parameters)
 
     def add_to(self, base: Tensor, adapter_name: str, x: Tensor) -> Tensor:
-        if self.qaa_pending.get(adapter_name) and self.training and torch.is_grad_enabled():
+        is_step = self.training and torch.is_grad_enabled() and self.qaa_up[adapter_name].requires_grad
+        if is_step and self.qaa_pending.get(adapter_name):
             self._calibrate_on(adapter_name, x)
         parameters = self._parameters_of(adapter_name)
         x = self._cast_input_dtype(x, parameters[1].dtype)
