@@ -27,7 +27,7 @@ from typing import Any
 from .config import UNTOUCHED, CompareError
 from .report import _count, _percent, _rate, _seconds
 
-_BLOCK = re.compile(r"(<!-- (losses|differences|rates|figure) ([^>]*?) -->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
+_BLOCK = re.compile(r"(<!-- (losses|differences|rates|figure)\b([^>]*?)-->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
 _MINUS = str.maketrans("-", "\N{MINUS SIGN}")
 
 
@@ -47,7 +47,7 @@ def written(page: str, folder: Path, figures: bool = True) -> str:
         kind, words = match[2], match[3].split()
         counts = {"losses": 1, "differences": 2, "rates": 1, "figure": 2}
         if len(words) != counts[kind]:
-            raise CompareError(f"expected {counts[kind]} words after {kind!r}, received {match[3]!r}")
+            raise CompareError(f"expected {counts[kind]} words after {kind!r}, received {' '.join(words)!r}")
         if kind == "figure":
             return f"{match[1]}{_figure(words[0], words[1], folder, figures)}\n{match[5]}"
         return f"{match[1]}{content[kind](_results(folder / words[0]), *words[1:])}\n{match[5]}"
