@@ -547,6 +547,9 @@ def test_training_lowers_the_loss_and_keeps_the_best_step(
         title=name, keep_best=tmp_path / "best",
     )  # fmt: skip
     assert [step for step, _ in curves.validation] == [0, 4, 8, 12]
+    assert curves.validation_seconds == sorted(curves.validation_seconds)
+    assert 0 == curves.validation_seconds[0] < curves.validation_seconds[1]
+    assert curves.validation_seconds[-1] <= curves.seconds
     assert len(curves.train_loss) == len(curves.gradient_norm) == 12
     assert all(norm is not None and norm > 0 for norm in curves.gradient_norm)
     losses = [loss for _, loss in curves.validation]

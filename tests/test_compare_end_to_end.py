@@ -42,7 +42,7 @@ KEYS = [
     "learning_rate",
 ]
 NEW = [name for name in METHOD_NAMES if name not in DEFAULT_METHODS]
-FIGURES = ["difference", "trade_off", "validation_loss", "training_loss", "gradient_norm"]
+FIGURES = ["difference", "trade_off", "validation_loss", "loss_over_time", "training_loss", "gradient_norm"]
 
 
 @pytest.fixture(scope="module")

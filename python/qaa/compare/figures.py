@@ -402,41 +402,53 @@ def _place_beside(axes: Any, palette: Palette, rows: Sequence[dict[str, Any]]) -
         )  # fmt: skip
 
 
-def _validation(report: dict[str, Any], palette: Palette) -> Any:
+def _validation(report: dict[str, Any], palette: Palette, timed: bool = False) -> Any:
+    """Validation loss over optimizer steps, or over seconds of training."""
     rows = _trained(report)
+    if timed:
+        rows = [row for row in rows if "validation_seconds" in row["runs"][0]]
     if not rows:
         return None
     margin = _label_inches([row["label"] for row in rows]) + 0.6
     figure, axes = _axes(palette, 5.1 + margin, max(3.9, 0.2 * len(rows) + 1.0), 0.75, margin)
     start = _untouched(report)["best_validation_loss"]
-    ends, lows, lasts = [], [], [start]
+    ends, lows, lasts, right = [], [], [start], 0.0
     for row in rows:
-        steps = [step for step, _ in row["runs"][0]["validation"]]
-        curve = _mean_curve([[v for _, v in run["validation"]] for run in row["runs"]])
-        for run in row["runs"] if len(row["runs"]) > 1 else []:
-            axes.plot(steps, [v if v is not None else math.nan for _, v in run["validation"]],
+        places = [_places(run, timed) for run in row["runs"]]
+        for place, run in zip(places, row["runs"], strict=True) if len(places) > 1 else []:
+            axes.plot(place, [v if v is not None else math.nan for _, v in run["validation"]],
                       color=palette(row["name"]), linewidth=0.7, alpha=0.45)  # fmt: skip
+        place = [sum(each) / len(each) for each in zip(*places, strict=True)]
+        curve = _mean_curve([[v for _, v in run["validation"]] for run in row["runs"]])
         points = [math.nan if v is None else v for v in curve]
-        axes.plot(steps, points, color=palette(row["name"]), linewidth=1.9, linestyle=palette.dashes(row["name"]),
+        axes.plot(place, points, color=palette(row["name"]), linewidth=1.9, linestyle=palette.dashes(row["name"]),
                   marker=palette.marker(row["name"]), markersize=4.5)  # fmt: skip
         known = [p for p in points if not math.isnan(p)]
         lows.append(min(known))
         lasts.append(known[-1])
-        ends.append((row["name"], f"{row['label']} {known[-1]:.3f}", float(steps[-1]), known[-1]))
+        right = max(right, *(each[-1] for each in places))
+        ends.append((row["name"], f"{row['label']} {known[-1]:.3f}", place[-1], known[-1]))
     low, high = min(lows), max(lasts)
     axes.set_ylim(low - 0.06 * (high - low), high + 0.12 * (high - low))
-    axes.set_xlim(0, steps[-1])
+    axes.set_xlim(0, right)
     axes.axhline(start, color=palette("untouched"), linewidth=1.2, linestyle=palette.dashes("untouched"))
-    ends.append(("untouched", f"untouched {start:.3f}", float(steps[-1]), start))
-    _finish_steps(axes, palette, "validation loss, nats per token")
+    ends.append(("untouched", f"untouched {start:.3f}", right, start))
+    _finish_steps(
+        axes, palette, "validation loss, nats per token", "seconds of training" if timed else "optimizer step"
+    )
     _end_labels(axes, palette, ends)
     return figure
 
 
-def _finish_steps(axes: Any, palette: Palette, what: str) -> None:
+def _places(run: dict[str, Any], timed: bool) -> list[float]:
+    """Where a run's validations stand on the horizontal axis."""
+    return run["validation_seconds"] if timed else [float(step) for step, _ in run["validation"]]
+
+
+def _finish_steps(axes: Any, palette: Palette, what: str, x: str = "optimizer step") -> None:
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.yaxis.set_major_locator(MaxNLocator(5))
-    _axis_labels(axes, palette, "optimizer step", what)
+    _axis_labels(axes, palette, x, what)
 
 
 def _per_step(key: str, what: str, faint: bool, log: bool) -> Callable[[dict[str, Any], Palette], Any]:
@@ -545,6 +557,13 @@ _FIGURES: dict[str, _Figure] = {
         "The mean over all answer tokens of the validation split. The step with the lowest value is the one that was "
         "tested.",
         "Validation loss of each method over optimizer steps",
+    ),
+    "loss_over_time": (
+        partial(_validation, timed=True),
+        "Validation loss over time",
+        "The same losses against the time that the training steps took, evaluations left out; with several seeds the "
+        "mean of their times.",
+        "Validation loss of each method over seconds of training",
     ),
     "training_loss": (
         _per_step("train_loss", "training loss, nats per token", faint=False, log=False),

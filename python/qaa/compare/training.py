@@ -234,11 +234,15 @@ def _skipping(job: Job, inputs: Inputs, base: Any) -> Any:
 
 @dataclass
 class Curves:
-    """What a training run leaves: one entry per step, and one (step, validation loss) per evaluation."""
+    """What a training run leaves: one entry per step, and one (step, validation loss) per evaluation.
+
+    ``validation_seconds`` are the seconds of training before each evaluation, without the evaluations themselves.
+    """
 
     train_loss: list[float | None]
     gradient_norm: list[float | None]
     validation: list[tuple[int, float | None]]
+    validation_seconds: list[float]
     seconds: float = 0.0
     answer_tokens: int = 0
     tokens: int = 0
@@ -275,9 +279,10 @@ def train(
 
     order = training_order([len(e) for e in inputs.splits.train], job.settings.batch_size, steps, seed)
     calibrate(model, (inputs.batch(batch) for batch in order[:CALIBRATION_BATCHES]))
-    curves = Curves([], [], [])
+    curves = Curves([], [], [], [])
     evaluation_steps = {max(1, round(steps * (i + 1) / evaluations)) for i in range(evaluations)}
     pauses = 0.0
+    training_began: float | None = None
     best = math.inf
 
     def evaluate(step: int) -> None:
@@ -285,6 +290,7 @@ def train(
         began = time.perf_counter()
         loss = mean_loss(*inputs.losses(model, inputs.validation))
         curves.validation.append((step, _finite(loss)))
+        curves.validation_seconds.append(0.0 if training_began is None else began - training_began - pauses)
         if keep_best is not None and loss < best:
             best = loss
             state = {name: p.detach().cpu().contiguous() for name, p in trainable_state(model).items()}
@@ -348,9 +354,9 @@ def train(
         evaluate(0)
         pauses = 0.0
     with tqdm(total=steps, desc=title, unit="step", file=sys.stderr, dynamic_ncols=True) as bar:
-        began = time.perf_counter()
+        training_began = time.perf_counter()
         trainer.train()
-        curves.seconds = time.perf_counter() - began - pauses
+        curves.seconds = time.perf_counter() - training_began - pauses
     if keep_best is not None:
         chosen = load_file(keep_best, device=str(model.device))
         with torch.no_grad():
@@ -484,6 +490,7 @@ def run(job: Job, name: str, seed: int, rate: float, folder: str) -> dict[str, A
         "train_loss": curves.train_loss,
         "gradient_norm": curves.gradient_norm,
         "validation": curves.validation,
+        "validation_seconds": curves.validation_seconds,
         "best_step": best_step,
         "best_validation_loss": best,
         "final_validation_loss": curves.validation[-1][1],
@@ -536,6 +543,7 @@ def run_untouched(job: Job) -> dict[str, Any]:
         "trainable_parameters": 0,
         "total_parameters": parameter_counts(model)[1],
         "validation": [(0, validation)],
+        "validation_seconds": [0.0],
         "best_validation_loss": validation,
         "final_validation_loss": validation,
         "test_loss": mean_loss(test_sums, test_counts),
