@@ -204,7 +204,8 @@ class QaaConfig(PeftConfig):
             "in its first training forward (padding counts), summed over all processes of torch.distributed, each of "
             "which has to reach the layer and to hold all of its parameters (DDP, not FSDP). 'first_batch' pays in "
             "training programs that cannot be changed; several batches give statistics with less noise. Either way "
-            "they are saved and measured once."
+            "they are saved and measured once. A graph compiled with fullgraph=True has no room for the measurement: "
+            "calibrate explicitly, or train one step before compiling."
         },
     )
     up_projection: str = field(
