@@ -164,7 +164,7 @@ def test_the_studys_comparisons_are_valid_and_ask_the_same() -> None:
 
 
 def test_the_small_study_repeats_rows_of_the_measured_one() -> None:
-    core, small = (settings(STUDY / f"{name}.yaml") for name in ("core-alpaca", "small"))
+    core, small = (settings(STUDY / f"{name}.yaml") for name in ("alpaca", "small"))
     fewer = {"out": "", "seeds": [], "methods": [], "references": [], "variants": {}}
     assert small.as_dict() | fewer == core.as_dict() | fewer
     assert all(row(small, name) == row(core, name) for name in small.methods)

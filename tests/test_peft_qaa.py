@@ -646,7 +646,7 @@ def test_generation_in_inference_mode_and_training_afterwards():
         ({"train_circuit": 1}, "expected train_circuit to be True or False, received 1"),
         ({"init_angles": "none"}, "expected init_angles among uniform, small, zero, received 'none'"),
         ({"center_channels": 1}, "expected center_channels to be True or False, received 1"),
-        ({"up_projection": "none"}, "expected up_projection among full, random, received 'none'"),
+        ({"up_projection": "none"}, "expected up_projection among full, random, circuit, received 'none'"),
         ({"projection_key": 0.5}, "expected projection_key to be an integer, received 0.5"),
         ({"calibration": "never"}, "expected calibration among explicit, first_batch, received 'never'"),
         ({"calibration": "first_batch"}, "expected one of scale_channels, .* with calibration 'first_batch', received"),
@@ -945,17 +945,57 @@ def test_a_random_up_projection_trains_gains_and_angles_alone(readout: str, tmp_
     assert torch.equal(logits(model), expected)
 
 
+@pytest.mark.parametrize("readout", ["z", STATE])
+def test_a_circuit_as_up_projection_trains_gains_and_two_sets_of_angles(readout: str, tmp_path: Path) -> None:
+    fields = {"up_projection": "circuit", "adapter_bias": False}
+    assert torch.equal(logits(adapted(QaaConfig(readout=readout, **fields))), logits(llama()))  # g = 0
+    model = adapted(random_config(readout, **fields))
+    expected, layer = logits(model), layers_of(model)[0]
+    assert (expected - logits(llama())).abs().max() > 1e-2
+    q, v = 5 + 2 * (5 + 5) * 3, 5 + 2 * (5 + 4) * 3  # K gains, L (n + m) 3 angles; v has 12 outputs
+    assert model.get_nb_trainable_parameters()[0] == 2 * (q + v)
+
+    circuit = layer.qaa_up_adapter["default"].circuit
+    unitary = oracle.unitary(circuit, layer.qaa_phi["default"].detach().double().numpy())
+    rows = torch.from_numpy(unitary.real[:5, :24]).float()
+    up = math.sqrt(32 / 5) * rows.T * layer.qaa_up["default"]
+    x = torch.randn(3, 24)
+    plain = layer.qaa_adapter["default"].delta(x, layer.qaa_theta["default"], up, None)
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + plain, **CLOSE)
+
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    shapes = 4 * [(5,), (2, 5, 3)] + 2 * [(2, 5, 3), (2, 4, 3)]
+    assert sorted(tuple(t.shape) for t in weights.values()) == sorted(shapes)
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
+        assert torch.equal(logits(loaded), expected)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(logits(twin), expected)
+    frozen = adapted(random_config(readout, train_circuit=False, **fields))
+    assert frozen.get_nb_trainable_parameters()[0] == 4 * 5
+
+
+def test_a_circuit_as_up_projection_needs_an_output_for_every_feature() -> None:
+    with pytest.raises(ValueError, match=r"with 12 to 65536 output features .* and 12 features, received 6"):
+        get_peft_model(
+            nn.Sequential(nn.Linear(16, 6)),
+            QaaConfig(target_modules=["0"], readout="state[:12]", up_projection="circuit"),
+        )
+
+
+@pytest.mark.parametrize("up_projection", ["random", "circuit"])
 @pytest.mark.parametrize("readout", ["z", "state[:3]"])
-def test_gradients_of_a_random_up_projection_are_those_of_its_equation(readout: str) -> None:
+def test_gradients_of_a_compact_up_projection_are_those_of_its_equation(readout: str, up_projection: str) -> None:
     config = QaaConfig(
-        target_modules=["0"], readout=readout, up_projection="random", init_weights=False, n_layers=2, **WHITENED
+        target_modules=["0"], readout=readout, up_projection=up_projection, init_weights=False, n_layers=2, **WHITENED
     )
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(6, 4)).double(), config)
     x = torch.randn(5, 6, dtype=torch.float64)
     calibrate(model, [x], forward=run)
     layer = model.base_model.model[0]
-    names = [f"qaa_{name}.default" for name in ("theta", "up", "bias")]
+    names = [f"qaa_{name}.default" for name in ("theta", "up", "bias", "phi")[: 3 + (up_projection == "circuit")]]
     inputs = [layer.get_parameter(name).detach().requires_grad_() for name in names]
 
     def output(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
@@ -964,8 +1004,10 @@ def test_gradients_of_a_random_up_projection_are_those_of_its_equation(readout: 
     assert torch.autograd.gradcheck(output, (x.requires_grad_(), *inputs), fast_mode=False)
 
 
-def test_a_random_up_projection_merges_exports_compiles_and_learns(tmp_path: Path) -> None:
-    config = QaaConfig.preset("tiny", readout=STATE, init_weights=False)
+@pytest.mark.parametrize("up_projection", ["random", "circuit"])
+def test_a_compact_up_projection_merges_exports_compiles_and_learns(up_projection: str, tmp_path: Path) -> None:
+    fields = {"readout": STATE, "up_projection": up_projection}
+    config = QaaConfig.preset("tiny", init_weights=False, **fields)
     model = adapted(config)
     calibrate(model, [{"input_ids": tokens()}])
     expected = logits(model)
@@ -981,9 +1023,10 @@ def test_a_random_up_projection_merges_exports_compiles_and_learns(tmp_path: Pat
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x), **CLOSE)
 
-    half = adapted(QaaConfig.preset("tiny", readout=STATE, init_weights=False), llama().bfloat16())
-    assert {layer.qaa_signs["default"].dtype for layer in layers_of(half)} == {torch.int8}
-    model = adapted(QaaConfig.preset("tiny", readout=STATE, target_modules="all-linear", calibration="first_batch"))
+    if up_projection == "random":
+        half = adapted(QaaConfig.preset("tiny", init_weights=False, **fields), llama().bfloat16())
+        assert {layer.qaa_signs["default"].dtype for layer in layers_of(half)} == {torch.int8}
+    model = adapted(QaaConfig.preset("tiny", target_modules="all-linear", calibration="first_batch", **fields))
     optimizer = torch.optim.Adam((p for p in model.train().parameters() if p.requires_grad), lr=3e-2)
     start = [layer.qaa_theta["default"].detach().clone() for layer in layers_of(model)]
     losses = []

@@ -13,7 +13,7 @@ from qaa.nn import INIT_ANGLES, check_scaling
 from .tuner import check_flag, check_layer_selection, module_set
 
 CALIBRATIONS = ("explicit", "first_batch")
-UP_PROJECTIONS = ("full", "random")
+UP_PROJECTIONS = ("full", "random", "circuit")
 
 #: name -> fields; see :meth:`QaaConfig.preset`
 PRESETS: dict[str, dict[str, Any]] = {
@@ -69,8 +69,9 @@ class QaaConfig(PeftConfig):
             subtracted if there is a c, else 1/rms, so that no constant appears in an adapter without one.
         calibration: ``"explicit"``, the statistics of these three are measured by :func:`qaa.peft.calibrate`, or
             ``"first_batch"``, by the first forward in training mode with gradients enabled; see the help of the field.
-        up_projection: ``"full"``, V is trained, or ``"random"``, ``V = R diag(g) / sqrt(K)`` with K trained gains g and
-            frozen signs R, see :func:`qaa.nn.random_signs`.
+        up_projection: ``"full"``, V is trained; ``"random"``, ``V = R diag(g) / sqrt(K)`` with K trained gains g and
+            frozen signs R, see :func:`qaa.nn.random_signs`; or ``"circuit"``, ``V = sqrt(2**m / K) W^T diag(g)`` with
+            ``W = Re U(phi)[:K, :d_out]`` of a second trained circuit on ``m = ceil(log2(d_out))`` wires.
         projection_key: an integer that R is drawn from.
         train_circuit: whether theta is trained; otherwise it keeps its initial values and is saved with the adapter.
 
@@ -214,7 +215,11 @@ class QaaConfig(PeftConfig):
             "help": "'full': V is trained, d_out K numbers per layer, most of the adapter. 'random': V = R diag(g) / "
             "sqrt(K) with K trained gains g and signs R that follow from projection_key and the layer's shape, so that "
             "they are not saved. It pays where the adapter has to be tiny, as in one of very many tasks: K + 3 n L "
-            "numbers per layer with 'ring', which leaves the learning to the angles."
+            "numbers per layer with 'ring', which leaves the learning to the angles. 'circuit': V = sqrt(2^m / K) W^T "
+            "diag(g), where W are the first K rows of a second circuit of the same ansatz and depth, on "
+            "m = ceil(log2(d_out)) wires, cut to d_out: two circuits with gains between them, as in Quantum-PEFT "
+            "(Koike-Akino et al., ICLR 2025), at K + 3 (n + m) L numbers. It pays where the columns of V should learn "
+            "as well and the adapter has to stay tiny; K must not exceed d_out."
         },
     )
     projection_key: int = field(

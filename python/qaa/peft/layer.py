@@ -9,6 +9,7 @@ import torch.distributed as dist
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
+from qaa.circuit import MAX_WIRES
 from qaa.nn import Adapter, Whitening, draw_angles, is_private_result, random_signs
 
 from .tuner import AdditiveLayer
@@ -75,13 +76,15 @@ class QaaLayer(AdditiveLayer):
     method = "QAA"
     whitening_names = ("qaa_channels", "qaa_center", "qaa_mean", "qaa_gain")
     frozen_names = (*whitening_names, "qaa_calibrated")
-    adapter_layer_names = ("qaa_theta", "qaa_up", "qaa_bias", *frozen_names)
-    other_param_names = ("qaa_adapter", "qaa_pending", "qaa_signs")
+    adapter_layer_names = ("qaa_theta", "qaa_phi", "qaa_up", "qaa_bias", *frozen_names)
+    other_param_names = ("qaa_adapter", "qaa_pending", "qaa_signs", "qaa_up_adapter")
 
     def _create_containers(self) -> None:
         self.qaa_theta = nn.ParameterDict()  # angles in radians, the circuit's shape
-        self.qaa_up = nn.ParameterDict()  # V, (out_features, K), or the gains g of a random one, (K,)
+        self.qaa_up = nn.ParameterDict()  # V, (out_features, K), or the gains g of one of the two below, (K,)
         self.qaa_signs = BufferDict(persistent=False)  # R of random up-projections V = R diag(g) / sqrt(K)
+        self.qaa_phi = nn.ParameterDict()  # angles of a circuit whose rows W make V = sqrt(2**n / K) W^T diag(g)
+        self.qaa_up_adapter: dict[str, Adapter] = {}  # that circuit, W = qaa_up_adapter.down(phi)
         self.qaa_bias = nn.ParameterDict()  # c, (out_features,), if the adapter has one
         # frozen statistics, see Whitening, each if the adapter has it; neutral until they are measured
         self.qaa_channels = nn.ParameterDict()  # s, (in_features,)
@@ -100,15 +103,20 @@ class QaaLayer(AdditiveLayer):
         has_bias = adapter.readout.kind == "expval" if config.adapter_bias is None else config.adapter_bias
         self.qaa_adapter[adapter_name] = adapter
         self.qaa_theta[adapter_name] = draw_angles(torch.empty(adapter.circuit.parameter_shape), config.init_angles)
-        is_random = config.up_projection == "random"
-        if is_random:
+        if config.up_projection == "random":
             self.qaa_signs[adapter_name] = random_signs(self.out_features, adapter.n_features, config.projection_key)
-        up_shape = (adapter.n_features,) if is_random else (self.out_features, adapter.n_features)
-        self.qaa_up[adapter_name] = torch.zeros(up_shape)
+        elif config.up_projection == "circuit":
+            mirrored = up_circuit(self.out_features, adapter.n_features, config)
+            self.qaa_up_adapter[adapter_name] = mirrored
+            self.qaa_phi[adapter_name] = draw_angles(torch.empty(mirrored.circuit.parameter_shape), config.init_angles)
+        is_full = config.up_projection == "full"
+        self.qaa_up[adapter_name] = torch.zeros(
+            (self.out_features, adapter.n_features) if is_full else adapter.n_features
+        )
         if has_bias:
             self.qaa_bias[adapter_name] = torch.zeros(self.out_features)
         if not config.init_weights:
-            nn.init.normal_(self.qaa_up[adapter_name], std=1.0 if is_random else adapter.n_features**-0.5)
+            nn.init.normal_(self.qaa_up[adapter_name], std=adapter.n_features**-0.5 if is_full else 1.0)
             if has_bias:
                 nn.init.normal_(self.qaa_bias[adapter_name], std=adapter.n_features**-0.5)
         if config.scale_channels:
@@ -122,7 +130,7 @@ class QaaLayer(AdditiveLayer):
         if config.calibration == "first_batch":
             self.qaa_calibrated[adapter_name] = torch.zeros(1)
             self.qaa_pending[adapter_name] = True
-        frozen = self.frozen_names if config.train_circuit else (*self.frozen_names, "qaa_theta")
+        frozen = self.frozen_names if config.train_circuit else (*self.frozen_names, "qaa_theta", "qaa_phi")
         self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: frozen}
 
     def _parameters_of(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor | None, Whitening]:
@@ -131,6 +139,10 @@ class QaaLayer(AdditiveLayer):
         up = self.qaa_up[adapter_name]
         if adapter_name in self.qaa_signs:
             up = self.qaa_signs[adapter_name] * (up * self.qaa_adapter[adapter_name].n_features ** -0.5)
+        elif adapter_name in self.qaa_phi:
+            mirrored = self.qaa_up_adapter[adapter_name]
+            size = (2**mirrored.circuit.n_wires / mirrored.n_features) ** 0.5
+            up = mirrored.down(self.qaa_phi[adapter_name]).T * (up * size)
         return self.qaa_theta[adapter_name], up, self.qaa_bias.get(adapter_name), whitening
 
     def stages(self, adapter_name: str) -> tuple[str, ...]:
@@ -226,6 +238,17 @@ class QaaLayer(AdditiveLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         has_constant = adapter_name in self.qaa_bias or adapter_name in self.qaa_center
         return self.qaa_adapter[adapter_name].is_linear and not has_constant
+
+
+def up_circuit(out_features: int, n_features: int, config: Any) -> Adapter:
+    """The circuit whose first K rows, cut to the layer's outputs, are the columns of V."""
+    largest = 2**MAX_WIRES
+    if not n_features <= out_features <= largest:
+        raise ValueError(
+            f"expected a layer with {n_features} to {largest} output features for up_projection 'circuit' and "
+            f"{n_features} features, received {out_features}"
+        )
+    return Adapter.create(out_features, config.n_layers, config.ansatz, f"state[:{n_features}]")
 
 
 def not_mergeable(adapter_name: str) -> str:
