@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BUDGET ?= quick
-STUDY ?= core-alpaca core-toolcalls
+STUDY ?= alpaca toolcalls
 OUTPUT ?= reports/compare
 
 BIN := $(VENV)/bin
@@ -11,7 +11,7 @@ SOURCES := $(shell find csrc python -type f -not -name '*.pyc' -not -name '*.so'
 .PHONY: help compare study study-small test gpu-check cuda-evidence bench bench-environments bench-plots lint stubs clean
 help:
 	@echo "make compare   train QAA, LoRA, SoRA, Prefix and full fine-tuning on a real LLM; report in $(OUTPUT)"
-	@echo "make study     the measured rows of docs/study on two tasks: hours; make study-small: two rows, one seed"
+	@echo "make study     the tables of docs/study, two tasks: two to four hours; make study-small: two rows, one seed"
 	@echo "make test      the test-suite"
 	@echo "make gpu-check CUDA kernels on this machine's GPU: tests, compute-sanitizer, times; results in reports/gpu"
 	@echo "make cuda-evidence        registers, spills and occupancy of compiled CUDA kernels, into tests/cuda/resources.json"
@@ -39,7 +39,7 @@ compare: $(VENV)/.compare
 	$(BIN)/qaa compare --budget $(BUDGET) --out $(OUTPUT)
 
 # Both can be interrupted: the same command continues. The results are committed, and the page is made from them.
-# Every row that docs/compare.md describes: make study STUDY='alpaca toolcalls'
+# One of them: make study STUDY=alpaca
 study: $(VENV)/.compare
 	for task in $(STUDY); do \
 	  $(BIN)/qaa compare --config docs/study/$$task.yaml && \
