@@ -1,4 +1,4 @@
-"""Every example runs: doctests of the modules, and the README's Python."""
+"""Every example runs: doctests of the modules, and the Python of the README and of the documentation's pages."""
 
 from __future__ import annotations
 
@@ -39,8 +39,25 @@ def test_there_are_examples() -> None:
     assert {"qaa.arrays", "qaa.circuit", "qaa.nn", "qaa.ops", "qaa.peft.config"} <= set(with_examples)
 
 
-def test_the_readmes_python() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
-    assert len(blocks) >= 2
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+def python_blocks(page: Path) -> list[str]:
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+PAGES = [page for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))) if python_blocks(page)]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_a_pages_python(page: Path) -> None:
+    """The blocks of a page run one after the other, as a reader would run them."""
+    names = {"__name__": page.stem}
+    for block in python_blocks(page):
+        exec(compile(block, page.name, "exec"), names)
+
+
+def test_there_are_pages_with_python() -> None:
+    assert {"README.md", "quickstart.md"} <= {page.name for page in PAGES}
+
+
+def test_the_pictured_circuit_is_as_it_is_drawn() -> None:
+    expected = qaa.ansatz("ring", n_wires=4, n_layers=1).draw("svg")
+    assert (ROOT / "docs" / "figures" / "ring.svg").read_text(encoding="utf-8") == expected

@@ -477,14 +477,14 @@ ANSATZE: dict[str, Callable[[int, int], tuple[list[Gate], tuple[int, ...]]]] = {
 def ansatz(name: str, n_wires: int, n_layers: int = 1) -> Circuit:
     """A circuit of ``n_layers`` equal layers.
 
-    ========================  ==========================  =========================================================
-    ``name``                  ``theta``                   one layer
-    ========================  ==========================  =========================================================
-    ``"ring"`` (default PQC)  ``(n_layers, n_wires, 3)``  RY, RZ on every wire; CNOT 0→1→…→n-1→0; RY on every wire
-    ``"basic_entangler"``     ``(n_layers, n_wires)``     RX on every wire; CNOT ring
-    ``"strongly_entangling"`` ``(n_layers, n_wires, 3)``  Rot on every wire; CNOT w→w+r, r = 1 + layer mod (n-1)
-    ``"brick"``               ``(n_layers, n_wires, 2)``  RY; CZ on even pairs; RY; CZ on odd pairs
-    ========================  ==========================  =========================================================
+    =========================  ==========================  =========================================================
+    ``name``                   ``theta``                   one layer
+    =========================  ==========================  =========================================================
+    ``"ring"`` (default PQC)   ``(n_layers, n_wires, 3)``  RY, RZ on every wire; CNOT 0→1→…→n-1→0; RY on every wire
+    ``"basic_entangler"``      ``(n_layers, n_wires)``     RX on every wire; CNOT ring
+    ``"strongly_entangling"``  ``(n_layers, n_wires, 3)``  Rot on every wire; CNOT w→w+r, r = 1 + layer mod (n-1)
+    ``"brick"``                ``(n_layers, n_wires, 2)``  RY; CZ on even pairs; RY; CZ on odd pairs
+    =========================  ==========================  =========================================================
 
     ``ring`` is the circuit of SQUARE (Roh et al.), ``basic_entangler`` and ``strongly_entangling`` are PennyLane's
     templates of those names.
