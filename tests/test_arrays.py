@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import doctest
 import pickle
 import re
 import subprocess
@@ -324,11 +323,6 @@ def test_other_python_threads_run_during_a_call() -> None:
 def test_the_public_names() -> None:
     for name in ("Gate", "Circuit", "Readout", "ansatz", "arrays"):
         assert hasattr(qaa, name)
-
-
-def test_examples_in_docstrings_run() -> None:
-    result = doctest.testmod(arrays)
-    assert result.attempted >= 2 and result.failed == 0
 
 
 @given(st.data(), circuits(max_wires=4, max_gates=6), st.booleans())
