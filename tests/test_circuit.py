@@ -13,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import oracle
-import qaa.circuit
 from qaa.circuit import ANSATZE, GATES, MAX_WIRES, Circuit, Gate, Readout, ansatz
 from strategies import circuits, readouts
 

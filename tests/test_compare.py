@@ -161,7 +161,8 @@ def test_the_studys_results_are_those_of_its_configuration(task: str) -> None:
     chosen = settings(STUDY / f"{task}.yaml")
     found = json.loads((STUDY / f"{task}.json").read_text(encoding="utf-8"))
     assert [shown["name"] for shown in found["methods"]] == [UNTOUCHED, *chosen.methods]
-    kept = {name: found["settings"][name] for name in ("seeds", "steps", "train_examples", "test_examples", "max_tokens")}
+    what = ("seeds", "steps", "train_examples", "validation_examples", "test_examples", "max_tokens", "batch_size")
+    kept = {name: found["settings"][name] for name in what}
     assert kept == {name: chosen.as_dict()[name] for name in kept}
     assert all(len(shown["runs"]) == len(chosen.seeds) for shown in found["methods"][1:])
 
