@@ -73,7 +73,9 @@ def test_every_gate_counts_its_wires_and_parameters(name: str) -> None:
     assert Gate(name, wires, parameters).name == name
     with pytest.raises(ValueError, match=rf"expected {n_wires} wire.*for {name}, received {n_wires + 1}"):
         Gate(name, (*wires, 7), parameters)
-    with pytest.raises(ValueError, match=rf"expected {n_parameters} parameter.*for {name}, received {n_parameters + 1}"):
+    with pytest.raises(
+        ValueError, match=rf"expected {n_parameters} parameter.*for {name}, received {n_parameters + 1}"
+    ):
         Gate(name, wires, (*parameters, 7))
     if n_wires == 2:
         with pytest.raises(ValueError, match=rf"expected different wires for {name}, received \(3, 3\)"):

@@ -109,7 +109,7 @@ class Circuit:
     parameter_shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        _check_count("n_wires", self.n_wires, MAX_WIRES)
+        check_count("n_wires", self.n_wires, MAX_WIRES)
         if not isinstance(self.gates, Iterable):
             raise TypeError(f"expected gates to be a sequence of qaa.Gate, received {type(self.gates).__name__}")
         object.__setattr__(self, "gates", tuple(self.gates))
@@ -368,7 +368,7 @@ class Readout:
     @staticmethod
     def parse(readout: str | Sequence[str] | Readout, n_wires: int) -> Readout:
         """The readout named by ``readout`` for ``n_wires`` wires; raises ``ValueError`` if it names none."""
-        _check_count("n_wires", n_wires, MAX_WIRES)
+        check_count("n_wires", n_wires, MAX_WIRES)
         if isinstance(readout, Readout):
             _check_readout(readout, n_wires)
             return readout
@@ -380,7 +380,7 @@ class Readout:
             if match is None:
                 raise ValueError(
                     "expected a readout 'z', 'probs', 'probs[:K]', 'state', 'state[:K]' or a list of Pauli strings, "
-                    f"received {_shown(readout)}"
+                    f"received {shown(readout)}"
                 )
             n_outputs = 2**n_wires if match[2] is None else int(match[2])
             parsed = Readout(match[1], n_outputs)
@@ -418,15 +418,16 @@ def _check_readout(readout: Readout, n_wires: int) -> None:
         )
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """``repr(value)``, cut off where it is long: it may come from a stranger."""
     text = repr(value)
     return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
 
 
-def _check_count(what: str, count: object, limit: int) -> None:
+def check_count(what: str, count: object, limit: int) -> None:
+    """Raises ``ValueError`` unless ``count`` is an integer from 1 to ``limit``."""
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= limit:
-        raise ValueError(f"expected {what} from 1 to {limit}, received {_shown(count)}")
+        raise ValueError(f"expected {what} from 1 to {limit}, received {shown(count)}")
 
 
 def _indices(what: str, values: int | Iterable[int]) -> tuple[int, ...]:
@@ -518,9 +519,9 @@ def ansatz(name: str, n_wires: int, n_layers: int = 1) -> Circuit:
         ((2, 3, 3), 24)
     """
     if not isinstance(name, str) or name not in ANSATZE:
-        raise ValueError(f"expected an ansatz among {', '.join(ANSATZE)}, received {_shown(name)}")
-    _check_count("n_wires", n_wires, MAX_WIRES)
-    _check_count("n_layers", n_layers, MAX_LAYERS)
+        raise ValueError(f"expected an ansatz among {', '.join(ANSATZE)}, received {shown(name)}")
+    check_count("n_wires", n_wires, MAX_WIRES)
+    check_count("n_layers", n_layers, MAX_LAYERS)
     return _ansatz(name, n_wires, n_layers)
 
 

@@ -43,7 +43,9 @@ def compare(chosen: Settings, command: Sequence[str] | None = None) -> dict[str,
         except OSError as error:
             # a full disk, a folder that vanished: what is finished is in its files
             where = f" at {error.filename}" if error.filename else ""
-            raise CompareError(f"expected to read and write files below {out}, received: {error.strerror or error}{where}") from None
+            raise CompareError(
+                f"expected to read and write files below {out}, received: {error.strerror or error}{where}"
+            ) from None
 
 
 def _compare(chosen: Settings, out: Path, cache: Path, command: Sequence[str] | None) -> dict[str, Any]:
