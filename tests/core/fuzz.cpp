@@ -333,22 +333,25 @@ PlanOptions read_options(Reader& in, bool wild) {
   return options;
 }
 
-// What distinguishes plans: kinds of stages, passes, trees and readouts, coarsely counted.
+// What distinguishes plans: which kinds of stages, passes, trees and readouts there are, and whether there are several.
 std::uint64_t shape_of(const Plan& plan) {
-  std::uint64_t hash = 1469598103934665603u;
-  auto mix = [&](std::size_t value) { hash = (hash ^ std::min<std::size_t>(value, 5)) * 1099511628211u; };
-  for (const std::size_t value : {plan.strings.size(), plan.absorbed.size(), plan.trees.size(), plan.flips.size(),
-                                  plan.chains.size(), plan.correlations.size(), plan.stages.size(),
-                                  std::size_t(plan.n_wires > 6), std::size_t(plan.n_wires > 9)}) {
-    mix(value);
+  std::uint64_t shape = 1;
+  auto mix = [&](std::size_t count) { shape = shape * 3 + std::min<std::size_t>(count, 2); };
+  for (const std::size_t count : {std::size_t(plan.readout), plan.absorbed.size(), plan.trees.size(), plan.flips.size(),
+                                  plan.chains.size(), plan.correlations.size(), std::size_t(plan.starts_low)}) {
+    mix(count);
   }
-  hash ^= std::uint64_t(plan.readout) << 1 ^ std::uint64_t(plan.normalize) << 3 ^ std::uint64_t(plan.starts_low) << 4;
+  std::size_t complex = 0, real = 0, kept = 0, constant = 0, trees = 0, passes = 0;
   for (const Stage& stage : plan.stages) {
-    mix(stage.is_diagonal() * 4 + stage.real * 2 + stage.kept);
-    mix(stage.trees.size());
-    mix(stage.rotate.size());
+    complex += stage.is_diagonal() && !stage.real;
+    real += stage.is_diagonal() && stage.real;
+    kept += stage.kept;
+    constant += !stage.constant.empty();
+    trees = std::max(trees, stage.trees.size());
+    passes = std::max(passes, stage.rotate.size());
   }
-  return hash;
+  for (const std::size_t count : {complex, real, kept, constant, trees, passes}) mix(count);
+  return shape;
 }
 
 // ------------------------------------------------------------------------------------------------ calls

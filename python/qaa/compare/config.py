@@ -214,9 +214,8 @@ def _checked(values: dict[str, Any]) -> Settings:
         elif isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise CompareError(f"expected {key} to be an integer of at least {minimum}, received {value!r}")
         elif value >= 2**31:
-            raise CompareError(
-                f"expected {key} to be an integer below {2**31}, received one of {value.bit_length()} bits"
-            )
+            received = value if value < 2**63 else f"one of {value.bit_length()} bits"
+            raise CompareError(f"expected {key} to be an integer below {2**31}, received {received}")
     for key in ("model", "data", "encoder", "source", "out", "cache", "device"):
         if key in values and (not isinstance(values[key], (str, os.PathLike)) or not _is_text(str(values[key]))):
             raise CompareError(f"expected {key} to be text, received {values[key]!r}")

@@ -137,8 +137,8 @@ class SoraLayer(AdditiveLayer):
         most = max(64, self.in_features, self.out_features)
         if config.r > most:  # a stranger's number must not take more memory than the layer has
             raise ValueError(
-                f"expected r of at most {most} for a layer of {self.in_features} inputs and {self.out_features} outputs, "
-                f"received {config.r}"
+                f"expected r of at most {most} for a layer of {self.in_features} inputs and {self.out_features} "
+                f"outputs, received {config.r}"
             )
         # the published initialisation: A as in LoRA, B zero, gates standard normal
         self.sora_A[adapter_name] = nn.init.kaiming_uniform_(torch.empty(config.r, self.in_features), a=math.sqrt(5))
