@@ -420,7 +420,10 @@ def _check_readout(readout: Readout, n_wires: int) -> None:
 
 def shown(value: object) -> str:
     """``repr(value)``, cut off where it is long: it may come from a stranger."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return f"a {type(value).__name__} without a text"
     return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
 
 

@@ -365,7 +365,9 @@ double sum_of_products(const std::vector<double>& a, const std::vector<double>& 
 void check_calls(Reader& in, const Circuit& c, const Plan& plan) {
   const auto scalar = Scalar(in.below(4));
   const bool is_double = scalar == Scalar::float64;
-  const std::int64_t rows = in.below(c.n_wires > 8 ? 4 : in.byte() % 8 == 0 ? 80 : 20);
+  // Few rows are quickly simulated; many on many wires wake the other threads.
+  const bool many = in.byte() % 16 == 0;
+  const std::int64_t rows = in.below(c.n_wires > 8 ? (many ? 160 : 4) : (many ? 80 : 20));
   const std::int64_t columns = 1 + in.below(plan.n_amplitudes()), k = plan.n_columns();
   const int threads = 1 + int(in.below(4));
   std::mt19937_64 random(in.two());
