@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-peft = pytest.importorskip("peft")
+pytest.importorskip("torch")
+pytest.importorskip("peft")
+
+import peft
+import torch
 
 import qaa.nn
 import qaa.peft
@@ -48,7 +51,7 @@ def test_the_table_is_long_and_without_repetitions() -> None:
 def test_a_bad_argument_gets_its_sentence(expression: str, error: str) -> None:
     known = names()
     kind, message = error.strip().split(": ", 1)
-    with pytest.raises(Exception) as caught:  # noqa: PT011
+    with pytest.raises(Exception) as caught:
         eval(expression, known)
     assert type(caught.value).__name__ == kind
     text = str(caught.value)
