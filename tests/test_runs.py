@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -86,10 +87,8 @@ def test_a_killed_run_continues_to_the_same_results(undisturbed: tuple[Path, Any
         if kills == 1:
             wait_for(has_begun(tmp_path, "lora-seed1"), process)
         else:
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(generator.uniform(0, float(os.environ["QAA_KILL_WITHIN"])))
-            except subprocess.TimeoutExpired:
-                pass
         process.kill()
         process.communicate()
         finished = [path.name for path in (tmp_path / "work").glob("*-seed*.json")] if kill or kills == 1 else []
@@ -105,9 +104,9 @@ def test_sigterm_ends_parent_and_child_in_a_sentence(undisturbed: tuple[Path, An
     config, _ = undisturbed
     process = start(config, tmp_path, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
     wait_for(has_begun(tmp_path, "lora-seed0"), process)
-    with pytest.raises(CompareError, match=rf"expected no other run in .*, received the one of process {process.pid}"):
-        with run._alone(tmp_path):  # the second run in one folder
-            pass
+    second = rf"expected no other run in .*, received the one of process {process.pid}"
+    with pytest.raises(CompareError, match=second), run._alone(tmp_path):
+        pass
     process.terminate()
     _, said = process.communicate(timeout=60)
     assert process.returncode == 143

@@ -13,9 +13,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-torch = pytest.importorskip("torch")
-peft = pytest.importorskip("peft")
+pytest.importorskip("torch")
+pytest.importorskip("peft")
 
+import peft
+import torch
 from safetensors.torch import load_file, save_file
 
 from qaa.peft import QaaConfig, SoraConfig
