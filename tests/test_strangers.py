@@ -107,10 +107,10 @@ def test_a_hostile_configuration_is_refused_before_memory_is_taken(
 def test_unknown_fields_and_names_that_look_like_paths_do_nothing(adapter: Path, tmp_path: Path) -> None:
     change(adapter, command="true", auto_mapping={"base_model_class": "os", "parent_library": "os"}, revision="../..")
     weights = load_file(adapter / "adapter_model.safetensors")
-    expected = load(adapter)[0].qaa_up["default"]
+    expected = load(adapter).base_model.model[0].qaa_up["default"]
     save_file({**weights, "base_model.model.../../up": torch.ones(3)}, adapter / "adapter_model.safetensors")
     before = sorted(tmp_path.rglob("*"))
-    assert torch.equal(load(adapter)[0].qaa_up["default"], expected)
+    assert torch.equal(load(adapter).base_model.model[0].qaa_up["default"], expected)
     assert sorted(tmp_path.rglob("*")) == before
 
 
