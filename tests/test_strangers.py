@@ -156,14 +156,10 @@ def test_the_comparison_takes_models_with_safetensors_only(tmp_path: Path) -> No
 # ---------------------------------------------------------------------------------------------------- fuzzing
 
 CORPUS = sorted((Path(__file__).parent / "adapters").glob("*.json"))
+texts = st.text("abz019[]:./ _", max_size=12) | st.sampled_from(["z", "ring", "state[:8]"])
 json_values = st.recursive(
-    st.none()
-    | st.booleans()
-    | st.integers()
-    | st.floats()
-    | st.text(max_size=12)
-    | st.sampled_from(["z", "ring", "0"]),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    st.none() | st.booleans() | st.integers() | st.floats() | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
     max_leaves=6,
 )
 own_fields = sorted(
@@ -181,7 +177,7 @@ def read_config(text: bytes, folder: Path) -> None:
         config = peft.PeftConfig.from_pretrained(str(folder))
         if config.target_modules is not None and not isinstance(config.target_modules, str):
             peft.get_peft_model(model(), config)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:  # the last two are PEFT's, of its own fields
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:  # the last three are PEFT's
         assert len(str(error)) < 2000
     assert time.process_time() - began < 20
 
@@ -194,7 +190,7 @@ def test_the_corpus_of_configurations_loads_or_is_refused(tmp_path: Path) -> Non
 
 
 @pytest.mark.filterwarnings("ignore")
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None)
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck), database=None)
 @given(
     fields=st.dictionaries(st.sampled_from(own_fields), json_values, max_size=3),
     kind=st.sampled_from(["QAA", "SORA"]),
