@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <exception>
 #include <optional>
 #include <stdexcept>
 
@@ -18,11 +19,25 @@ namespace {
 
 using Gate = std::tuple<std::string, std::vector<std::uint32_t>, std::vector<std::uint32_t>>;
 
+// Calls `work` without the GIL. Taking it back ends this thread by unwinding its stack if the interpreter has ended in
+// the meantime: from a destructor, as py::gil_scoped_release has one, that would be std::terminate.
+template <class Work>
+void without_gil(const Work& work) {
+  PyThreadState* const state = PyEval_SaveThread();
+  std::exception_ptr failure;
+  try {
+    work();
+  } catch (...) {
+    failure = std::current_exception();
+  }
+  PyEval_RestoreThread(state);
+  if (failure) std::rethrow_exception(failure);
+}
+
 Plan make_plan(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vector<Gate>& gates, ReadoutKind kind,
                std::uint32_t n_outputs, std::vector<std::string> paulis, bool normalize, bool fuse, bool rename,
                bool absorb, bool expand, bool real, bool tangent, std::optional<int> rotate_radix,
                std::optional<int> unwind_radix) {
-  const py::gil_scoped_release release;
   std::vector<GateCall> calls;
   calls.reserve(gates.size());
   for (const auto& [name, wires, parameters] : gates) calls.push_back({name, wires, parameters});
@@ -35,7 +50,11 @@ Plan make_plan(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vec
   options.tangent = tangent;
   options.rotate_radix = rotate_radix.value_or(options.rotate_radix);
   options.unwind_radix = unwind_radix.value_or(options.unwind_radix);
-  return compile(n_wires, n_parameters, calls, {kind, n_outputs, std::move(paulis)}, normalize, options);
+  Plan plan;
+  without_gil([&] {
+    plan = compile(n_wires, n_parameters, calls, {kind, n_outputs, std::move(paulis)}, normalize, options);
+  });
+  return plan;
 }
 
 template <class M>
@@ -72,34 +91,38 @@ class Angles {
 
 void run_forward(const Plan& plan, std::uintptr_t theta, Scalar theta_scalar, const ConstMatrix& x,
                  const Matrix& features, int threads) {
-  const py::gil_scoped_release release;
-  const Angles angles(theta, theta_scalar, plan.n_parameters);
-  forward({plan, angles.data(), x, features, threads});
+  without_gil([&] {
+    const Angles angles(theta, theta_scalar, plan.n_parameters);
+    forward({plan, angles.data(), x, features, threads});
+  });
 }
 
 // The gradient of the angles is written in the angles' type.
 void run_backward(const Plan& plan, std::uintptr_t theta, Scalar theta_scalar, const ConstMatrix& x,
                   const ConstMatrix& grad, std::uintptr_t grad_theta, const Matrix& grad_x, int threads) {
-  const py::gil_scoped_release release;
-  const Angles angles(theta, theta_scalar, plan.n_parameters);
-  if (theta_scalar == Scalar::float64) {
-    return backward({plan, angles.data(), x, grad, reinterpret_cast<double*>(grad_theta), grad_x, threads});
-  }
-  std::vector<double> result(plan.n_parameters);
-  backward({plan, angles.data(), x, grad, result.data(), grad_x, threads});
-  std::copy(result.begin(), result.end(), reinterpret_cast<float*>(grad_theta));
+  without_gil([&] {
+    const Angles angles(theta, theta_scalar, plan.n_parameters);
+    if (theta_scalar == Scalar::float64) {
+      return backward({plan, angles.data(), x, grad, reinterpret_cast<double*>(grad_theta), grad_x, threads});
+    }
+    std::vector<double> result(plan.n_parameters);
+    backward({plan, angles.data(), x, grad, result.data(), grad_x, threads});
+    std::copy(result.begin(), result.end(), reinterpret_cast<float*>(grad_theta));
+  });
 }
 
 void run_project(const ConstMatrix& features, const ConstMatrix& up, const ConstMatrix& bias, const ConstMatrix& base,
                  double scale, const Matrix& out, int threads) {
-  const py::gil_scoped_release release;
-  project({features, up, bias, base, scale, out, threads});
+  without_gil([&] {
+    project({features, up, bias, base, scale, out, threads});
+  });
 }
 
 void run_project_backward(const ConstMatrix& grad, const ConstMatrix& features, const ConstMatrix& up, double scale,
                           const Matrix& grad_features, const Matrix& grad_up, const Matrix& grad_bias, int threads) {
-  const py::gil_scoped_release release;
-  project_backward({grad, features, up, scale, grad_features, grad_up, grad_bias, threads});
+  without_gil([&] {
+    project_backward({grad, features, up, scale, grad_features, grad_up, grad_bias, threads});
+  });
 }
 
 py::bytes description_of(const cuda::Program& program) {
@@ -109,19 +132,21 @@ py::bytes description_of(const cuda::Program& program) {
 void run_cuda_forward(const cuda::Program& program, std::uintptr_t description, std::uintptr_t theta,
                       Scalar theta_scalar, const ConstMatrix& x, const Matrix& features, std::uintptr_t workspace,
                       std::uintptr_t stream) {
-  const py::gil_scoped_release release;
-  auto pointer = [](std::uintptr_t address) { return reinterpret_cast<void*>(address); };
-  cuda::forward({program, pointer(description), pointer(theta), theta_scalar, x, features, pointer(workspace),
-                 pointer(stream)});
+  without_gil([&] {
+    auto pointer = [](std::uintptr_t address) { return reinterpret_cast<void*>(address); };
+    cuda::forward({program, pointer(description), pointer(theta), theta_scalar, x, features, pointer(workspace),
+                   pointer(stream)});
+  });
 }
 
 void run_cuda_backward(const cuda::Program& program, std::uintptr_t description, std::uintptr_t theta,
                        Scalar theta_scalar, const ConstMatrix& x, const ConstMatrix& grad, std::uintptr_t grad_theta,
                        const Matrix& grad_x, std::uintptr_t workspace, std::uintptr_t stream) {
-  const py::gil_scoped_release release;
-  auto pointer = [](std::uintptr_t address) { return reinterpret_cast<void*>(address); };
-  cuda::backward({program, pointer(description), pointer(theta), theta_scalar, x, grad, pointer(grad_theta), grad_x,
-                  pointer(workspace), pointer(stream)});
+  without_gil([&] {
+    auto pointer = [](std::uintptr_t address) { return reinterpret_cast<void*>(address); };
+    cuda::backward({program, pointer(description), pointer(theta), theta_scalar, x, grad, pointer(grad_theta), grad_x,
+                    pointer(workspace), pointer(stream)});
+  });
 }
 
 }  // namespace

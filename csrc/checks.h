@@ -3,6 +3,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "qaa.h"
 
@@ -18,12 +19,35 @@ inline void check(const M& m, const char* name, std::int64_t rows, std::int64_t 
   if ((m.scalar == Scalar::float64) != is_double) {
     refuse(is_double ? "float64 numbers, as x has" : "at most float32 numbers, as x has", "the other precision");
   }
+  if (m.scalar > Scalar::float64) refuse("a type of the list", "type " + std::to_string(int(m.scalar)));
   if (m.rows > 0 && m.data == nullptr) refuse("data", "a null pointer");
+  if constexpr (!std::is_const_v<std::remove_pointer_t<decltype(m.data)>>) {  // threads write different rows
+    if (m.rows > 1 && m.row_stride < columns) {
+      refuse("rows at least " + std::to_string(columns) + " numbers apart", std::to_string(m.row_stride));
+    }
+  }
+}
+
+// So many that no product with a row's bytes or a plan's amplitudes overflows.
+constexpr std::int64_t most_rows = std::int64_t{1} << 40;
+
+inline void check_rows(std::int64_t rows) {
+  if (rows < 0 || rows > most_rows) {
+    throw std::invalid_argument("expected a batch of 0 to " + std::to_string(most_rows) + " rows, received " +
+                                std::to_string(rows));
+  }
+}
+
+inline void check_angles(const Plan& plan, const void* angles, const char* name) {
+  if (plan.n_parameters > 0 && angles == nullptr) {
+    throw std::invalid_argument(std::string("expected ") + name + " with data, received a null pointer");
+  }
 }
 
 inline void check_x(const Plan& plan, const ConstMatrix& x) {
-  if (x.rows < 0) {
-    throw std::invalid_argument("expected a batch of at least 0 rows, received " + std::to_string(x.rows));
+  check_rows(x.rows);
+  if (x.scalar > Scalar::float64) {
+    throw std::invalid_argument("expected x of a type of the list, received type " + std::to_string(int(x.scalar)));
   }
   if (x.columns < 1 || x.columns > std::int64_t{plan.n_amplitudes()}) {
     throw std::invalid_argument("expected x with 1 to " + std::to_string(plan.n_amplitudes()) + " columns for " +

@@ -249,12 +249,15 @@ PlanOptions default_options() {
 
 void forward(const ForwardCall& call) {
   check_forward(call.plan, call.x, call.features);
+  check_angles(call.plan, call.theta, "theta");
   if (call.x.rows == 0) return;
   call.x.scalar == Scalar::float64 ? forward_as<double>(call) : forward_as<float>(call);
 }
 
 void backward(const BackwardCall& call) {
   check_backward(call.plan, call.x, call.grad, call.grad_x);
+  check_angles(call.plan, call.theta, "theta");
+  check_angles(call.plan, call.grad_theta, "grad_theta");
   if (call.x.rows == 0) {
     std::fill_n(call.grad_theta, call.plan.n_parameters, 0.0);
     return;
@@ -266,11 +269,13 @@ namespace {
 
 // Projections work on numbers as they are: float32 or float64, no narrower ones.
 void check_projection(const ConstMatrix& features, const ConstMatrix& up) {
+  constexpr std::int64_t most = std::int64_t{1} << 31;  // products of two of them do not overflow
+  check_rows(features.rows);
   if (features.scalar != Scalar::float32 && features.scalar != Scalar::float64) {
     throw std::invalid_argument("expected features of float32 or float64, received a narrower type");
   }
-  if (up.rows < 1 || up.columns < 1) {
-    throw std::invalid_argument("expected up with at least one row and one column, received " +
+  if (up.rows < 1 || up.columns < 1 || up.rows > most || up.columns > most) {
+    throw std::invalid_argument("expected up with 1 to " + std::to_string(most) + " rows and columns, received " +
                                 std::to_string(up.rows) + " and " + std::to_string(up.columns));
   }
 }

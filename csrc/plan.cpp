@@ -773,6 +773,8 @@ void check(const ReadoutSpec& readout, std::uint32_t n_wires) {
         refuse("Pauli strings of " + std::to_string(n_wires) + " letters from I, X, Y, Z", "'" + letters + "'");
       }
     }
+  } else if (readout.kind != ReadoutKind::probs && readout.kind != ReadoutKind::state) {
+    refuse("a readout of expectations, probabilities or amplitudes", std::to_string(int(readout.kind)));
   } else if (readout.n_outputs < 1 || readout.n_outputs > (Index{1} << n_wires)) {
     refuse("from 1 to " + std::to_string(Index{1} << n_wires) + " outputs", std::to_string(readout.n_outputs));
   }

@@ -69,12 +69,14 @@ def test_every_gate_counts_its_wires_and_parameters(name: str) -> None:
     n_wires, n_parameters = GATES[name]
     wires, parameters = tuple(range(n_wires)), tuple(range(n_parameters))
     assert Gate(name, wires, parameters).name == name
-    with pytest.raises(ValueError, match=rf"gate {name} expects {n_wires} wire.*received {n_wires + 1}"):
+    with pytest.raises(ValueError, match=rf"expected {n_wires} wire.*for {name}, received {n_wires + 1}"):
         Gate(name, (*wires, 7), parameters)
-    with pytest.raises(ValueError, match=rf"gate {name} expects {n_parameters} parameter.*received {n_parameters + 1}"):
+    with pytest.raises(
+        ValueError, match=rf"expected {n_parameters} parameter.*for {name}, received {n_parameters + 1}"
+    ):
         Gate(name, wires, (*parameters, 7))
     if n_wires == 2:
-        with pytest.raises(ValueError, match=rf"gate {name} expects different wires, received \(3, 3\)"):
+        with pytest.raises(ValueError, match=rf"expected different wires for {name}, received \(3, 3\)"):
             Gate(name, (3, 3), parameters)
 
 

@@ -82,6 +82,29 @@ def test_the_core_runs_without_python(cases: Path, tmp_path: Path) -> None:
             continue
         assert result.returncode == 0, result.stdout + result.stderr[-3000:]
         assert f"{isa}: 96 passed, 0 failed" in result.stdout
+        fuzz(program.with_name("fuzz"), isa, runs=1500)
+
+
+CORPUS = ROOT / "tests" / "core" / "corpus"
+
+
+def fuzz(program: Path, isa: str, runs: int) -> None:
+    """So many mutations of the corpus: what is accepted equals a dense simulation, what is refused is left alone."""
+    command = [program, "--corpus", CORPUS, "--runs", str(runs), "--seed", "0"]
+    result = subprocess.run(command, env={"QAA_ISA": isa}, capture_output=True, text=True, cwd=program.parent)
+    assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+    assert result.stdout.startswith(f"{isa}: {runs} inputs, ") and "equal to the oracle" in result.stdout
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
+def test_the_core_has_no_data_races(tmp_path: Path) -> None:
+    """Six threads call the kernels at once, each on several threads, with ThreadSanitizer watching."""
+    flags = "-DCMAKE_CXX_FLAGS=-fsanitize=thread"
+    program = build(tmp_path, "-DQAA_OPTIMIZE=-O1", "-DQAA_AVX2=OFF", flags)
+    for command in ([program, "6", "2"], [program.with_name("fuzz"), "--corpus", CORPUS, "--runs", "0"]):
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 0, result.stdout + result.stderr[-3000:]
+        assert "different" not in result.stdout or "6 callers, 2 rounds: 0 different" in result.stdout
 
 
 @pytest.mark.skipif(

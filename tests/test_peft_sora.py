@@ -397,8 +397,8 @@ def test_pruning_refuses_an_adapter_without_any_rank_left(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"r": 0}, "expected r to be an integer of at least 1, received 0"),
-        ({"r": 2.0}, "expected r to be an integer of at least 1, received 2.0"),
+        ({"r": 0}, "expected r from 1 to 65536, received 0"),
+        ({"r": 2.0}, "expected r from 1 to 65536, received 2.0"),
         ({"sora_alpha": 0}, "expected sora_alpha to be a positive number, received 0"),
         ({"sora_dropout": 1.0}, "expected sora_dropout from 0 to below 1, received 1.0"),
         ({"init_weights": "yes"}, "expected init_weights to be True or False, received 'yes'"),

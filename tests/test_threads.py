@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -64,3 +66,17 @@ def test_many_python_threads_at_once() -> None:
         thread.join(120)
         assert not thread.is_alive()
     assert not wrong
+
+
+def test_an_interpreter_that_ends_while_calls_are_running() -> None:
+    """Daemon threads are inside the kernels, with helpers, when the interpreter goes: it ends at once and cleanly."""
+    program = (
+        "import threading, time, numpy as np, qaa\n"
+        "c = qaa.ansatz('ring', 10, 8); t = np.zeros(c.parameter_shape); x = np.ones((4096, 1024), np.float32)\n"
+        "def work():\n"
+        "    while True: qaa.arrays.forward(c, t, x, threads=2)\n"
+        "for _ in range(3): threading.Thread(target=work, daemon=True).start()\n"
+        "time.sleep(0.3); print('end')\n"
+    )
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "end\n", "")

@@ -52,6 +52,7 @@ def forward(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or dtype.
+        MemoryError: there is not enough memory for the features.
 
     Example:
         >>> import numpy as np, qaa
@@ -64,7 +65,7 @@ def forward(
     what = program(circuit, readout, normalize)
     angles, x = _angles(what, theta), _rows(what, x)
     dtype = _feature_dtype(what, x.dtype)
-    features = np.empty((x.shape[0], what.n_outputs), dtype)
+    features = _empty("features", (x.shape[0], what.n_outputs), dtype)
     _core.forward(
         what.plan, angles.ctypes.data, _core.Scalar.float64, _const_matrix(x), _matrix(features), _threads(threads)
     )
@@ -109,11 +110,11 @@ def backward(
     what = program(circuit, readout, normalize)
     angles, x = _angles(what, theta), _rows(what, x)
     dtype, shape = _feature_dtype(what, x.dtype), (x.shape[0], what.n_outputs)
-    grad = np.asarray(grad)
+    grad = _array("grad", grad)
     if grad.shape != shape or grad.dtype != dtype:
         raise ValueError(f"expected grad of shape {shape} and dtype {dtype}, received {grad.shape} and {grad.dtype}")
     grad = _adjacent(grad)
-    grad_angles, grad_x = np.empty_like(angles), np.empty(x.shape, x.dtype)
+    grad_angles, grad_x = np.empty_like(angles), _empty("grad_x", x.shape, x.dtype)
     _core.backward(
         what.plan,
         angles.ctypes.data,
@@ -127,8 +128,30 @@ def backward(
     return grad_angles.astype(np.asarray(theta).dtype, copy=False), grad_x
 
 
+def real_array(what: str, value: ArrayLike) -> NDArray[Any]:
+    """``value`` as an array of real numbers; ``TypeError`` if it holds others, ``ValueError`` if it is none."""
+    array = _array(what, value)
+    if array.dtype.kind not in "fiu" and array.dtype.name not in _SCALARS:
+        raise TypeError(f"expected {what} of real numbers, received {array.dtype}")
+    return array
+
+
+def _array(what: str, value: ArrayLike) -> NDArray[Any]:
+    try:
+        return np.asarray(value)
+    except ValueError:
+        raise ValueError(f"expected {what} as an array, received sequences of unequal lengths") from None
+
+
+def _empty(what: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    try:
+        return np.empty(shape, dtype)
+    except ValueError:  # more bytes than there are addresses
+        raise MemoryError(f"expected {what} that fit into memory, received shape {shape} of {dtype}") from None
+
+
 def _angles(what: Program, theta: ArrayLike) -> NDArray[np.float64]:
-    theta = np.asarray(theta)
+    theta = _array("theta", theta)
     if theta.dtype.name not in _SCALARS:
         raise TypeError(f"expected theta of a real floating dtype, received {theta.dtype}")
     what.check_theta(theta.shape)
@@ -136,7 +159,7 @@ def _angles(what: Program, theta: ArrayLike) -> NDArray[np.float64]:
 
 
 def _rows(what: Program, x: ArrayLike) -> NDArray[Any]:
-    x = np.asarray(x)
+    x = _array("x", x)
     if x.dtype.name not in _SCALARS or not x.dtype.isnative:
         raise TypeError(f"expected x of dtype {', '.join(_SCALARS)} in native byte order, received {x.dtype}")
     if x.ndim != 2:

@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
 
 MAX_WIRES = 16
+MAX_LAYERS = 10_000
+MAX_PARAMETERS = 2**31 - 1  # entries of theta; the compiled core counts them in 32 bits
 
 #: name -> (number of wires, number of parameters); the compiled core holds the same table and a test compares them.
 GATES: dict[str, tuple[int, int]] = {
@@ -63,18 +65,18 @@ class Gate:
     parameters: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.name not in GATES:
+        if not isinstance(self.name, str) or self.name not in GATES:
             raise ValueError(f"expected a gate among {', '.join(GATES)}, received {self.name!r}")
         object.__setattr__(self, "wires", _indices("wires", self.wires))
         object.__setattr__(self, "parameters", _indices("parameters", self.parameters))
         n_wires, n_parameters = GATES[self.name]
         if len(self.wires) != n_wires:
-            raise ValueError(f"gate {self.name} expects {n_wires} wire(s), received {len(self.wires)}: {self.wires}")
+            raise ValueError(f"expected {n_wires} wire(s) for {self.name}, received {len(self.wires)}: {self.wires}")
         if len(set(self.wires)) != n_wires:
-            raise ValueError(f"gate {self.name} expects different wires, received {self.wires}")
+            raise ValueError(f"expected different wires for {self.name}, received {self.wires}")
         if len(self.parameters) != n_parameters:
             raise ValueError(
-                f"gate {self.name} expects {n_parameters} parameter(s), received {len(self.parameters)}: "
+                f"expected {n_parameters} parameter(s) for {self.name}, received {len(self.parameters)}: "
                 f"{self.parameters}"
             )
 
@@ -107,11 +109,14 @@ class Circuit:
     parameter_shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        if isinstance(self.n_wires, bool) or not isinstance(self.n_wires, int) or not 1 <= self.n_wires <= MAX_WIRES:
-            raise ValueError(f"expected n_wires from 1 to {MAX_WIRES}, received {self.n_wires!r}")
+        check_count("n_wires", self.n_wires, MAX_WIRES)
+        if not isinstance(self.gates, Iterable):
+            raise TypeError(f"expected gates to be a sequence of qaa.Gate, received {type(self.gates).__name__}")
         object.__setattr__(self, "gates", tuple(self.gates))
         object.__setattr__(self, "parameter_shape", _indices("parameter_shape", self.parameter_shape))
         n_parameters = self.n_parameters
+        if n_parameters > MAX_PARAMETERS:
+            raise ValueError(f"expected theta of at most {MAX_PARAMETERS} entries, received {self.parameter_shape}")
         for gate in self.gates:
             if not isinstance(gate, Gate):
                 raise TypeError(f"expected gates to be qaa.Gate, received {type(gate).__name__}: {gate!r}")
@@ -142,6 +147,8 @@ class Circuit:
     @staticmethod
     def parse(text: str) -> Circuit:
         """The circuit whose ``str`` is ``text``; raises ``ValueError`` naming the first statement that is no gate."""
+        if not isinstance(text, str):
+            raise TypeError(f"expected a circuit as a str, received {type(text).__name__}")
         statements = [part.split() for part in text.split(";")]
         try:
             (wires_key, n_wires), (theta_key, *shape) = statements[:2]
@@ -361,6 +368,7 @@ class Readout:
     @staticmethod
     def parse(readout: str | Sequence[str] | Readout, n_wires: int) -> Readout:
         """The readout named by ``readout`` for ``n_wires`` wires; raises ``ValueError`` if it names none."""
+        check_count("n_wires", n_wires, MAX_WIRES)
         if isinstance(readout, Readout):
             _check_readout(readout, n_wires)
             return readout
@@ -368,11 +376,11 @@ class Readout:
             if readout == "z":
                 each = ("I" * k + "Z" + "I" * (n_wires - k - 1) for k in range(n_wires))
                 return Readout("expval", n_wires, tuple(each))
-            match = re.fullmatch(r"(probs|state)(?:\[:(\d+)\])?", readout)
+            match = re.fullmatch(r"(probs|state)(?:\[:([0-9]{1,9})\])?", readout)
             if match is None:
                 raise ValueError(
                     "expected a readout 'z', 'probs', 'probs[:K]', 'state', 'state[:K]' or a list of Pauli strings, "
-                    f"received {readout!r}"
+                    f"received {shown(readout)}"
                 )
             n_outputs = 2**n_wires if match[2] is None else int(match[2])
             parsed = Readout(match[1], n_outputs)
@@ -403,15 +411,32 @@ def _check_readout(readout: Readout, n_wires: int) -> None:
         for pauli in readout.paulis:
             if not isinstance(pauli, str) or len(pauli) != n_wires or set(pauli) - set("IXYZ"):
                 raise ValueError(f"expected Pauli strings of {n_wires} letters from I, X, Y, Z, received {pauli!r}")
-    elif not 1 <= readout.n_outputs <= 2**n_wires:
+    elif not isinstance(readout.n_outputs, int) or not 1 <= readout.n_outputs <= 2**n_wires:
         raise ValueError(
             f"expected between 1 and {2**n_wires} outputs for readout {readout.kind!r} on {n_wires} wires, "
             f"received {readout.n_outputs}"
         )
 
 
+def shown(value: object) -> str:
+    """``repr(value)``, cut off where it is long: it may come from a stranger."""
+    try:
+        text = repr(value)
+    except ValueError:  # an integer of thousands of digits
+        return f"a {type(value).__name__} without a text"
+    return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
+
+
+def check_count(what: str, count: object, limit: int) -> None:
+    """Raises ``ValueError`` unless ``count`` is an integer from 1 to ``limit``."""
+    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= limit:
+        raise ValueError(f"expected {what} from 1 to {limit}, received {shown(count)}")
+
+
 def _indices(what: str, values: int | Iterable[int]) -> tuple[int, ...]:
-    values = (values,) if isinstance(values, int) else tuple(values)
+    if not isinstance(values, Iterable):
+        values = (values,)
+    values = tuple(values)
     for value in values:
         if isinstance(value, bool) or not hasattr(value, "__index__") or value.__index__() < 0:
             raise ValueError(f"expected {what} to be integers of at least 0, received {value!r}")
@@ -473,7 +498,6 @@ ANSATZE: dict[str, Callable[[int, int], tuple[list[Gate], tuple[int, ...]]]] = {
 }
 
 
-@lru_cache(maxsize=256, typed=True)
 def ansatz(name: str, n_wires: int, n_layers: int = 1) -> Circuit:
     """A circuit of ``n_layers`` equal layers.
 
@@ -497,10 +521,14 @@ def ansatz(name: str, n_wires: int, n_layers: int = 1) -> Circuit:
         >>> circuit.parameter_shape, len(circuit.gates)
         ((2, 3, 3), 24)
     """
-    if name not in ANSATZE:
-        raise ValueError(f"expected an ansatz among {', '.join(ANSATZE)}, received {name!r}")
-    for what, count, limit in (("n_wires", n_wires, MAX_WIRES), ("n_layers", n_layers, 10_000)):
-        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= limit:
-            raise ValueError(f"expected {what} from 1 to {limit}, received {count!r}")
+    if not isinstance(name, str) or name not in ANSATZE:
+        raise ValueError(f"expected an ansatz among {', '.join(ANSATZE)}, received {shown(name)}")
+    check_count("n_wires", n_wires, MAX_WIRES)
+    check_count("n_layers", n_layers, MAX_LAYERS)
+    return _ansatz(name, n_wires, n_layers)
+
+
+@lru_cache(maxsize=256)
+def _ansatz(name: str, n_wires: int, n_layers: int) -> Circuit:
     gates, shape = ANSATZE[name](n_wires, n_layers)
     return Circuit(n_wires, tuple(gates), shape)

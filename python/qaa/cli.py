@@ -89,8 +89,32 @@ def _layers(text: str) -> int | str:
     return "all" if text == "all" else int(text)
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, as an exception that ends the run of the moment and its process."""
+
+
+def _terminate(*_: object) -> None:
+    raise _Terminated
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs ``qaa`` with these arguments (default: the process's) and returns the exit code."""
+    """Runs ``qaa`` with these arguments (default: the process's) and returns the exit code.
+
+    0, or 2 for a request that cannot be met, 128 plus the signal's number for a run that was ended by one: 130 for
+    SIGINT, 143 for SIGTERM, 141 where the reader of the output has gone. The same command continues.
+    """
+    try:
+        code = _main(arguments)
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        # what is still in the buffer has no reader: the interpreter would complain about it at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    return code
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     options = vars(parser().parse_args(given))
     command = options.pop("command")
@@ -104,11 +128,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise CompareError(f"the comparison needs {', '.join(missing)}: pip install 'qaa[compare]'")
         from .compare.run import compare
 
-        signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+        # not by way of SIGINT, which a shell makes processes in the background ignore
+        signal.signal(signal.SIGTERM, _terminate)
         report = compare(chosen, ["qaa", *given])
     except CompareError as error:
         print(f"qaa {command}: {error}", file=sys.stderr)
         return 2
+    except _Terminated:
+        print(f"qaa {command}: terminated; the same command continues", file=sys.stderr)
+        return 143
     except KeyboardInterrupt:
         print(f"qaa {command}: interrupted; the same command continues", file=sys.stderr)
         return 130

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import numpy as np
 
+from qaa.arrays import real_array
 from qaa.circuit import GATES, MAX_WIRES, Circuit, Gate
 
 if TYPE_CHECKING:
@@ -48,8 +49,8 @@ _FROM_PENNYLANE: dict[str, tuple[str, ...]] = {
 
 
 def flat_angles(circuit: Circuit, theta: ArrayLike) -> list[float]:
-    """``theta.ravel()`` as finite floats; ``ValueError`` if the shape or a number does not fit."""
-    angles = np.asarray(theta, dtype=np.float64)
+    """``theta.ravel()`` as finite floats; ``TypeError`` or ``ValueError`` if it holds or is something else."""
+    angles = real_array("theta", theta).astype(np.float64)
     if angles.shape != circuit.parameter_shape:
         raise ValueError(f"expected theta of shape {circuit.parameter_shape}, received {angles.shape}")
     if not np.isfinite(angles).all():

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -19,7 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qaa import ops
-from qaa.circuit import MAX_WIRES, Circuit, Readout, ansatz
+from qaa.circuit import MAX_WIRES, Circuit, Readout, ansatz, shown
+from qaa.shots import check_shots
 
 #: name -> half-width of the uniform distribution (radians) that the angles are drawn from
 INIT_ANGLES: dict[str, float] = {"uniform": math.pi, "small": 0.1, "zero": 0.0}
@@ -103,9 +105,12 @@ class Adapter:
         """The adapter with ``ceil(log2(in_features))`` wires (at least one); ``ValueError`` if that is above 16."""
         limit = 2**MAX_WIRES
         if isinstance(in_features, bool) or not isinstance(in_features, int) or not 1 <= in_features <= limit:
-            raise ValueError(f"expected a layer with 1 to {limit} input features, received {in_features!r}")
+            raise ValueError(f"expected a layer with 1 to {limit} input features, received {shown(in_features)}")
         n_wires = max(1, (in_features - 1).bit_length())
         parsed = Readout.parse(readout, n_wires)
+        most = max(256, 2**n_wires)  # every Pauli string of four wires; V is of this width
+        if parsed.n_outputs > most:
+            raise ValueError(f"expected at most {most} features for {n_wires} wires, received {parsed.n_outputs}")
         if scaling is None:
             scaling = 1.0 if parsed.kind == "state" else math.sqrt(2**n_wires + 1)
         return Adapter(ansatz(ansatz_name, n_wires, n_layers), parsed, check_scaling(scaling), in_features)
@@ -264,6 +269,11 @@ class QuantumLayer(nn.Module):
             raise TypeError(f"expected a qaa.Circuit, received {type(circuit).__name__}")
         self.circuit = circuit
         self.readout = Readout.parse(readout, circuit.n_wires)
+        check_flag("normalize", normalize)
+        if shots is not None:
+            check_shots(shots)
+        elif generator is not None:
+            raise ValueError("expected a generator together with shots, received one without")
         self.normalize = normalize
         self.shots, self.generator = shots, generator
         self.theta = nn.Parameter(torch.empty(circuit.parameter_shape))
@@ -348,8 +358,7 @@ class Square(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """``[p, z]``, the probabilities and then <Z> of every wire: ``(..., 2**n_wires + n_wires)``."""
-        if x.shape[-1] != self.in_features:
-            raise ValueError(f"expected x with a last dimension of {self.in_features}, received {x.shape[-1]}")
+        _check_width(x, self.in_features)
         return _with_z(self.circuit(x if self.bottleneck is None else self.bottleneck(x)), self.signs)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -477,6 +486,8 @@ class QAALinear(nn.Module):
         super().__init__()
         if not isinstance(base, nn.Linear):
             raise TypeError(f"expected base to be a torch.nn.Linear, received {type(base).__name__}")
+        if adapter_bias is not None:
+            check_flag("adapter_bias", adapter_bias)
         self.base = base.requires_grad_(False)
         self.adapter = Adapter.create(base.in_features, n_layers, ansatz, readout, scaling)
         weight = base.weight
@@ -489,6 +500,7 @@ class QAALinear(nn.Module):
         self.bias = nn.Parameter(up.new_zeros(base.out_features)) if has_bias else None
 
     def forward(self, x: Tensor) -> Tensor:
+        _check_width(x, self.base.in_features)
         result: Tensor = self.base(x)
         in_place = is_private_result(self.base)
         return self.adapter.add_to(result, x.to(self.up.dtype), self.theta, self.up, self.bias, in_place=in_place)
@@ -496,7 +508,7 @@ class QAALinear(nn.Module):
 
 def draw_angles(theta: Tensor, name: str) -> Tensor:
     """Fills ``theta`` in place with angles (radians) drawn as ``name`` of :data:`INIT_ANGLES` says."""
-    if name not in INIT_ANGLES:
+    if not isinstance(name, str) or name not in INIT_ANGLES:
         raise ValueError(f"expected init_angles among {', '.join(INIT_ANGLES)}, received {name!r}")
     return nn.init.uniform_(theta, -INIT_ANGLES[name], INIT_ANGLES[name])
 
@@ -516,14 +528,36 @@ def random_signs(out_features: int, n_features: int, key: int) -> Tensor:
         tensor([[ 1, -1,  1],
                 [-1,  1,  1]], dtype=torch.int8)
     """
+    for what, size in (("out_features", out_features), ("n_features", n_features)):
+        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size < 2**31:
+            raise ValueError(f"expected {what} from 1 to {2**31 - 1}, received {size!r}")
+    check_key(key)
     count = out_features * n_features
     digest = hashlib.shake_256(f"qaa up-projection {key} {out_features} {n_features}".encode()).digest(-(-count // 8))
     bits = np.unpackbits(np.frombuffer(digest, np.uint8), count=count).reshape(out_features, n_features)
     return torch.from_numpy(2 * bits.astype(np.int8) - 1)
 
 
+def check_key(key: int) -> None:
+    """``ValueError`` unless ``key`` is an integer of 64 bits, which :func:`random_signs` draws from."""
+    if isinstance(key, bool) or not isinstance(key, int) or not -(2**63) <= key < 2**63:
+        raise ValueError(f"expected projection_key to be an integer of 64 bits, received {shown(key)}")
+
+
+def check_flag(name: str, value: bool) -> None:
+    """``ValueError`` unless ``value`` is True or False."""
+    if value is not True and value is not False:
+        raise ValueError(f"expected {name} to be True or False, received {value!r}")
+
+
+def _check_width(x: Tensor, width: int) -> None:
+    if x.ndim < 1 or x.shape[-1] != width:
+        raise ValueError(f"expected x with a last dimension of {width}, received {tuple(x.shape)}")
+
+
 def check_scaling(scaling: float) -> float:
     """``scaling`` as a float; ``ValueError`` unless it is a finite number."""
-    if isinstance(scaling, bool) or not isinstance(scaling, (int, float)) or not math.isfinite(scaling):
-        raise ValueError(f"expected scaling to be a finite number or None, received {scaling!r}")
+    is_number = isinstance(scaling, (int, float)) and not isinstance(scaling, bool)
+    if not is_number or not abs(scaling) <= sys.float_info.max:
+        raise ValueError(f"expected scaling to be a finite number or None, received {shown(scaling)}")
     return float(scaling)

@@ -208,6 +208,8 @@ def project(
         tensor([[1.0000, 1.5000, 2.0000],
                 [1.0000, 1.5000, 2.0000]])
     """
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"expected scale to be a number, received {type(scale).__name__}")
     tensors = [("base", base), ("features", features), ("up", up)] + ([] if bias is None else [("bias", bias)])
     for name, tensor in tensors:
         if not isinstance(tensor, Tensor):
@@ -249,7 +251,7 @@ def _check_theta(what: Program, theta: Tensor) -> None:
     if theta.dtype not in _SCALARS:
         raise TypeError(f"expected theta of a real floating dtype, received {theta.dtype}")
     what.check_theta(theta.shape)
-    _check_device("theta", theta)
+    _check_place("theta", theta)
 
 
 def _check_x(what: Program, x: Tensor) -> None:
@@ -260,10 +262,12 @@ def _check_x(what: Program, x: Tensor) -> None:
     if x.ndim < 1:
         raise ValueError(f"expected x of shape (..., d), received {tuple(x.shape)}")
     what.check_width(x.shape[-1])
-    _check_device("x", x)
+    _check_place("x", x)
 
 
-def _check_device(name: str, tensor: Tensor) -> None:
+def _check_place(name: str, tensor: Tensor) -> None:
+    if tensor.layout != torch.strided:
+        raise TypeError(f"expected {name} to be a dense tensor, received one of layout {tensor.layout}")
     if tensor.device.type in ("cpu", "meta") or (tensor.device.type == "cuda" and cuda.is_built()):
         return
     where = "a GPU" if cuda.is_built() else f"a GPU with {cuda.HOW_TO_BUILD}"
@@ -611,13 +615,35 @@ def _op_rows_backward(theta: Tensor, grad: Tensor, program: str, real: bool) -> 
     return _rows_backward(what, theta, grad, real)
 
 
+def _check_matrices(**tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        if tensor.ndim != 2:
+            raise ValueError(f"expected {name} of two dimensions, received {tuple(tensor.shape)}")
+        if tensor.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"expected {name} of dtype float32 or float64, received {tensor.dtype}")
+
+
+def _op_project(base: Tensor, features: Tensor, up: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    _check_matrices(base=base, features=features, up=up)
+    if bias is not None and (bias.ndim != 1 or bias.dtype != up.dtype):
+        raise ValueError(f"expected bias of one dimension and {up.dtype}, received {tuple(bias.shape)} {bias.dtype}")
+    return _project(base, features, up, bias, scale)
+
+
+def _op_project_backward(
+    grad: Tensor, features: Tensor, up: Tensor, with_bias: bool, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_matrices(grad=grad, features=features, up=up)
+    return _project_backward(grad, features, up, with_bias, scale)
+
+
 for _device in ("CPU", "CUDA"):
     _library.impl("forward", _op_forward, _device)
     _library.impl("backward", _op_backward, _device)
     _library.impl("rows", _op_rows, _device)
     _library.impl("rows_backward", _op_rows_backward, _device)
-_library.impl("project", _project, "CPU")
-_library.impl("project_backward", _project_backward, "CPU")
+_library.impl("project", _op_project, "CPU")
+_library.impl("project_backward", _op_project_backward, "CPU")
 
 
 @torch.library.register_fake("qaa::forward", lib=_library)

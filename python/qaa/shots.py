@@ -78,7 +78,7 @@ def forward(
     """
     what = _checked(circuit, readout, normalize, shots)
     x = arrays._rows(what, x)
-    return _estimate(what, arrays._angles(what, theta), x, shots, np.random.default_rng(seed), threads).astype(x.dtype)
+    return _estimate(what, arrays._angles(what, theta), x, shots, _generator(seed), threads).astype(x.dtype)
 
 
 def backward(
@@ -125,9 +125,9 @@ def backward(
         array([-1.])
     """
     what = _checked(circuit, readout, normalize, shots)
-    x, rng = arrays._rows(what, x), np.random.default_rng(seed)
+    x, rng = arrays._rows(what, x), _generator(seed)
     angles = arrays._angles(what, theta).ravel()
-    grad = np.asarray(grad, np.float64)
+    grad = arrays.real_array("grad", grad).astype(np.float64)
     if grad.shape != (x.shape[0], what.n_outputs):
         raise ValueError(f"expected grad of shape {(x.shape[0], what.n_outputs)}, received {grad.shape}")
     separate, uses = _separate(what)
@@ -142,9 +142,24 @@ def backward(
     return grad_theta.reshape(circuit.parameter_shape).astype(np.asarray(theta).dtype)
 
 
-def _checked(circuit: Circuit, readout: str | Sequence[str] | Readout, normalize: bool, shots: int) -> Program:
+def check_shots(shots: int) -> None:
+    """Raises ``ValueError`` unless ``shots`` is a number of runs."""
     if isinstance(shots, bool) or not isinstance(shots, (int, np.integer)) or shots < 1:
         raise ValueError(f"expected shots to be an integer of at least 1, received {shots!r}")
+    if shots >= 2**63:  # outcomes are counted in 64 bits
+        raise ValueError(f"expected shots below {2**63}, received {shots}")
+
+
+def _generator(seed: int | np.random.Generator | None) -> np.random.Generator:
+    try:
+        return np.random.default_rng(seed)
+    except (TypeError, ValueError) as error:
+        kind = type(error)
+        raise kind(f"expected seed to be an integer of at least 0 or a NumPy generator, received {seed!r}") from None
+
+
+def _checked(circuit: Circuit, readout: str | Sequence[str] | Readout, normalize: bool, shots: int) -> Program:
+    check_shots(shots)
     what = program(circuit, readout, normalize)
     if what.is_complex:
         raise ValueError(f"expected Pauli strings or 'probs' with shots, received {str(what.readout)!r}")

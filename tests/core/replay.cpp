@@ -3,12 +3,15 @@
 //
 //   replay CASES          checks every case; prints a line per failure and "N passed, N failed"
 //   replay WIRES LAYERS ROWS forward|backward   runs one call of the default circuit, for instruction counters
+//   replay CALLERS ROUNDS   so many threads at once, each with calls on several threads: all get the bits of a call alone
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
 #include <iostream>
 #include <string>
+#include <thread>
 
 #include "qaa.h"
 
@@ -113,7 +116,8 @@ int check(const char* path) {
   return passed > 0 && failed == 0 ? 0 : 1;
 }
 
-int run_default(std::uint32_t n, std::uint32_t layers, std::int64_t rows, bool adjoint) {
+// The circuit of qaa.ansatz("ring", n, layers), read out as "z".
+Plan default_plan(std::uint32_t n, std::uint32_t layers) {
   std::vector<GateCall> gates;
   std::uint32_t p = 0;
   for (std::uint32_t l = 0; l < layers; ++l, p += 3 * n) {
@@ -127,9 +131,13 @@ int run_default(std::uint32_t n, std::uint32_t layers, std::int64_t rows, bool a
     readout.paulis.emplace_back(n, 'I');
     readout.paulis.back()[w] = 'Z';
   }
-  const Plan plan = compile(n, p, gates, readout, true, default_options());
-  std::vector<double> theta(p), grad_theta(p);
-  for (std::uint32_t i = 0; i < p; ++i) theta[i] = 0.1 + 0.37 * i;
+  return compile(n, p, gates, readout, true, default_options());
+}
+
+int run_default(std::uint32_t n, std::uint32_t layers, std::int64_t rows, bool adjoint) {
+  const Plan plan = default_plan(n, layers);
+  std::vector<double> theta(plan.n_parameters), grad_theta(plan.n_parameters);
+  for (std::size_t i = 0; i < theta.size(); ++i) theta[i] = 0.1 + 0.37 * double(i);
   const std::int64_t d = plan.n_amplitudes(), k = n;
   std::vector<float> x(std::size_t(rows * d)), features(std::size_t(rows * k), 1.0f), grad_x(x.size());
   for (std::size_t i = 0; i < x.size(); ++i) x[i] = float(std::sin(0.7 * double(i)));
@@ -143,14 +151,48 @@ int run_default(std::uint32_t n, std::uint32_t layers, std::int64_t rows, bool a
   return 0;
 }
 
+// Features and both gradients of a batch that is worth several threads.
+std::vector<double> everything(const Plan& plan, int threads) {
+  constexpr std::int64_t rows = 600;
+  const std::int64_t d = plan.n_amplitudes(), k = plan.n_columns();
+  std::vector<double> theta(plan.n_parameters), grad_theta(plan.n_parameters), grad(std::size_t(rows * k), 1.0);
+  for (std::size_t i = 0; i < theta.size(); ++i) theta[i] = 0.1 + 0.37 * double(i);
+  std::vector<double> x(std::size_t(rows * d)), out(grad.size() + x.size());
+  for (std::size_t i = 0; i < x.size(); ++i) x[i] = std::sin(0.7 * double(i));
+  const ConstMatrix in{x.data(), rows, d, d, Scalar::float64};
+  forward({plan, theta.data(), in, {out.data(), rows, k, k, Scalar::float64}, threads});
+  backward({plan, theta.data(), in, {grad.data(), rows, k, k, Scalar::float64}, grad_theta.data(),
+            {out.data() + grad.size(), rows, d, d, Scalar::float64}, threads});
+  out.insert(out.end(), grad_theta.begin(), grad_theta.end());
+  return out;
+}
+
+int run_together(int callers, int rounds) {
+  const Plan plan = default_plan(8, 2);
+  const std::vector<double> alone = everything(plan, 1);
+  std::atomic<int> different = 0;
+  std::vector<std::thread> threads;
+  for (int t = 0; t < callers; ++t) {
+    threads.emplace_back([&, t] {
+      for (int round = 0; round < rounds; ++round) {
+        different += everything(round % 2 ? default_plan(8, 2) : plan, 1 + (t + round) % 4) != alone;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  std::printf("%d callers, %d rounds: %d different\n", callers, rounds, different.load());
+  return different == 0 ? 0 : 1;
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
   if (argc == 2) return check(argv[1]);
+  if (argc == 3) return run_together(std::atoi(argv[1]), std::atoi(argv[2]));
   if (argc == 5) {
     return run_default(std::uint32_t(std::atoi(argv[1])), std::uint32_t(std::atoi(argv[2])), std::atoll(argv[3]),
                        std::string(argv[4]) == "backward");
   }
-  std::fprintf(stderr, "usage: replay CASES | replay WIRES LAYERS ROWS forward|backward\n");
+  std::fprintf(stderr, "usage: replay CASES | replay CALLERS ROUNDS | replay WIRES LAYERS ROWS forward|backward\n");
   return 2;
 }

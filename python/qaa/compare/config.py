@@ -213,8 +213,11 @@ def _checked(values: dict[str, Any]) -> Settings:
             values[key] = None
         elif isinstance(value, bool) or not isinstance(value, int) or value < minimum:
             raise CompareError(f"expected {key} to be an integer of at least {minimum}, received {value!r}")
+        elif value >= 2**31:
+            received = value if value < 2**63 else f"one of {value.bit_length()} bits"
+            raise CompareError(f"expected {key} to be an integer below {2**31}, received {received}")
     for key in ("model", "data", "encoder", "source", "out", "cache", "device"):
-        if key in values and (not isinstance(values[key], (str, os.PathLike)) or not str(values[key])):
+        if key in values and (not isinstance(values[key], (str, os.PathLike)) or not _is_text(str(values[key]))):
             raise CompareError(f"expected {key} to be text, received {values[key]!r}")
         if key in values:
             values[key] = os.path.expanduser(str(values[key]))
@@ -247,6 +250,10 @@ def _checked(values: dict[str, Any]) -> Settings:
     if values.get("targets") is not None:
         values["targets"] = tuple(str(name) for name in _listed(values["targets"], "targets"))
     return Settings(**values)
+
+
+def _is_text(value: str) -> bool:
+    return bool(value.strip()) and "\0" not in value
 
 
 def _listed(value: Any, what: str) -> tuple[Any, ...]:

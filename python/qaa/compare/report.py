@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 import operator
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from . import figures
 from .config import UNTOUCHED
+from .sources import write_text
 
 TEMPLATE = Path(__file__).with_name("report.html.jinja")
 
@@ -42,9 +42,7 @@ def write_report(report: dict[str, Any], out: Path) -> Path:
         adapted=_adapted(report),
     )
     path = out / "report.html"
-    scratch = path.with_suffix(".part")
-    scratch.write_text(page, encoding="utf-8")
-    os.replace(scratch, path)
+    write_text(path, page)
     return path
 
 

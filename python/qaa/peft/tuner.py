@@ -27,6 +27,9 @@ from peft.utils import (
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from qaa.circuit import shown
+from qaa.nn import check_flag
+
 
 def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
     """Makes ``name`` (lower case) a PEFT method; does nothing new when called again.
@@ -295,9 +298,20 @@ def check_layer_selection(config: Any) -> None:
             raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
 
 
-def check_flag(config: Any, *names: str) -> None:
+def check_modules(config: Any) -> None:
+    """Refuses names of modules that are no text, and indices of layers that are no integers from 0."""
+    for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
+        value = getattr(config, name)
+        is_list = isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(item, str) for item in value)
+        if value is not None and not is_list and (name == "modules_to_save" or not isinstance(value, str)):
+            raise ValueError(f"expected {name} to be a list of names, received {shown(value)}")
+    layers = config.layers_to_transform
+    indices = layers if isinstance(layers, (list, tuple, set, range)) else [layers]
+    if layers is not None and any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in indices):
+        raise ValueError(f"expected layers_to_transform to be integers of at least 0, received {shown(layers)}")
+
+
+def check_flags(config: Any, *names: str) -> None:
     """Refuses anything but True and False in the named fields."""
     for name in names:
-        value = getattr(config, name)
-        if value is not True and value is not False:
-            raise ValueError(f"expected {name} to be True or False, received {value!r}")
+        check_flag(name, getattr(config, name))

@@ -1,0 +1,673 @@
+// Any bytes, read as a circuit, a readout, options, and calls of the public C++ header: what is accepted must agree with
+// a dense simulation that shares no code with the core, what is refused must be refused in a sentence and leave every
+// output as it was. Aborts at the first difference, so that sanitizers and fuzzers report the input.
+//
+//   fuzz --runs N [--seed S] [--corpus FOLDER] [--save FOLDER]   mutates the corpus; the same N and S give the same inputs
+//   fuzz --replay FILE...                                        runs these inputs alone
+//
+// An input whose plan has a shape not seen before joins the corpus (and is written to the second folder). libFuzzer
+// brings its own main: clang++ -fsanitize=fuzzer,address -DQAA_LIBFUZZER, with this file and the core's sources.
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <complex>
+#include <csignal>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <iterator>
+#include <memory>
+#include <random>
+#include <set>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "qaa.h"
+
+using namespace qaa;
+using Bytes = std::vector<std::uint8_t>;
+using Complex = std::complex<double>;
+
+namespace {
+
+struct Counts {
+  std::uint64_t compiled = 0, refused = 0, forward = 0, backward = 0, project = 0, refused_calls = 0;
+} counts;
+std::uint64_t shape_of_last_plan = 0;  // what the driver calls new
+
+[[noreturn]] void fail(const std::string& what) {
+  std::fprintf(stderr, "fuzz: %s\n", what.c_str());
+  std::abort();
+}
+
+// Reads an input; zeros follow its end.
+class Reader {
+ public:
+  Reader(const std::uint8_t* data, std::size_t size) : at_(data), end_(data + size) {}
+  std::uint32_t byte() { return at_ < end_ ? *at_++ : 0; }
+  std::uint32_t two() { return byte() << 8 | byte(); }
+  std::uint32_t below(std::uint32_t n) { return n > 256 ? two() % n : byte() % n; }
+
+ private:
+  const std::uint8_t *at_, *end_;
+};
+
+// ------------------------------------------------------------------------------------------------ the dense simulation
+
+struct Circuit {
+  std::uint32_t n_wires = 0, n_parameters = 0;
+  std::vector<GateCall> gates;
+  ReadoutSpec readout;
+  bool normalize = true;
+};
+
+using Two = std::array<Complex, 4>;  // row by row
+
+Two product(const Two& a, const Two& b) {
+  return {a[0] * b[0] + a[1] * b[2], a[0] * b[1] + a[1] * b[3], a[2] * b[0] + a[3] * b[2], a[2] * b[1] + a[3] * b[3]};
+}
+
+Two matrix_of(const std::string& name, const double* angle) {
+  const Complex i(0, 1);
+  const double root = std::sqrt(0.5);
+  if (name == "X") return {0, 1, 1, 0};
+  if (name == "Y") return {0, -i, i, 0};
+  if (name == "Z") return {1, 0, 0, -1};
+  if (name == "H") return {root, root, root, -root};
+  if (name == "S") return {1, 0, 0, i};
+  if (name == "T") return {1, 0, 0, std::polar(1.0, std::acos(-1.0) / 4)};
+  const double c = std::cos(angle[0] / 2), s = std::sin(angle[0] / 2);
+  if (name == "RX") return {c, -i * s, -i * s, c};
+  if (name == "RY") return {c, -s, s, c};
+  if (name == "RZ") return {Complex(c, -s), 0, 0, Complex(c, s)};
+  if (name == "PhaseShift") return {1, 0, 0, std::polar(1.0, angle[0])};
+  if (name == "Rot") {
+    return product(matrix_of("RZ", angle + 2), product(matrix_of("RY", angle + 1), matrix_of("RZ", angle)));
+  }
+  fail("the dense simulation does not know " + name);
+}
+
+void apply(const GateCall& gate, std::uint32_t n, const double* theta, std::vector<Complex>& state) {
+  const auto bit = [&](std::uint32_t wire) { return std::size_t{1} << (n - 1 - wire); };
+  double angle[3] = {0, 0, 0};
+  for (std::size_t k = 0; k < gate.parameters.size(); ++k) angle[k] = theta[gate.parameters[k]];
+  if (gate.name == "SWAP") {
+    const std::size_t a = bit(gate.wires[0]), b = bit(gate.wires[1]);
+    for (std::size_t j = 0; j < state.size(); ++j) {
+      if ((j & a) && !(j & b)) std::swap(state[j], state[j ^ a ^ b]);
+    }
+    return;
+  }
+  const bool controlled = gate.wires.size() == 2;
+  const std::size_t control = controlled ? bit(gate.wires[0]) : 0, target = bit(gate.wires.back());
+  const std::string name = gate.name == "CNOT" ? "X" : controlled ? gate.name.substr(1) : gate.name;
+  const Two m = matrix_of(name, angle);
+  for (std::size_t j = 0; j < state.size(); ++j) {
+    if ((j & target) || (j & control) != control) continue;
+    const Complex a = state[j], b = state[j | target];
+    state[j] = m[0] * a + m[1] * b;
+    state[j | target] = m[2] * a + m[3] * b;
+  }
+}
+
+// Features of rows of `columns` numbers, `n_columns` numbers each.
+std::vector<double> simulate(const Circuit& c, const std::vector<double>& theta, const std::vector<double>& x,
+                             std::size_t columns) {
+  std::vector<double> out;
+  for (std::size_t first = 0; first < x.size(); first += columns) {
+    std::vector<Complex> state(std::size_t{1} << c.n_wires);
+    double norm = 0;
+    for (std::size_t j = 0; j < columns; ++j) norm = std::hypot(norm, x[first + j]);
+    for (std::size_t j = 0; j < columns; ++j) state[j] = c.normalize && norm > 0 ? x[first + j] / norm : x[first + j];
+    for (const GateCall& gate : c.gates) apply(gate, c.n_wires, theta.data(), state);
+    if (c.readout.kind == ReadoutKind::expval) {
+      for (const std::string& letters : c.readout.paulis) {
+        std::vector<Complex> turned = state;
+        for (std::uint32_t w = 0; w < c.n_wires; ++w) {
+          if (letters[w] != 'I') apply({std::string(1, letters[w]), {w}, {}}, c.n_wires, nullptr, turned);
+        }
+        Complex sum = 0;
+        for (std::size_t j = 0; j < state.size(); ++j) sum += std::conj(state[j]) * turned[j];
+        out.push_back(sum.real());
+      }
+    } else {
+      for (std::size_t j = 0; j < c.readout.n_outputs; ++j) {
+        if (c.readout.kind == ReadoutKind::probs) {
+          out.push_back(std::norm(state[j]));
+        } else {
+          out.insert(out.end(), {state[j].real(), state[j].imag()});
+        }
+      }
+    }
+  }
+  return out;
+}
+
+// ------------------------------------------------------------------------------------------------ arrays
+
+std::size_t bytes_of(Scalar scalar) { return scalar == Scalar::float64 ? 8 : scalar == Scalar::float32 ? 4 : 2; }
+
+// Only numbers that the narrow types hold exactly are encoded, subnormal ones apart.
+std::uint16_t to_half(double value) {
+  int exponent;
+  const double fraction = std::frexp(std::abs(value), &exponent);
+  if (value == 0) return 0;
+  const auto mantissa = std::uint32_t(std::lround(std::ldexp(fraction, 11))) - 1024;
+  return std::uint16_t((value < 0 ? 0x8000 : 0) | std::uint32_t(exponent + 14) << 10 | mantissa);
+}
+double from_half(std::uint16_t bits) {
+  const int exponent = (bits >> 10) & 31;
+  const double mantissa = bits & 1023;
+  const double size = exponent == 0    ? std::ldexp(mantissa, -24)
+                      : exponent == 31 ? (mantissa == 0 ? INFINITY : NAN)
+                                       : std::ldexp(1024 + mantissa, exponent - 25);
+  return bits & 0x8000 ? -size : size;
+}
+
+// Rows in memory of exactly the size that they need, so that a sanitizer sees the first byte beyond; the gaps between
+// rows hold a pattern that nobody may change. A stride may be zero or negative in an array that is only read.
+class Array {
+ public:
+  Array(std::int64_t rows, std::int64_t columns, std::int64_t stride, Scalar scalar)
+      : rows_(rows), columns_(columns), stride_(stride), scalar_(scalar) {
+    if (rows > 0) size_ = std::size_t((rows - 1) * std::abs(stride) + columns) * bytes_of(scalar);
+    memory_.reset(new std::uint8_t[size_]);
+    std::fill_n(memory_.get(), size_, pattern);
+  }
+  void* row(std::int64_t r) const {
+    const std::int64_t at = (stride_ < 0 ? r - (rows_ - 1) : r) * stride_;
+    return memory_.get() + at * std::int64_t(bytes_of(scalar_));
+  }
+  void set(std::int64_t r, std::int64_t c, double value) {
+    std::uint8_t* to = static_cast<std::uint8_t*>(row(r)) + c * std::int64_t(bytes_of(scalar_));
+    const float narrow = float(value);
+    const std::uint16_t half = to_half(value), brain = std::uint16_t(std::bit_cast<std::uint32_t>(narrow) >> 16);
+    switch (scalar_) {
+      case Scalar::float64: std::memcpy(to, &value, 8); break;
+      case Scalar::float32: std::memcpy(to, &narrow, 4); break;
+      case Scalar::float16: std::memcpy(to, &half, 2); break;
+      case Scalar::bfloat16: std::memcpy(to, &brain, 2); break;
+    }
+  }
+  double get(std::int64_t r, std::int64_t c) const {
+    const std::uint8_t* from = static_cast<const std::uint8_t*>(row(r)) + c * std::int64_t(bytes_of(scalar_));
+    double wide;
+    float narrow;
+    std::uint16_t half;
+    switch (scalar_) {
+      case Scalar::float64: return std::memcpy(&wide, from, 8), wide;
+      case Scalar::float32: return std::memcpy(&narrow, from, 4), narrow;
+      case Scalar::float16: return std::memcpy(&half, from, 2), from_half(half);
+      case Scalar::bfloat16: break;
+    }
+    std::memcpy(&half, from, 2);
+    return std::bit_cast<float>(std::uint32_t(half) << 16);
+  }
+  std::vector<double> numbers() const {
+    std::vector<double> out;
+    for (std::int64_t r = 0; r < rows_; ++r) {
+      for (std::int64_t c = 0; c < columns_; ++c) out.push_back(get(r, c));
+    }
+    return out;
+  }
+  void fill(std::mt19937_64& random, double size, bool zero_rows) {
+    for (std::int64_t r = 0; r < rows_; ++r) {
+      const bool zero = zero_rows && random() % 4 == 0;
+      // Eight bits and a power of two: exact in every type.
+      for (std::int64_t c = 0; c < columns_; ++c) set(r, c, zero ? 0 : size * (double(random() % 511) - 255) / 256);
+    }
+  }
+  bool is_untouched() const {
+    return std::all_of(memory_.get(), memory_.get() + size_, [](std::uint8_t b) { return b == pattern; });
+  }
+  bool gaps_are_untouched() const {
+    const auto width = std::size_t(columns_) * bytes_of(scalar_), apart = std::size_t(stride_) * bytes_of(scalar_);
+    for (std::size_t at = 0; at < size_; at += apart) {
+      for (std::size_t b = at + width; b < std::min(at + apart, size_); ++b) {
+        if (memory_[b] != pattern) return false;
+      }
+    }
+    return true;
+  }
+  Matrix matrix() const { return {row(0), rows_, columns_, stride_, scalar_}; }
+  ConstMatrix view() const { return {row(0), rows_, columns_, stride_, scalar_}; }
+
+ private:
+  static constexpr std::uint8_t pattern = 0xA5;
+  std::int64_t rows_, columns_, stride_;
+  Scalar scalar_;
+  std::size_t size_ = 0;
+  std::unique_ptr<std::uint8_t[]> memory_;
+};
+
+double resolution(Scalar scalar) {
+  switch (scalar) {
+    case Scalar::float64: return 1e-11;
+    case Scalar::float32: return 1e-4;
+    case Scalar::float16: return 2e-3;
+    case Scalar::bfloat16: break;
+  }
+  return 1e-2;
+}
+
+template <class Call>
+bool is_refused(Call call) {
+  try {
+    call();
+    return false;
+  } catch (const std::invalid_argument& error) {
+    const std::string text = error.what();
+    if (!text.starts_with("expected ") || text.find(", received ") == text.npos) fail("no sentence: " + text);
+    return true;
+  }
+}
+
+// ------------------------------------------------------------------------------------------------ reading an input
+
+const char* const names[] = {"X",  "Y",  "Z",   "H",    "S",  "T",    "RX",  "RY",  "RZ",
+                             "PhaseShift", "Rot", "CNOT", "CZ", "SWAP", "CRX", "CRY", "CRZ"};
+
+// `wild` inputs name wires, parameters, gates and sizes that may not be there.
+Circuit read_circuit(Reader& in, bool wild) {
+  Circuit c;
+  const std::uint32_t size = in.byte();
+  c.n_wires = size < 232 ? 1 + size % 6 : size < 252 ? 7 + size % 3 : size < 255 || !wild ? 10 + size % 4 : in.byte();
+  const std::uint32_t n = std::clamp(c.n_wires, 1u, 16u);
+  c.n_parameters = in.below(9);
+  const std::uint32_t n_gates = in.below(c.n_wires > 9 ? 16 : 48);
+  for (std::uint32_t g = 0; g < n_gates; ++g) {
+    const std::uint32_t which = in.below(wild ? 18 : 17);
+    GateCall gate{which < 17 ? names[which] : "NOT", {}, {}};
+    const std::size_t n_operands = which > 10 && which < 17 ? 2 : 1;
+    const std::size_t n_angles = which == 10 ? 3 : (which > 5 && which < 10) || (which > 13 && which < 17) ? 1 : 0;
+    for (std::size_t k = 0; k < n_operands; ++k) gate.wires.push_back(wild ? in.byte() % (n + 1) : in.below(n));
+    for (std::size_t k = 0; k < n_angles; ++k) {
+      gate.parameters.push_back(wild || c.n_parameters == 0 ? in.below(c.n_parameters + 1) : in.below(c.n_parameters));
+    }
+    const bool fits = (n_operands == 1 || gate.wires[0] != gate.wires[1]) && (n_angles == 0 || c.n_parameters > 0);
+    if (wild && in.byte() == 255) gate.wires.push_back(in.byte());
+    if (wild && in.byte() == 255) gate.parameters.clear();
+    if (wild || fits) c.gates.push_back(std::move(gate));
+  }
+  c.readout.kind = ReadoutKind(in.below(wild ? 4 : 3));
+  if (c.readout.kind == ReadoutKind::expval) {
+    c.readout.n_outputs = wild ? in.below(12) : 1 + in.below(12);
+    const bool plain = in.byte() % 2;  // <Z> of one wire after the other
+    for (std::uint32_t k = 0; k < c.readout.n_outputs; ++k) {
+      std::string letters(n, 'I');
+      if (plain) {
+        letters[k % n] = 'Z';
+      } else {
+        for (char& letter : letters) letter = "IXYZ?"[in.below(wild && in.byte() > 250 ? 5 : 4)];
+      }
+      c.readout.paulis.push_back(letters);
+    }
+    if (wild && in.byte() == 255) c.readout.paulis.emplace_back("Z");
+  } else {
+    c.readout.n_outputs = in.below((1u << n) + 1 + wild) + !wild;
+    if (!wild) c.readout.n_outputs = std::min(c.readout.n_outputs, 1u << n);
+  }
+  c.normalize = in.byte() % 2;
+  return c;
+}
+
+PlanOptions read_options(Reader& in, bool wild) {
+  PlanOptions options = default_options();
+  const std::uint32_t off = in.byte();
+  if (off % 4 == 3) {
+    const std::uint32_t bits = in.byte();
+    options.fuse = bits & 1;
+    options.rename = bits & 2;
+    options.absorb = bits & 4;
+    options.expand = bits & 8;
+    options.real = bits & 16;
+    options.tangent = bits & 32;
+    for (int* radix : {&options.load_radix, &options.rotate_radix, &options.unwind_radix}) {
+      *radix = int(in.below(wild ? 7 : 4)) + !wild;
+    }
+  }
+  return options;
+}
+
+// What distinguishes plans: which kinds of stages, passes, trees and readouts there are, and whether there are several.
+std::uint64_t shape_of(const Plan& plan) {
+  std::uint64_t shape = 1;
+  auto mix = [&](std::size_t count) { shape = shape * 3 + std::min<std::size_t>(count, 2); };
+  for (const std::size_t count : {std::size_t(plan.readout), plan.absorbed.size(), plan.trees.size(), plan.flips.size(),
+                                  plan.chains.size(), plan.correlations.size(), std::size_t(plan.starts_low)}) {
+    mix(count);
+  }
+  std::size_t complex = 0, real = 0, kept = 0, constant = 0, trees = 0, passes = 0;
+  for (const Stage& stage : plan.stages) {
+    complex += stage.is_diagonal() && !stage.real;
+    real += stage.is_diagonal() && stage.real;
+    kept += stage.kept;
+    constant += !stage.constant.empty();
+    trees = std::max(trees, stage.trees.size());
+    passes = std::max(passes, stage.rotate.size());
+  }
+  for (const std::size_t count : {complex, real, kept, constant, trees, passes}) mix(count);
+  return shape;
+}
+
+// ------------------------------------------------------------------------------------------------ calls
+
+double sum_of_products(const std::vector<double>& a, const std::vector<double>& b) {
+  double sum = 0;
+  for (std::size_t i = 0; i < a.size(); ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+void check_calls(Reader& in, const Circuit& c, const Plan& plan) {
+  const auto scalar = Scalar(in.below(4));
+  const bool is_double = scalar == Scalar::float64;
+  // Few rows are quickly simulated; many on many wires wake the other threads.
+  const bool many = in.byte() % 16 == 0;
+  const std::int64_t rows = in.below(c.n_wires > 8 ? (many ? 160 : 4) : (many ? 80 : 20));
+  const std::int64_t columns = 1 + in.below(plan.n_amplitudes()), k = plan.n_columns();
+  const int threads = 1 + int(in.below(4));
+  std::mt19937_64 random(in.two());
+  const std::uint32_t size_class = in.byte();
+  // Without normalization features grow with the square of the rows, and narrow types have little room.
+  const bool wide_range = c.normalize && (scalar == Scalar::float32 || is_double);
+  const double size = wide_range ? std::ldexp(1.0, int(size_class) / 2 - 64) : 1;
+  const std::uint32_t layout = in.byte();
+  const std::int64_t gap = layout % 4;
+  const std::int64_t x_stride = layout < 128 ? columns + gap : layout < 192 ? -(columns + gap) : layout < 200 ? 0 : columns;
+  Array x(rows, columns, x_stride, scalar), features(rows, k, k + gap, scalar);
+  Array grad(rows, k, k + gap, scalar), grad_x(rows, columns, columns + gap, scalar);
+  x.fill(random, size, size_class % 8 == 0);
+  grad.fill(random, 1, false);
+  std::vector<double> theta(c.n_parameters), grad_theta(c.n_parameters);
+  for (double& angle : theta) {
+    angle = random() % 3 == 0 ? std::acos(0.0) * double(int(random() % 9) - 4) : double(random() % 65536) / 5000 - 6.5;
+  }
+
+  // A call with one fault: refused, and nothing written.
+  if (in.byte() % 8 == 0 && rows > 0) {
+    Matrix bad = features.matrix(), bad_x = grad_x.matrix();
+    ConstMatrix bad_in = x.view(), bad_grad = grad.view();
+    const double* angles = theta.data();
+    double* sums = grad_theta.data();
+    const std::uint32_t fault = in.below(11);
+    switch (fault) {
+      case 0: bad.columns += 1; bad_grad.columns -= 1; break;
+      case 1: bad.rows -= 1; bad_grad.rows += 1; break;
+      case 2: bad_in.rows = -1; break;
+      case 3: bad_in.columns = 0; break;
+      case 4: bad_in.columns = std::int64_t{plan.n_amplitudes()} + 1; break;
+      case 5: bad_in.scalar = is_double ? Scalar::float32 : Scalar::float64; break;
+      case 6: bad.data = nullptr; bad_grad.data = nullptr; break;
+      case 7: bad_in.rows = bad.rows = bad_grad.rows = bad_x.rows = INT64_MAX - 1; break;
+      case 8: bad_in.scalar = Scalar(9); break;
+      case 9: angles = sums = nullptr; break;
+      default: bad.row_stride = k - 1; bad_x.row_stride = columns - 1; break;
+    }
+    const bool harmless = (fault == 9 && c.n_parameters == 0) || (fault == 10 && rows == 1);
+    if (!harmless) {
+      if (!is_refused([&] { forward({plan, angles, bad_in, bad, threads}); })) fail("a bad forward call was accepted");
+      if (!is_refused([&] { backward({plan, angles, bad_in, bad_grad, sums, bad_x, threads}); })) {
+        fail("a bad backward call was accepted: fault " + std::to_string(fault));
+      }
+      if (!features.is_untouched() || !grad_x.is_untouched()) fail("a refused call wrote");
+      counts.refused_calls += 2;
+      return;
+    }
+  }
+
+  forward({plan, theta.data(), x.view(), features.matrix(), threads});
+  backward({plan, theta.data(), x.view(), grad.view(), grad_theta.data(), grad_x.matrix(), threads});
+  ++counts.forward, ++counts.backward;
+  if (!features.gaps_are_untouched() || !grad_x.gaps_are_untouched()) fail("something between rows was written");
+
+  const std::vector<double> numbers = x.numbers(), weights = grad.numbers();
+  const std::vector<double> expected = simulate(c, theta, numbers, std::size_t(columns));
+  std::vector<double> lengths;  // of the rows
+  double largest = c.normalize ? 1 : 0;
+  for (std::int64_t r = 0; r < rows; ++r) {
+    double length = 0;
+    for (std::int64_t j = 0; j < columns; ++j) length = std::hypot(length, numbers[std::size_t(r * columns + j)]);
+    lengths.push_back(length);
+    largest = std::max(largest, c.readout.kind == ReadoutKind::state ? length : length * length);
+  }
+  if (c.normalize) largest = 1;
+  const double bound = resolution(scalar) * std::max(largest, 1e-3);
+  const std::vector<double> received = features.numbers();
+  for (std::size_t i = 0; i < expected.size(); ++i) {
+    if (!(std::abs(received[i] - expected[i]) <= bound)) {
+      fail("expected feature " + std::to_string(expected[i]) + ", received " + std::to_string(received[i]));
+    }
+  }
+
+  // The derivative along one direction of angles and inputs together, by differences of fourth order.
+  std::vector<double> turn(theta.size()), step(numbers.size());
+  for (double& t : turn) t = (double(random() % 201) - 100) / 100 / (1 + double(c.gates.size()));
+  for (std::size_t i = 0; i < step.size(); ++i) {
+    step[i] = lengths[i / std::size_t(columns)] * (double(random() % 201) - 100) / 100 / std::sqrt(double(columns));
+  }
+  if (x_stride == 0 && rows > 1) step.assign(step.size(), 0);  // the rows are one row
+  const double h = 1e-3;
+  auto value_at = [&](double t) {
+    std::vector<double> angles = theta, inputs = numbers;
+    for (std::size_t i = 0; i < angles.size(); ++i) angles[i] += t * turn[i];
+    for (std::size_t i = 0; i < inputs.size(); ++i) inputs[i] += t * step[i];
+    return sum_of_products(weights, simulate(c, angles, inputs, std::size_t(columns)));
+  };
+  const double slope = (8 * (value_at(h) - value_at(-h)) - (value_at(2 * h) - value_at(-2 * h))) / (12 * h);
+  const double found = sum_of_products(grad_theta, turn) + sum_of_products(grad_x.numbers(), step);
+  double total = 0;
+  for (const double w : weights) total += std::abs(w);
+  const double allowed = std::max(resolution(scalar), 1e-8) * std::max(largest, 1e-3) * (total + 1);
+  if (!(std::abs(found - slope) <= allowed)) {
+    fail("expected derivative " + std::to_string(slope) + ", received " + std::to_string(found));
+  }
+}
+
+void check_projection(Reader& in) {
+  const Scalar scalar = in.byte() % 2 ? Scalar::float64 : Scalar::float32;
+  const std::int64_t rows = in.below(in.byte() % 8 == 0 ? 200 : 20), k = 1 + in.below(20), columns = 1 + in.below(70);
+  const std::int64_t gap = in.below(3);
+  const int threads = 1 + int(in.below(4));
+  const bool with_bias = in.byte() % 2;
+  std::mt19937_64 random(in.two());
+  Array features(rows, k, k + gap, scalar), up(columns, k, k + gap, scalar), bias(1, columns, columns, scalar);
+  Array base(rows, columns, columns + gap, scalar), out(rows, columns, columns + gap, scalar);
+  Array grad_features(rows, k, k + gap, scalar), grad_up(columns, k, k + gap, scalar), grad_bias(1, columns, columns, scalar);
+  for (Array* array : {&features, &up, &bias, &base}) array->fill(random, 1, false);
+  const double scale = 0.5;
+  ConstMatrix bias_in = bias.view();
+  Matrix bias_out = grad_bias.matrix();
+  if (!with_bias) bias_in.data = bias_out.data = nullptr;
+  if (in.byte() % 8 == 0 && rows > 0) {
+    ConstMatrix bad = features.view();
+    switch (in.below(4)) {
+      case 0: bad.rows = -1; break;
+      case 1: bad.columns += 1; break;
+      case 2: bad.scalar = Scalar::float16; break;
+      default: bad.data = nullptr; break;
+    }
+    if (!is_refused([&] { project({bad, up.view(), bias_in, base.view(), scale, out.matrix(), threads}); }) ||
+        !is_refused([&] {
+          project_backward({base.view(), bad, up.view(), scale, grad_features.matrix(), grad_up.matrix(), bias_out, threads});
+        })) {
+      fail("a bad projection was accepted");
+    }
+    if (!out.is_untouched() || !grad_up.is_untouched() || !grad_features.is_untouched()) fail("a refused call wrote");
+    counts.refused_calls += 2;
+    return;
+  }
+  project({features.view(), up.view(), bias_in, base.view(), scale, out.matrix(), threads});
+  project_backward({base.view(), features.view(), up.view(), scale, grad_features.matrix(), grad_up.matrix(), bias_out, threads});
+  counts.project += 2;
+  const double bound = (scalar == Scalar::float64 ? 1e-12 : 2e-6) * double(k + columns + rows);
+  auto compare = [&](double received, double expected) {
+    if (!(std::abs(received - expected) <= bound)) fail("a projection differs from its formula");
+  };
+  for (std::int64_t r = 0; r < rows; ++r) {
+    for (std::int64_t c = 0; c < columns; ++c) {
+      double sum = with_bias ? bias.get(0, c) : 0;
+      for (std::int64_t j = 0; j < k; ++j) sum += features.get(r, j) * up.get(c, j);
+      compare(out.get(r, c), base.get(r, c) + scale * sum);
+    }
+    for (std::int64_t j = 0; j < k; ++j) {
+      double sum = 0;
+      for (std::int64_t c = 0; c < columns; ++c) sum += base.get(r, c) * up.get(c, j);
+      compare(grad_features.get(r, j), scale * sum);
+    }
+  }
+  for (std::int64_t c = 0; c < columns; ++c) {
+    double bias_sum = 0;
+    for (std::int64_t r = 0; r < rows; ++r) bias_sum += base.get(r, c);
+    if (with_bias) compare(grad_bias.get(0, c), scale * bias_sum);
+    for (std::int64_t j = 0; j < k; ++j) {
+      double sum = 0;
+      for (std::int64_t r = 0; r < rows; ++r) sum += base.get(r, c) * features.get(r, j);
+      compare(grad_up.get(c, j), scale * sum);
+    }
+  }
+  if (!out.gaps_are_untouched() || !grad_features.gaps_are_untouched()) fail("something between rows was written");
+}
+
+void run_input(const std::uint8_t* data, std::size_t size) {
+  Reader in(data, size);
+  const std::uint32_t mode = in.byte();
+  if (mode % 64 == 1) return check_projection(in);
+  const bool wild = mode % 4 == 2;
+  const Circuit c = read_circuit(in, wild);
+  const PlanOptions options = read_options(in, wild);
+  Plan plan;
+  const bool refused = is_refused([&] {
+    plan = compile(c.n_wires, c.n_parameters, c.gates, c.readout, c.normalize, options);
+  });
+  if (refused) {
+    ++counts.refused;
+    if (!wild) fail("a good circuit was refused");
+    return;
+  }
+  ++counts.compiled;
+  shape_of_last_plan = shape_of(plan);
+  if (mode % 16 == 0) check_calls(in, c, plan);
+}
+
+}  // namespace
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  run_input(data, size);
+  return 0;
+}
+
+// ------------------------------------------------------------------------------------------------ the driver
+
+#ifndef QAA_LIBFUZZER
+namespace {
+
+constexpr std::size_t largest_input = 400, largest_corpus = 5000;
+
+Bytes read_file(const std::filesystem::path& path) {
+  std::ifstream in(path, std::ios::binary);
+  return {std::istreambuf_iterator<char>(in), {}};
+}
+
+Bytes mutated(const std::vector<Bytes>& corpus, std::mt19937_64& random) {
+  if (random() % 8 == 0 || corpus.empty()) {
+    Bytes fresh(1 + random() % largest_input);
+    for (auto& byte : fresh) byte = std::uint8_t(random());
+    return fresh;
+  }
+  Bytes input = corpus[random() % corpus.size()];
+  for (std::uint64_t k = 1 + random() % 6; k > 0; --k) {
+    const std::size_t at = input.empty() ? 0 : random() % input.size();
+    const auto here = input.begin() + std::ptrdiff_t(at);
+    switch (random() % 5) {
+      case 0: input.insert(here, std::uint8_t(random())); break;
+      case 1:
+        if (!input.empty()) input.erase(here);
+        break;
+      case 2: {  // the tail of another input
+        const Bytes& other = corpus[random() % corpus.size()];
+        input.resize(at);
+        if (at < other.size()) input.insert(input.end(), other.begin() + std::ptrdiff_t(at), other.end());
+        break;
+      }
+      default:
+        if (!input.empty()) *here = random() % 2 ? std::uint8_t(random()) : std::uint8_t(*here ^ 1u << random() % 8);
+    }
+  }
+  input.resize(std::min(input.size(), largest_input));
+  return input;
+}
+
+// The input at hand, for the report of a crash.
+Bytes current;
+extern "C" void report_input(int) {
+  std::ofstream("crash-input", std::ios::binary).write(reinterpret_cast<const char*>(current.data()), std::ptrdiff_t(current.size()));
+  std::_Exit(1);
+}
+
+void print_counts(std::uint64_t runs, std::size_t shapes) {
+  std::printf("%s: %llu inputs, %llu plans compiled (%zu shapes), %llu circuits refused, %llu forward, %llu backward and "
+              "%llu projection calls equal to the oracle, %llu calls refused\n",
+              instruction_set(), (unsigned long long)runs, (unsigned long long)counts.compiled, shapes,
+              (unsigned long long)counts.refused, (unsigned long long)counts.forward,
+              (unsigned long long)counts.backward, (unsigned long long)counts.project,
+              (unsigned long long)counts.refused_calls);
+  std::fflush(stdout);
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  std::uint64_t runs = 0, seed = 0;
+  std::string save;
+  std::vector<Bytes> corpus;
+  std::set<std::uint64_t> shapes;
+  std::signal(SIGABRT, report_input);
+  for (int i = 1; i < argc; ++i) {
+    const std::string option = argv[i];
+    if (option == "--replay") {
+      for (++i; i < argc; ++i) {
+        current = read_file(argv[i]);
+        run_input(current.data(), current.size());
+      }
+      continue;
+    }
+    if (i + 1 >= argc) {
+      std::fprintf(stderr, "usage: fuzz --runs N [--seed S] [--corpus FOLDER] [--save FOLDER] | fuzz --replay FILE...\n");
+      return 2;
+    }
+    const std::string value = argv[++i];
+    if (option == "--runs") runs = std::stoull(value);
+    if (option == "--seed") seed = std::stoull(value);
+    if (option == "--save") save = value;
+    if (option == "--corpus") {
+      std::vector<std::filesystem::path> files(std::filesystem::directory_iterator(value), {});
+      std::ranges::sort(files);
+      for (const auto& file : files) {
+        current = read_file(file);
+        shape_of_last_plan = 0;
+        run_input(current.data(), current.size());
+        shapes.insert(shape_of_last_plan);
+        corpus.push_back(current);
+      }
+    }
+  }
+  std::mt19937_64 random(seed);
+  for (std::uint64_t run = 0; run < runs; ++run) {
+    current = mutated(corpus, random);
+    shape_of_last_plan = 0;
+    run_input(current.data(), current.size());
+    if (shape_of_last_plan == 0 || !shapes.insert(shape_of_last_plan).second) continue;
+    if (corpus.size() < largest_corpus) corpus.push_back(current);
+    if (!save.empty()) {
+      std::ofstream(std::filesystem::path(save) / std::to_string(shape_of_last_plan), std::ios::binary)
+          .write(reinterpret_cast<const char*>(current.data()), std::ptrdiff_t(current.size()));
+    }
+  }
+  print_counts(runs, shapes.size());
+  return 0;
+}
+#endif

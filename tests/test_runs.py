@@ -1,0 +1,188 @@
+"""Long runs of qaa compare survive what happens to long runs: signals, full disks, damaged files, a second run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from compare_tiny import write_data, write_model
+from qaa.cli import main
+from qaa.compare import run, sources
+from qaa.compare.config import CompareError
+
+MEASURED = ("created", "command", "out", "cache", "origin", "peak_memory_bytes")  # and every number of seconds
+
+
+def setting_up(folder: Path) -> Path:
+    """The configuration of a comparison of two rows that takes seconds."""
+    config = {
+        "model": str(write_model(folder / "model")), "data": str(write_data(folder / "data.json")), "budget": "smoke",
+        "source": "local", "cache": str(folder / "cache"), "train_examples": 24, "validation_examples": 12,
+        "test_examples": 12, "max_tokens": 80, "layers": 2, "steps": 6, "tuning_steps": 1, "evaluations": 2,
+        "batch_size": 4, "generate": False, "seeds": [0], "methods": ["lora", "qaa"],
+        "variants": {name: {"learning_rates": [1e-3]} for name in ("lora", "qaa")},
+    }  # fmt: skip
+    path = folder / "compare.yaml"
+    path.write_text(json.dumps(config))  # JSON is YAML
+    return path
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    """The configuration and the results of a run that nothing happened to."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = setting_up(folder)
+    assert main(["compare", "--config", str(config), "--out", str(folder / "out")]) == 0
+    return config, comparable(folder / "out")
+
+
+def comparable(out: Path) -> Any:
+    """results.json without what is measured anew each time."""
+
+    def without(value: Any) -> Any:
+        if isinstance(value, dict):
+            kept = {k: v for k, v in value.items() if k not in MEASURED and "seconds" not in k}
+            return {key: without(inner) for key, inner in kept.items()}
+        return [without(inner) for inner in value] if isinstance(value, list) else value
+
+    return without(json.loads((out / "results.json").read_text("utf-8")))
+
+
+def start(config: Path, out: Path, **options: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "qaa", "compare", "--config", str(config), "--out", str(out)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **options)
+
+
+def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 300
+    while not condition() and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def has_begun(out: Path, job: str) -> Any:
+    """Whether the files of ``job``'s training are there: it is at work, or done."""
+    return lambda: (out / "adapters" / job).exists()
+
+
+def test_a_killed_run_continues_to_the_same_results(undisturbed: tuple[Path, Any], tmp_path: Path) -> None:
+    """Killed while it trains, with its temporary files lying about, and continued; QAA_KILLS asks for more kills."""
+    config, expected = undisturbed
+    kills, generator = int(os.environ.get("QAA_KILLS", "1")), random.Random(0)
+    for kill in range(kills):
+        process = start(config, tmp_path)
+        if kills == 1:
+            wait_for(has_begun(tmp_path, "qaa-seed0"), process)
+        else:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(generator.uniform(0, float(os.environ["QAA_KILL_WITHIN"])))
+        process.kill()
+        process.communicate()
+        finished = [path.name for path in (tmp_path / "work").glob("*-seed*.json")] if kill or kills == 1 else []
+        print(f"kill {kill + 1}: exit {process.returncode}, finished {sorted(finished)}")
+        for path in (tmp_path / "work").glob("*.json"):
+            json.loads(path.read_text("utf-8"))  # whole
+    assert main(["compare", "--config", str(config), "--out", str(tmp_path)]) == 0
+    assert comparable(tmp_path) == expected
+
+
+def test_sigterm_ends_parent_and_child_in_a_sentence(undisturbed: tuple[Path, Any], tmp_path: Path) -> None:
+    """Also where SIGINT is ignored, as for a job in the background of a script."""
+    config, _ = undisturbed
+    process = start(config, tmp_path, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN))
+    wait_for(has_begun(tmp_path, "lora-seed0"), process)
+    second = rf"expected no other run in .*, received the one of process {process.pid}"
+    with pytest.raises(CompareError, match=second), run._alone(tmp_path):
+        pass
+    process.terminate()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert said.splitlines()[-1] == "qaa compare: terminated; the same command continues"
+    with run._alone(tmp_path):  # nobody is left
+        pass
+
+
+def test_a_full_disk_is_a_sentence_and_loses_nothing(
+    undisturbed: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, _ = undisturbed
+    out = config.parent / "out"
+    before = {path: path.read_bytes() for path in [*(out / "work").glob("*.json"), out / "results.json"]}
+    monkeypatch.setattr(os, "fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert main(["compare", "--config", str(config), "--out", str(out)]) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith("qaa compare: expected to read and write files below") and "No space left" in said
+    assert {path: path.read_bytes() for path in before} == before
+    assert not list(out.rglob("*.part"))
+    monkeypatch.undo()
+    assert main(["compare", "--config", str(config), "--out", str(out)]) == 0
+
+
+def test_a_file_limit_stops_a_write_without_a_trace(tmp_path: Path) -> None:
+    """The kernel's own refusal, in the middle of a file that exists already."""
+    path = tmp_path / "results.json"
+    sources.write_json(path, {"old": True})
+    program = (
+        "import resource, signal, sys; from pathlib import Path; from qaa.compare import sources\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "try: sources.write_json(Path(sys.argv[1]), {'new': 'x' * 100_000})\n"
+        "except OSError as error: print(error.strerror)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program, str(path)], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "File too large\n", done.stderr
+    assert json.loads(path.read_text()) == {"old": True} and [p.name for p in tmp_path.iterdir()] == ["results.json"]
+
+
+@pytest.mark.parametrize("place", ["/proc/qaa", "/dev/null/qaa"])
+def test_a_folder_that_cannot_be_written_is_a_sentence(place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["compare", "--out", place]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"qaa compare: expected a folder that can be written, received {place}: ")
+    assert said.count("\n") == 1
+
+
+def test_a_damaged_cache_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = tmp_path / "made"
+    for content in (b"whole", b"whole again"):
+        made.write_bytes(content)
+        target = tmp_path / "packages" / "file.gguf"
+        target.parent.mkdir(exist_ok=True)
+        sources._keep(made, target)
+        assert sources._is_whole(target) and target.read_bytes() == content
+        target.write_bytes(content[:3])
+        assert not sources._is_whole(target) and not target.exists()
+    assert "is damaged" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "[1]", "{", '"text"', '{"fingerprint": 1}', "{}"])
+def test_a_damaged_result_counts_as_none(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "lora-seed0.json"
+    path.write_text(content)
+    stored = run._read(path)
+    assert stored is None or stored == {"fingerprint": 1}
+
+
+def test_info_into_a_pipe_that_closes() -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "qaa", "info"], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60
+        )
+    finally:
+        os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")

@@ -1,0 +1,86 @@
+"""torch's threads around the kernels: autograd from many threads, another number in mid-run, a loader's workers."""
+
+from __future__ import annotations
+
+import multiprocessing
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("torch")
+
+import torch
+
+from qaa.nn import QAALinear
+from qaa.ops import quantum_features
+from test_threads import CIRCUIT, work
+
+
+def gradients(seed: int) -> list[bytes]:
+    """Bits of a loss and of all gradients of two adapted layers in a row, by autograd."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = [QAALinear(torch.nn.Linear(64, 64), readout=readout) for readout in ("z", "state[:8]")]
+    for parameter in (p for layer in layers for p in layer.parameters()):
+        parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 8)
+    x = torch.randn(1024, 64, generator=generator, requires_grad=True)
+    layers[1](layers[0](x).tanh()).square().sum().backward()
+    trained = [p for layer in layers for p in layer.parameters() if p.requires_grad]
+    return [tensor.numpy().tobytes() for tensor in (x.grad, *(p.grad for p in trained))]
+
+
+@pytest.fixture
+def two_threads() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_autograd_from_many_threads_gives_the_same_bits() -> None:
+    expected = {seed: gradients(seed) for seed in range(2)}
+    found: list[bool] = []
+    threads = [
+        threading.Thread(target=lambda seed=seed: found.append(gradients(seed) == expected[seed]))
+        for seed in (0, 1, 0, 1)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert found == [True] * len(threads)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_the_number_of_threads_may_change_in_mid_run() -> None:
+    """The kernels give the same bits for every number; torch's own products may differ by their order of summation."""
+    generator = torch.Generator().manual_seed(0)
+    theta, x = torch.randn(CIRCUIT.parameter_shape, generator=generator), torch.randn(2048, 200, generator=generator)
+    expected, whole = quantum_features(CIRCUIT, theta, x), gradients(0)
+    for number in (1, 3, 2, 5):
+        torch.set_num_threads(number)
+        assert torch.equal(quantum_features(CIRCUIT, theta, x), expected)
+        for ours, theirs in zip(gradients(0), whole, strict=True):
+            a, b = (np.frombuffer(bits, np.float32) for bits in (ours, theirs))
+            np.testing.assert_allclose(a, b, rtol=0, atol=2**-20 * np.abs(b).max())
+
+
+class Embedded(torch.utils.data.Dataset):  # type: ignore[misc]
+    """Features that are computed where they are asked for: in the loader's workers."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, seed: int) -> Any:
+        return torch.from_numpy(np.frombuffer(work(seed, 4)[0], np.float32).copy())
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_workers_of_a_data_loader_after_first_use() -> None:
+    if "fork" not in multiprocessing.get_all_start_methods():
+        pytest.skip("this system cannot fork")
+    expected = torch.stack([Embedded()[seed] for seed in range(4)])
+    loader = torch.utils.data.DataLoader(Embedded(), num_workers=2, multiprocessing_context="fork", timeout=60)
+    assert torch.equal(torch.cat(list(loader)), expected)
