@@ -7,7 +7,6 @@ number of trajectories, whose standard error :func:`estimate` returns.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -23,7 +22,7 @@ from qaa.program import Program, program
 
 @dataclass(frozen=True)
 class NoiseModel:
-    r"""The channels after every gate, on each of the gate's wires, in the order in which they act; all are probabilities.
+    r"""Probabilities of the channels after every gate, on each of the gate's wires, in the order in which they act.
 
     =====================  ===========================================================================================
     ``depolarizing`` p     :math:`\rho \to (1 - p) \rho + \tfrac p 3 (X \rho X + Y \rho Y + Z \rho Z)`
@@ -164,8 +163,8 @@ def estimate(
     Example:
         >>> import numpy as np, qaa
         >>> circuit = qaa.Circuit(1, (qaa.Gate("X", 0),), (0,))
-        >>> noise = qaa.noise.NoiseModel(bit_flip=0.5)
-        >>> qaa.noise.estimate(circuit, np.zeros(0), [[1.0, 0.0]], noise=noise, trajectories=400).standard_error.round(2)
+        >>> x, noise = [[1.0, 0.0]], qaa.noise.NoiseModel(bit_flip=0.5)
+        >>> qaa.noise.estimate(circuit, np.zeros(0), x, noise=noise, trajectories=400).standard_error.round(2)
         array([[0.05]])
     """
     what = _checked(circuit, readout, normalize, noise, trajectories)

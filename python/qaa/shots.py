@@ -146,8 +146,8 @@ def shift_gradient(
         >>> import numpy as np, qaa
         >>> what = qaa.program.program(qaa.Circuit(1, (qaa.Gate("RY", 0, 0),), (1,)), "z", True)
         >>> x = np.array([[1.0, 0.0]])
-        >>> shift_gradient(what, [0.5], x, [[1.0]], lambda p, angles: arrays.forward(p.circuit, angles, x)) + np.sin(0.5)
-        array([0.])
+        >>> shift_gradient(what, [np.pi / 2], x, [[1.0]], lambda p, angles: arrays.forward(p.circuit, angles, x))
+        array([-1.])
     """
     angles = arrays._angles(what, theta).ravel()
     grad = np.asarray(grad, np.float64)
