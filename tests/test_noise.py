@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import oracle
+from benchmarks import noise as table
 from qaa import Circuit, Gate, Readout, ansatz, arrays, noise
 from qaa.circuit import GATES
 from qaa.nn import Adapter, QuantumLayer
@@ -337,3 +339,27 @@ def test_requests_that_are_refused() -> None:
     np.testing.assert_array_equal(
         noise.forward(circuit, theta, x, noise=NoiseModel(), trajectories=1), arrays.forward(circuit, theta, x)
     )
+
+
+def test_the_page_holds_the_commands_table(tmp_path: Path) -> None:
+    text = (Path(__file__).parent.parent / "docs" / "hardware.md").read_text(encoding="utf-8")
+    assert text.partition(table.BEGIN)[2].count("\n| 0.") == len(table.RATES)
+    copy = tmp_path / "page.md"
+    copy.write_text(text, encoding="utf-8")
+    small = ["--wires", "2", "--layers", "1", "--vectors", "3", "--trajectories", "20", "--output", str(copy)]
+    assert table.main(small) == 0
+    written = copy.read_text(encoding="utf-8")
+    assert written.partition(table.BEGIN)[0] == text.partition(table.BEGIN)[0]
+    # ring on two wires with one layer: 6 gates on one wire, 2 on two
+    expected = [f"| {rate:g} | {(1 - rate) ** 10:.0%} |" for rate in table.RATES]
+    assert [line for line in expected if f"\n{line}" in written] == expected
+
+
+def test_a_line_through_known_points() -> None:
+    """A slope, an offset and a scatter that are put in come out again; what trajectories scatter is taken out."""
+    rng = np.random.default_rng(0)
+    exactly, scatter = rng.normal(size=(2000, 3)), rng.normal(size=(2000, 3))
+    of_trajectories = 0.3 * rng.normal(size=(2000, 3))
+    features = 0.5 * exactly + 0.2 + 0.5 * scatter + of_trajectories
+    found = table.line_through(exactly, noise.Estimate(features, np.full((2000, 3), 0.3)))
+    np.testing.assert_allclose(found, (0.5, 0.2, math.sqrt(0.5)), atol=0.04)

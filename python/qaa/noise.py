@@ -207,7 +207,7 @@ def backward(
         >>> import numpy as np, qaa
         >>> circuit = qaa.Circuit(1, (qaa.Gate("RY", 0, 0),), (1,))  # <Z> = (1 - 2 p) cos(theta) for the state |0>
         >>> options = {"noise": qaa.noise.NoiseModel(bit_flip=0.1), "trajectories": 10_000, "seed": 0}
-        >>> qaa.noise.backward(circuit, [np.pi / 2], [[1.0, 0.0]], [[1.0]], **options).round(2)
+        >>> qaa.noise.backward(circuit, [np.pi / 2], [[1.0, 0.0]], [[1.0]], **options).round(1)
         array([-0.8])
     """
     what = _checked(circuit, readout, normalize, noise, trajectories)
