@@ -136,8 +136,8 @@ def test_options_override_yaml_which_overrides_the_budget(tmp_path: Path) -> Non
         ({"methods": ["lora"], "references": ["sora"]}, "expected references among lora, untouched, received 'sora'"),
         ({"generate": "no"}, "expected generate to be true or false, received 'no'"),
         ({"model": ""}, "expected model to be text, received ''"),
-        ({"noise": [0.0]}, r"expected noise to be true, false or error probabilities above 0 and up to 1, received \[0\.0\]"),
-        ({"noise": "loud"}, "expected noise to be true, false or error probabilities above 0 and up to 1, received 'loud'"),
+        ({"noise": [0.0]}, r"expected noise to be true, false or probabilities above 0, received \[0\.0\]"),
+        ({"noise": "loud"}, "expected noise to be true, false or probabilities above 0, received 'loud'"),
         ({"trajectories": 0}, "expected trajectories to be an integer of at least 1, received 0"),
     ],
 )

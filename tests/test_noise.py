@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from benchmarks import noise as table
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 import oracle
-from benchmarks import noise as table
 from qaa import Circuit, Gate, Readout, ansatz, arrays, noise
 from qaa.circuit import GATES
 from qaa.nn import Adapter, QuantumLayer
