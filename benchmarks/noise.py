@@ -1,7 +1,7 @@
 """What noise after every gate does to the features of the paper's circuit: ``<Z>`` of ``ring`` on 10 wires, 4 layers.
 
 ``python -m benchmarks.noise`` compares noisy and exact features of normally distributed vectors, by a straight line
-through all wires and vectors, and writes the table into ``docs/hardware.md``. Minutes on one core.
+through all wires and vectors, and writes the table into ``docs/hardware.md``. Half a minute on one core.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 import qaa
 from benchmarks.hardware import put_between
 
-WIRES, LAYERS, VECTORS, TRAJECTORIES, SEED = 10, 4, 32, 4000, 0
+WIRES, LAYERS, VECTORS, TRAJECTORIES, SEED = 10, 4, 32, 1000, 0
 RATES = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03)
 BEGIN = "<!-- begin: python -m benchmarks.noise -->"
 HEADER = (
@@ -49,8 +49,8 @@ def row(rate: float, wires: int, layers: int, vectors: int, trajectories: int) -
     )
     places = sum(len(gate.wires) for gate in circuit.gates)
     return (
-        f"| {rate:g} | {(1 - rate) ** places:.0%} | {flips[0]:.3f} | {flips[2]:.3f} | {losses[0]:.3f} | "
-        f"{losses[1]:+.4f} | {losses[2]:.3f} |"
+        f"| {rate:g} | {(1 - rate) ** places:.0%} | {flips[0]:.2f} | {flips[2]:.2f} | {losses[0]:.2f} | "
+        f"{losses[1]:+.4f} | {losses[2]:.2f} |"
     )
 
 

@@ -145,12 +145,11 @@ def test_stored_adapters_are_tested_under_noise_and_trained_no_more(
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "What noise does to them" in page and "an amplitude is no observable" in page
     assert "What noise does to them" not in (source / "report.html").read_text(encoding="utf-8")
-    assert main(noisy) == 0
-    assert capsys.readouterr().err.count("done before") == 3 + 3 * len(DEFAULT_METHODS)
-    (out / "work" / "qaa-paper-seed0-noise.json").unlink()
-    (out / "adapters" / "qaa-paper-seed0" / "adapter_model.safetensors").unlink()
+    (out / "work" / "qaa-paper-seed1-noise.json").unlink()
+    (out / "adapters" / "qaa-paper-seed1" / "adapter_model.safetensors").unlink()
     assert main(noisy) == 2
-    assert "expected the trained adapter of qaa-paper in" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "] qaa-paper-seed0-noise: done before" in said and "expected the trained adapter of qaa-paper in" in said
 
 
 @pytest.fixture(scope="module")
