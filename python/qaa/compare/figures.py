@@ -524,8 +524,8 @@ def _seeds(report: dict[str, Any], palette: Palette) -> Any:
 
 def _noise(report: dict[str, Any], palette: Palette) -> Any:
     """Test loss over the probability of an error per gate, on a logarithmic axis that begins with no error."""
-    noise = report.get("noise")
-    rows = [row for row in _trained(report) if noise and row["name"] in noise["rows"]]
+    noise = report.get("noise", {"rows": {}})
+    rows = [row for row in _trained(report) if row["name"] in noise["rows"]]
     if not rows:
         return None
     margin = _label_inches([row["label"] for row in rows]) + 0.6

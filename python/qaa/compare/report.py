@@ -142,8 +142,9 @@ def findings(report: dict[str, Any]) -> list[str]:
 
 def _noise_findings(report: dict[str, Any], rows: dict[str, dict[str, Any]]) -> list[str]:
     """How far the error probability may rise until half of a row's gain is gone."""
-    noise, said = report.get("noise"), []
-    for name, runs in noise["rows"].items() if noise else ():
+    noise: dict[str, Any] = report.get("noise", {"rows": {}})
+    said = []
+    for name, runs in noise["rows"].items():
         row, untouched = rows[name], rows[UNTOUCHED]["test_loss"]
         gain = untouched - row["test_loss"]
         if gain <= 0:
@@ -197,7 +198,7 @@ def limits(report: dict[str, Any]) -> list[str]:
         f"Learning rates were chosen in runs of {settings['tuning_steps']} steps, a fraction of a full run, on few "
         "examples. No other setting was tuned."
     )
-    if report.get("noise") and report["noise"]["rows"]:
+    if report.get("noise", {"rows": {}})["rows"]:
         said.append(
             "Noise is depolarizing and stands after the gates of the circuits alone: preparing a state from a vector, "
             "which takes far more gates, is taken to be perfect, and outcomes are not counted in shots."
