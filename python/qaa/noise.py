@@ -218,7 +218,7 @@ def backward(
     def features(separate: Program, angles: NDArray[Any]) -> NDArray[Any]:
         return _estimate(separate, angles, x, noise, trajectories, key, threads).features
 
-    return shots.shift_gradient(what, theta, x, grad, features)
+    return shots._shift_gradient(what, theta, x, grad, features)
 
 
 def _checked(

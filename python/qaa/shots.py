@@ -130,10 +130,10 @@ def backward(
     def features(separate: Program, angles: NDArray[Any]) -> NDArray[Any]:
         return _estimate(separate, angles, x, shots, rng, threads)
 
-    return shift_gradient(what, theta, x, grad, features)
+    return _shift_gradient(what, theta, x, grad, features)
 
 
-def shift_gradient(
+def _shift_gradient(
     what: Program,
     theta: ArrayLike,
     x: NDArray[Any],
@@ -146,7 +146,7 @@ def shift_gradient(
         >>> import numpy as np, qaa
         >>> what = qaa.program.program(qaa.Circuit(1, (qaa.Gate("RY", 0, 0),), (1,)), "z", True)
         >>> x = np.array([[1.0, 0.0]])
-        >>> shift_gradient(what, [np.pi / 2], x, [[1.0]], lambda p, angles: arrays.forward(p.circuit, angles, x))
+        >>> _shift_gradient(what, [np.pi / 2], x, [[1.0]], lambda p, angles: arrays.forward(p.circuit, angles, x))
         array([-1.])
     """
     angles = arrays._angles(what, theta).ravel()
