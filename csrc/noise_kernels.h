@@ -156,6 +156,14 @@ QAA_INLINE void each_quadruple(Index n, std::uint32_t a, std::uint32_t b, F&& f)
   }
 }
 
+// Not std::swap, which all instruction sets would share.
+template <class V>
+QAA_INLINE void exchange_amplitudes(V& a, V& b) {
+  const V c = a;
+  a = b;
+  b = c;
+}
+
 template <class T>
 void rotate_bit(Vec<T>* state, Index n, std::uint32_t bit, const Vec<T>& cosine, const Vec<T>& sine) {
   each_pair(n, bit, [=](Index i, Index j) {
@@ -257,8 +265,8 @@ bool run_steps(const BoundNoisyPlan<T>& p, const NoisyWorkspace<T>& work) {
       case Kind::cnot: {
         const Index control = Index{1} << step.a, target = Index{1} << step.b;
         each_quadruple(n, step.a, step.b, [&](Index i) {
-          std::swap(state.re[i | control], state.re[i | control | target]);
-          if (complex) std::swap(state.im[i | control], state.im[i | control | target]);
+          exchange_amplitudes(state.re[i | control], state.re[i | control | target]);
+          if (complex) exchange_amplitudes(state.im[i | control], state.im[i | control | target]);
         });
         break;
       }
@@ -318,7 +326,7 @@ void read_out(const BoundNoisyPlan<T>& p, bool complex, const NoisyWorkspace<T>&
     return;
   }
   for (std::uint32_t b = 0; b < p.n_wires; ++b) {
-    const Vec<T> same = (1 + frame.x[b]) / 2, other = (1 - frame.x[b]) / 2;
+    const Vec<T> same = (T(1) + frame.x[b]) * T(0.5), other = (T(1) - frame.x[b]) * T(0.5);
     const Vec<T> m[4] = {same, other, other, same};
     mix_bit<T>(squares, n, b, m);
   }
@@ -346,7 +354,7 @@ Vec<T> embed_noisy(const BoundNoisyPlan<T>& p, const ConstMatrix& x, const Noisy
     largest = a > largest ? a : largest;
     broken += start[i] - start[i];  // NaN where a number is NaN or infinite
   }
-  const Vec<T> unit = 1 / (largest > 0 ? largest : splat<T>(1));
+  const Vec<T> unit = T(1) / (largest > 0 ? largest : splat<T>(1));
   Vec<T> squares{};
   for (Index i = 0; i < n; ++i) {
     start[i] *= unit;
@@ -375,7 +383,7 @@ void noisy_group(const BoundNoisyPlan<T>& p, const NoisyCall& call, const NoisyR
     for (int l = 0; l < w; ++l) {
       rows[l] = range.first_row + l % range.n_rows;
       trajectories[l] = first + l / range.n_rows;
-      counts[l] = l < lanes && trajectories[l] < range.last;
+      counts[l] = T(l < lanes && trajectories[l] < range.last);
     }
     draw_signs<T>(p, Draws<T>(call.seed, rows, trajectories), work);
     read_out<T>(p, run_steps<T>(p, work), work);
