@@ -78,13 +78,13 @@ def rows(x: NDArray[Any]) -> list[str]:
     return lines
 
 
-def put_between(text: str, lines: list[str]) -> str:
+def put_between(text: str, lines: list[str], begin: str = BEGIN) -> str:
     """``text`` with ``lines`` in place of what stands between the two marks."""
-    before, found, rest = text.partition(BEGIN)
+    before, found, rest = text.partition(begin)
     _, found_end, after = rest.partition(END)
     if not found or not found_end:
-        raise ValueError(f"expected a document with the marks {BEGIN!r} and {END!r}, received one without")
-    return "\n".join([before + BEGIN, *lines, END + after])
+        raise ValueError(f"expected a document with the marks {begin!r} and {END!r}, received one without")
+    return "\n".join([before + begin, *lines, END + after])
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -4,12 +4,14 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <exception>
 #include <optional>
 #include <stdexcept>
 
 #include "cuda.h"
 #include "gates.h"
+#include "noise.h"
 #include "qaa.h"
 
 namespace py = pybind11;
@@ -34,13 +36,17 @@ void without_gil(const Work& work) {
   if (failure) std::rethrow_exception(failure);
 }
 
+std::vector<GateCall> calls_of(const std::vector<Gate>& gates) {
+  std::vector<GateCall> calls;
+  calls.reserve(gates.size());
+  for (const auto& [name, wires, parameters] : gates) calls.push_back({name, wires, parameters});
+  return calls;
+}
+
 Plan make_plan(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vector<Gate>& gates, ReadoutKind kind,
                std::uint32_t n_outputs, std::vector<std::string> paulis, bool normalize, bool fuse, bool rename,
                bool absorb, bool expand, bool real, bool tangent, std::optional<int> rotate_radix,
                std::optional<int> unwind_radix) {
-  std::vector<GateCall> calls;
-  calls.reserve(gates.size());
-  for (const auto& [name, wires, parameters] : gates) calls.push_back({name, wires, parameters});
   PlanOptions options = default_options();
   options.fuse = fuse;
   options.rename = rename;
@@ -52,7 +58,18 @@ Plan make_plan(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vec
   options.unwind_radix = unwind_radix.value_or(options.unwind_radix);
   Plan plan;
   without_gil([&] {
-    plan = compile(n_wires, n_parameters, calls, {kind, n_outputs, std::move(paulis)}, normalize, options);
+    plan = compile(n_wires, n_parameters, calls_of(gates), {kind, n_outputs, std::move(paulis)}, normalize, options);
+  });
+  return plan;
+}
+
+NoisyPlan make_noisy_plan(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vector<Gate>& gates,
+                          ReadoutKind kind, std::uint32_t n_outputs, std::vector<std::string> paulis, bool normalize,
+                          std::array<double, 3> pauli, double damping, double readout) {
+  const Noise noise{pauli[0], pauli[1], pauli[2], damping, readout};
+  NoisyPlan plan;
+  without_gil([&] {
+    plan = compile_noisy(n_wires, n_parameters, calls_of(gates), {kind, n_outputs, std::move(paulis)}, normalize, noise);
   });
   return plan;
 }
@@ -108,6 +125,15 @@ void run_backward(const Plan& plan, std::uintptr_t theta, Scalar theta_scalar, c
     std::vector<double> result(plan.n_parameters);
     backward({plan, angles.data(), x, grad, result.data(), grad_x, threads});
     std::copy(result.begin(), result.end(), reinterpret_cast<float*>(grad_theta));
+  });
+}
+
+void run_noisy(const NoisyPlan& plan, std::uintptr_t theta, Scalar theta_scalar, const ConstMatrix& x,
+               std::int64_t trajectories, std::uint64_t seed, const Matrix& features, const Matrix& errors,
+               int threads) {
+  without_gil([&] {
+    const Angles angles(theta, theta_scalar, plan.n_parameters);
+    forward({plan, angles.data(), x, trajectories, seed, features, errors, threads});
   });
 }
 
@@ -186,11 +212,19 @@ PYBIND11_MODULE(_core, m) {
           py::arg("columns"), "Arithmetic operations for one state, (forward, backward); a multiply-add counts as one.")
       .def("__str__", &Plan::str);
 
+  py::class_<NoisyPlan>(m, "NoisyPlan", "A circuit with noise after every gate, and a readout.")
+      .def(py::init(&make_noisy_plan), py::arg("n_wires"), py::arg("n_parameters"), py::arg("gates"), py::arg("kind"),
+           py::arg("n_outputs"), py::arg("paulis"), py::arg("normalize"), py::arg("pauli"), py::arg("damping"),
+           py::arg("readout"));
+
   m.def("forward", &run_forward, py::arg("plan"), py::arg("theta_address"), py::arg("theta_scalar"), py::arg("x"),
         py::arg("features"), py::arg("threads"), "features = readout(U(theta) x); releases the GIL.");
   m.def("backward", &run_backward, py::arg("plan"), py::arg("theta_address"), py::arg("theta_scalar"), py::arg("x"),
         py::arg("grad"), py::arg("grad_theta_address"), py::arg("grad_x"), py::arg("threads"),
         "The vector-Jacobian product of forward; releases the GIL.");
+  m.def("noisy_forward", &run_noisy, py::arg("plan"), py::arg("theta_address"), py::arg("theta_scalar"), py::arg("x"),
+        py::arg("trajectories"), py::arg("seed"), py::arg("features"), py::arg("errors"), py::arg("threads"),
+        "Means over trajectories and their standard errors; releases the GIL.");
   m.def("project", &run_project, py::arg("features"), py::arg("up"), py::arg("bias"), py::arg("base"),
         py::arg("scale"), py::arg("out"), py::arg("threads"),
         "out = base + scale (features up^T + bias); releases the GIL.");

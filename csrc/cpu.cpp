@@ -87,13 +87,9 @@ const CpuKernels<T>& kernels_of(const InstructionSet& set) {
   }
 }
 
-// The narrowest width that holds so many rows at once: a group takes its time however few of its lanes are in use.
 template <class T>
 const InstructionSet& set_for(std::int64_t rows) {
-  for (const InstructionSet* set : chosen().widths) {
-    if (rows <= kernels_of<T>(*set).width) return *set;
-  }
-  return chosen().widest();
+  return instruction_set_for(sizeof(T) == 8, rows);
 }
 
 // Aligned memory that a thread keeps between calls, so that a call neither allocates nor touches fresh pages.
@@ -120,8 +116,7 @@ class Scratch {
 
 template <class T>
 void* scratch(const InstructionSet& set, const BoundPlan<T>& bound) {
-  thread_local Scratch memory;
-  return memory.at_least(kernels_of<T>(set).workspace_vectors(bound) * std::size_t(set.vector_bytes));
+  return scratch_memory(kernels_of<T>(set).workspace_vectors(bound) * std::size_t(set.vector_bytes));
 }
 
 // The batch is cut into chunks of whole groups. Their number depends on the batch alone, never on the number of
@@ -236,6 +231,18 @@ void project_backward_as(const ProjectBackwardCall& call) {
 }
 
 }  // namespace
+
+const InstructionSet& instruction_set_for(bool is_double, std::int64_t rows) {
+  for (const InstructionSet* set : chosen().widths) {
+    if (rows <= (is_double ? set->f64.width : set->f32.width)) return *set;
+  }
+  return chosen().widest();
+}
+
+void* scratch_memory(std::size_t bytes) {
+  thread_local Scratch memory;
+  return memory.at_least(bytes);
+}
 
 const char* instruction_set() { return chosen().widest().name; }
 

@@ -28,4 +28,11 @@ struct InstructionSet {
   CpuKernels<double> f64;
 };
 
+// The narrowest width of the instruction set in use that holds so many rows at once: a group takes its time however few
+// of its lanes are in use.
+const InstructionSet& instruction_set_for(bool is_double, std::int64_t rows);
+
+// Memory that this thread keeps between calls, aligned to a page.
+void* scratch_memory(std::size_t bytes);
+
 }  // namespace qaa

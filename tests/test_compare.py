@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 from compare_tiny import rows, write_data, write_encoder, write_model
 from qaa.cli import info, main
 from qaa.compare import metrics, sources
-from qaa.compare.config import BUDGETS, DEFAULT_METHODS, METHOD_NAMES, UNTOUCHED, CompareError, settings
+from qaa.compare.config import BUDGETS, DEFAULT_METHODS, METHOD_NAMES, NOISE, UNTOUCHED, CompareError, settings
 from qaa.compare.controls import CONTROLS, Control, controls
 from qaa.compare.data import Example, load_splits, read_examples, save_splits, split, tokenized, training_order
 from qaa.compare.methods import (
@@ -104,6 +104,9 @@ def test_options_override_yaml_which_overrides_the_budget(tmp_path: Path) -> Non
     assert chosen.max_tokens == BUDGETS["smoke"]["max_tokens"]
     assert chosen.row("lora").learning_rates == (0.01, 0.02)
     assert chosen.methods == DEFAULT_METHODS
+    assert [settings(noise=given).noise for given in (None, False, True, 0.1, [1e-2, 1e-3])] == [
+        (), (), NOISE, (0.1,), (1e-3, 1e-2),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -133,6 +136,9 @@ def test_options_override_yaml_which_overrides_the_budget(tmp_path: Path) -> Non
         ({"methods": ["lora"], "references": ["sora"]}, "expected references among lora, untouched, received 'sora'"),
         ({"generate": "no"}, "expected generate to be true or false, received 'no'"),
         ({"model": ""}, "expected model to be text, received ''"),
+        ({"noise": [0.0]}, r"expected noise to be true, false or probabilities above 0, received \[0\.0\]"),
+        ({"noise": "loud"}, "expected noise to be true, false or probabilities above 0, received 'loud'"),
+        ({"trajectories": 0}, "expected trajectories to be an integer of at least 1, received 0"),
     ],
 )
 def test_settings_refuse_in_one_sentence(given: dict[str, Any], sentence: str) -> None:

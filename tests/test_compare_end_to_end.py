@@ -122,6 +122,36 @@ def test_a_second_call_trains_nothing_and_an_interrupted_one_only_what_is_missin
         assert rows[row["name"]]["test_loss"] == pytest.approx(row["test_loss"], abs=1e-6)
 
 
+def test_stored_adapters_are_tested_under_noise_and_trained_no_more(
+    finished: tuple[Path, list[str]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, command = finished
+    out = tmp_path / "out"
+    shutil.copytree(source, out)
+    noisy = [*command, "--out", str(out), "--noise", "1e-9", "0.5", "--trajectories", "3"]
+    assert main(noisy) == 0
+    said = capsys.readouterr().err
+    assert said.count("done before") == 1 + 3 * len(DEFAULT_METHODS)
+    assert re.findall(r"\] (\S+-noise)\n", said) == ["qaa-paper-seed0-noise", "qaa-paper-seed1-noise"]
+    results = read(out)
+    assert results["methods"] == read(source)["methods"] and "noise" not in read(source)
+    assert results["noise"]["probabilities"] == [1e-9, 0.5] and results["noise"]["trajectories"] == 3
+    assert list(results["noise"]["rows"]) == ["qaa-paper"]  # amplitudes are no observable
+    row = next(row for row in results["methods"] if row["name"] == "qaa-paper")
+    for run, losses in zip(row["runs"], results["noise"]["rows"]["qaa-paper"], strict=True):
+        assert losses[0] == pytest.approx(run["test_loss"], abs=1e-4)
+        assert losses[1] != pytest.approx(run["test_loss"], abs=1e-4)
+    assert (out / "plots" / "noise.png").read_bytes().startswith(b"\x89PNG")
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "What noise does to them" in page and "an amplitude is no observable" in page
+    assert "What noise does to them" not in (source / "report.html").read_text(encoding="utf-8")
+    (out / "work" / "qaa-paper-seed1-noise.json").unlink()
+    (out / "adapters" / "qaa-paper-seed1" / "adapter_model.safetensors").unlink()
+    assert main(noisy) == 2
+    said = capsys.readouterr().err
+    assert "] qaa-paper-seed0-noise: done before" in said and "expected the trained adapter of qaa-paper in" in said
+
+
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A finished comparison of losses alone with many rows, variants and two references: its results and folder."""

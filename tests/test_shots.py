@@ -286,7 +286,7 @@ def test_what_no_device_gives() -> None:
     value = model(x.detach())
     with pytest.raises(RuntimeError, match="expected create_graph=False with shots"):
         torch.autograd.grad(value.sum(), model.theta, create_graph=True)
-    with pytest.raises(ValueError, match="expected a generator together with shots, received one without"):
+    with pytest.raises(ValueError, match="expected a generator together with shots or noise, received one without"):
         layer(generator=torch.Generator())(x)
     with pytest.raises(TypeError, match=r"expected generator to be a torch\.Generator, received int"):
         layer(shots=1, generator=3)(x.detach())

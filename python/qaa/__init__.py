@@ -6,8 +6,8 @@
 
 from __future__ import annotations
 
-from qaa import arrays, cuda, shots
+from qaa import arrays, cuda, noise, shots
 from qaa.circuit import Circuit, Gate, Readout, ansatz
 
 __version__ = "0.1.0"
-__all__ = ["Circuit", "Gate", "Readout", "__version__", "ansatz", "arrays", "cuda", "shots"]
+__all__ = ["Circuit", "Gate", "Readout", "__version__", "ansatz", "arrays", "cuda", "noise", "shots"]

@@ -11,6 +11,7 @@ __all__: list[str] = [
     "ConstMatrix",
     "CudaProgram",
     "Matrix",
+    "NoisyPlan",
     "Plan",
     "ReadoutKind",
     "Scalar",
@@ -22,6 +23,7 @@ __all__: list[str] = [
     "forward",
     "gate_table",
     "instruction_set",
+    "noisy_forward",
     "project",
     "project_backward",
 ]
@@ -188,6 +190,30 @@ class Plan:
         Numbers per state that a readout yields.
         """
 
+class NoisyPlan:
+    """
+    A circuit with noise after every gate, and a readout.
+    """
+    def __init__(
+        self,
+        n_wires: typing.SupportsInt | typing.SupportsIndex,
+        n_parameters: typing.SupportsInt | typing.SupportsIndex,
+        gates: collections.abc.Sequence[
+            tuple[
+                str,
+                collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+                collections.abc.Sequence[typing.SupportsInt | typing.SupportsIndex],
+            ]
+        ],
+        kind: ReadoutKind,
+        n_outputs: typing.SupportsInt | typing.SupportsIndex,
+        paulis: collections.abc.Sequence[str],
+        normalize: bool,
+        pauli: typing.Annotated[collections.abc.Sequence[typing.SupportsFloat | typing.SupportsIndex], "FixedSize(3)"],
+        damping: typing.SupportsFloat | typing.SupportsIndex,
+        readout: typing.SupportsFloat | typing.SupportsIndex,
+    ) -> None: ...
+
 def backward(
     plan: Plan,
     theta_address: typing.SupportsInt | typing.SupportsIndex,
@@ -222,6 +248,21 @@ def gate_table() -> list[tuple[str, int, int]]:
 def instruction_set() -> str:
     """
     The instruction set in use; QAA_ISA forces one.
+    """
+
+def noisy_forward(
+    plan: NoisyPlan,
+    theta_address: typing.SupportsInt | typing.SupportsIndex,
+    theta_scalar: Scalar,
+    x: ConstMatrix,
+    trajectories: typing.SupportsInt | typing.SupportsIndex,
+    seed: typing.SupportsInt | typing.SupportsIndex,
+    features: Matrix,
+    errors: Matrix,
+    threads: typing.SupportsInt | typing.SupportsIndex,
+) -> None:
+    """
+    Means over trajectories and their standard errors; releases the GIL.
     """
 
 def project(

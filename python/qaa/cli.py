@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from .compare.config import BUDGETS, METHOD_NAMES, SOURCES, CompareError, settings
+from .compare.config import BUDGETS, METHOD_NAMES, NOISE, SOURCES, CompareError, settings
 
 _OPTIONAL = ("torch", "transformers", "peft", "accelerate", "datasets", "evaluate", "matplotlib", "pennylane", "jax")
 _NEEDED = {
@@ -64,6 +64,14 @@ def parser() -> argparse.ArgumentParser:
     )
     add("--seeds", nargs="+", type=int, metavar="N")
     add("--generate", action=argparse.BooleanOptionalAction, help="answers and their scores, or losses alone")
+    add(
+        "--noise",
+        nargs="*",
+        type=float,
+        metavar="P",
+        help="test trained adapters once more with errors of these probabilities after every gate; alone: "
+        + ", ".join(map(str, NOISE)),
+    )
     add("--out", metavar="FOLDER", help="default reports/compare")
     add("--cache", metavar="FOLDER", help="downloads and converted models; default ~/.cache/qaa or $QAA_CACHE")
     add("--device", help="auto, cpu, cuda, ...; default auto")
@@ -79,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
         ("tuning-steps", "optimizer steps of a learning-rate trial"),
         ("evaluations", "validations during a training run"),
         ("batch-size", "examples per step"),
+        ("trajectories", "runs of a noisy circuit that a feature is the mean of"),
         ("grid-extensions", "further learning rates tried when the best lies at the grid's edge"),
     ):
         add(f"--{name}", type=int, metavar="N", help=what)
@@ -121,6 +130,8 @@ def _main(arguments: Sequence[str] | None) -> int:
     if command == "info":
         print(info())
         return 0
+    if options["noise"] == []:
+        options["noise"] = True
     try:
         chosen = settings(**options)
         missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]

@@ -11,7 +11,7 @@ import hashlib
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from qaa import ops
 from qaa.circuit import MAX_WIRES, Circuit, Readout, ansatz, shown
+from qaa.noise import NoiseModel
 from qaa.shots import check_shots
 
 #: name -> half-width of the uniform distribution (radians) that the angles are drawn from
@@ -81,6 +82,8 @@ class Adapter:
         scaling: s. ``create`` chooses ``sqrt(2**n_wires + 1)`` for quadratic readouts, because ``<Z>`` of a state that
             is spread over all amplitudes deviates from 0 by only ``1 / sqrt(2**n_wires + 1)``, and 1 for ``"state"``.
         in_features: width of x, at most ``2**n_wires``; the rest of the amplitudes is zero.
+        noise, trajectories: if given, quadratic features are estimates for a noisy circuit (:mod:`qaa.noise`), for
+            evaluation: there is no gradient for x.
 
     Example:
         >>> adapter = Adapter.create(in_features=48, n_layers=2, readout="z")
@@ -92,6 +95,8 @@ class Adapter:
     readout: Readout
     scaling: float
     in_features: int
+    noise: NoiseModel | None = None
+    trajectories: int | None = None
     _known_rows: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @staticmethod
@@ -114,6 +119,12 @@ class Adapter:
         if scaling is None:
             scaling = 1.0 if parsed.kind == "state" else math.sqrt(2**n_wires + 1)
         return Adapter(ansatz(ansatz_name, n_wires, n_layers), parsed, check_scaling(scaling), in_features)
+
+    def with_noise(self, noise: NoiseModel | None, trajectories: int | None) -> Adapter:
+        """The same adapter on a noisy circuit, or without noise; ``ValueError`` for ``"state"``, no observable."""
+        if noise is not None and self.is_linear:
+            raise ValueError(f"expected Pauli strings or 'probs' with noise, received {str(self.readout)!r}")
+        return replace(self, noise=noise, trajectories=trajectories)
 
     @property
     def n_features(self) -> int:
@@ -174,7 +185,8 @@ class Adapter:
             x = x * channels if center is None else torch.addcmul(-center * channels, x, channels)
         elif center is not None:
             x = x - center
-        return ops.quantum_features(self.circuit, theta, x, self.readout)
+        noise, trajectories = self.noise, self.trajectories
+        return ops.quantum_features(self.circuit, theta, x, self.readout, noise=noise, trajectories=trajectories)
 
     def delta(
         self, x: Tensor, theta: Tensor, up: Tensor, bias: Tensor | None, whitening: Whitening = NO_WHITENING
@@ -239,7 +251,9 @@ class QuantumLayer(nn.Module):
         normalize: whether x is divided by its norm; rows of zeros give features 0 either way.
         shots: if given, features and the gradient of ``theta`` are unbiased estimates from so many runs for each
             vector, as on a device (:mod:`qaa.shots`); x then may not need a gradient.
-        generator: where the random numbers for ``shots`` come from; by default torch's own generator.
+        noise, trajectories: if given, the circuit is a noisy one, and features and the gradient of ``theta`` are
+            unbiased estimates from so many trajectories for each vector (:mod:`qaa.noise`); likewise.
+        generator: where the random numbers for either come from; by default torch's own generator.
 
     Shapes:
         x ``(..., d)`` with ``d <= 2**n_wires``, float64, float32, bfloat16 or float16, zero-padded to ``2**n_wires``;
@@ -262,6 +276,8 @@ class QuantumLayer(nn.Module):
         normalize: bool = True,
         *,
         shots: int | None = None,
+        noise: NoiseModel | None = None,
+        trajectories: int | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -272,10 +288,10 @@ class QuantumLayer(nn.Module):
         check_flag("normalize", normalize)
         if shots is not None:
             check_shots(shots)
-        elif generator is not None:
-            raise ValueError("expected a generator together with shots, received one without")
+        elif generator is not None and noise is None:
+            raise ValueError("expected a generator together with shots or noise, received one without")
         self.normalize = normalize
-        self.shots, self.generator = shots, generator
+        self.shots, self.noise, self.trajectories, self.generator = shots, noise, trajectories, generator
         self.theta = nn.Parameter(torch.empty(circuit.parameter_shape))
         self.reset_parameters()
 
@@ -291,12 +307,15 @@ class QuantumLayer(nn.Module):
             self.readout,
             normalize=self.normalize,
             shots=self.shots,
+            noise=self.noise,
+            trajectories=self.trajectories,
             generator=self.generator,
         )
 
     def extra_repr(self) -> str:
-        shots = "" if self.shots is None else f", shots={self.shots}"
-        return f"n_wires={self.circuit.n_wires}, theta={tuple(self.theta.shape)}, readout={str(self.readout)!r}{shots}"
+        how = {name: getattr(self, name) for name in ("shots", "noise", "trajectories")}
+        given = "".join(f", {name}={value}" for name, value in how.items() if value is not None)
+        return f"n_wires={self.circuit.n_wires}, theta={tuple(self.theta.shape)}, readout={str(self.readout)!r}{given}"
 
 
 class Square(nn.Module):

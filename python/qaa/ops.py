@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from qaa import _core, cuda
+from qaa import noise as noisy
 from qaa import shots as estimates
 from qaa.circuit import Circuit, Readout
 from qaa.program import Program, program
@@ -36,6 +37,8 @@ def quantum_features(
     *,
     normalize: bool = True,
     shots: int | None = None,
+    noise: noisy.NoiseModel | None = None,
+    trajectories: int | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     r"""Features of every vector of ``x`` after amplitude embedding, the circuit and the readout; differentiable.
@@ -55,7 +58,10 @@ def quantum_features(
             quadratic forms of it, amplitudes a linear map.
         shots: if given, features are unbiased estimates from so many runs per vector, and so is the gradient of theta,
             by the parameter-shift rule: see :mod:`qaa.shots`. Computed on the CPU, outside of compiled graphs.
-        generator: where the random numbers for ``shots`` come from; by default torch's own generator.
+        noise, trajectories: if given, features are those of a noisy circuit, unbiased estimates from so many
+            trajectories per vector, and so is the gradient of theta: see :mod:`qaa.noise`. On the CPU as ``shots``,
+            and not together with them.
+        generator: where the random numbers for ``shots`` or ``noise`` come from; by default torch's own generator.
 
     Returns:
         Shape ``(..., n_outputs)`` in the dtype of ``x``; for the readout ``"state"`` complex128 for float64 ``x`` and
@@ -63,8 +69,8 @@ def quantum_features(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype or device.
-        RuntimeError: a second derivative is asked for; the adjoint itself is not differentiable. With ``shots``, the
-            gradient of ``x`` is asked for, which no device gives.
+        RuntimeError: a second derivative is asked for; the adjoint itself is not differentiable. With ``shots`` or
+            ``noise``, the gradient of ``x`` is asked for, which no device gives.
 
     Example:
         >>> import torch, qaa
@@ -77,10 +83,15 @@ def quantum_features(
         >>> theta.grad.shape
         torch.Size([2, 3, 3])
     """
+    if noise is not None or trajectories is not None:
+        if noise is None or trajectories is None or shots is not None:
+            raise ValueError("expected noise and trajectories together and without shots, received another choice")
+        how: dict[str, Any] = {"noise": noise, "trajectories": trajectories}
+        return _estimated_features(noisy, circuit, theta, x, readout, normalize, how, generator)
     if shots is not None:
-        return _estimated_features(circuit, theta, x, readout, normalize, shots, generator)
+        return _estimated_features(estimates, circuit, theta, x, readout, normalize, {"shots": shots}, generator)
     if generator is not None:
-        raise ValueError("expected a generator together with shots, received one without")
+        raise ValueError("expected a generator together with shots or noise, received one without")
     if torch.compiler.is_compiling():
         features = torch.ops.qaa.forward(theta, x.reshape(-1, x.shape[-1]), _text(circuit, readout, normalize))
         return features.reshape(*x.shape[:-1], features.shape[-1])
@@ -98,29 +109,32 @@ def quantum_features(
 
 @torch.compiler.disable
 def _estimated_features(
+    source: Any,
     circuit: Circuit,
     theta: Tensor,
     x: Tensor,
     readout: str | Sequence[str] | Readout,
     normalize: bool,
-    number: int,
+    how: dict[str, Any],
     generator: torch.Generator | None,
 ) -> Tensor:
-    what = estimates._checked(circuit, readout, normalize, number)
+    """Features by ``forward`` of :mod:`qaa.shots` or :mod:`qaa.noise`, with the options ``how``."""
+    what = source._checked(circuit, readout, normalize, **how)
     _check_theta(what, theta)
     _check_x(what, x)
     _check_together(theta, "x", x)
     if generator is not None and not isinstance(generator, torch.Generator):
         raise TypeError(f"expected generator to be a torch.Generator, received {type(generator).__name__}")
     if not _is_plain(theta, x):
-        raise RuntimeError("expected plain tensors with shots, received traced or transformed ones")
+        raise RuntimeError(f"expected plain tensors with {next(iter(how))}, received traced or transformed ones")
     if x.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
-            "expected x without requires_grad with shots, received one with it: an embedded vector has no shift rule"
+            f"expected x without requires_grad with {next(iter(how))}, received one with it: an embedded vector has no "
+            "shift rule"
         )
     device = "cpu" if generator is None else generator.device
     seed = int(torch.randint(2**63 - 1, (), generator=generator, device=device))
-    features = _Estimates.apply(theta, x.reshape(-1, x.shape[-1]), what, number, seed)
+    features = _Estimates.apply(theta, x.reshape(-1, x.shape[-1]), what, source, how, seed)
     return features.reshape(*x.shape[:-1], what.n_outputs)
 
 
@@ -486,27 +500,34 @@ class _Features(torch.autograd.Function):
 
 
 class _Estimates(torch.autograd.Function):
-    """Features from shots; the backward pass draws from a stream of its own, so that its order does not matter."""
+    """Features from shots or trajectories; the backward pass draws from a stream of its own, so that its order does not
+    matter."""
 
     @staticmethod
-    def forward(ctx: Any, theta: Tensor, x: Tensor, what: Program, number: int, seed: int) -> Tensor:
+    def forward(
+        ctx: Any, theta: Tensor, x: Tensor, what: Program, source: Any, how: dict[str, Any], seed: int
+    ) -> Tensor:
         ctx.save_for_backward(theta, x)
-        ctx.what, ctx.number, ctx.seed = what, number, seed
-        arguments = what.circuit, _doubles(theta), _doubles(x), what.readout
-        options: dict[str, Any] = {"normalize": what.normalize, "threads": torch.get_num_threads()}
+        ctx.what, ctx.source, ctx.seed = what, source, seed
+        ctx.how = {**how, "normalize": what.normalize, "threads": torch.get_num_threads()}
         rng = np.random.default_rng([seed, 0])
-        return torch.from_numpy(estimates.forward(*arguments, shots=number, seed=rng, **options)).to(x)
+        return torch.from_numpy(source.forward(*_arguments(what, theta, x), what.readout, seed=rng, **ctx.how)).to(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
-            raise RuntimeError("expected create_graph=False with shots, received a request for second derivatives")
+            raise RuntimeError(
+                "expected create_graph=False with shots or noise, received a request for second derivatives"
+            )
         theta, x = ctx.saved_tensors
-        arguments = ctx.what.circuit, _doubles(theta), _doubles(x), _doubles(grad), ctx.what.readout
-        options: dict[str, Any] = {"normalize": ctx.what.normalize, "threads": torch.get_num_threads()}
-        rng = np.random.default_rng([ctx.seed, 1])
-        grad_theta = estimates.backward(*arguments, shots=ctx.number, seed=rng, **options)
-        return torch.from_numpy(grad_theta).to(theta), None, None, None, None
+        arguments = *_arguments(ctx.what, theta, x), _doubles(grad), ctx.what.readout
+        grad_theta = ctx.source.backward(*arguments, seed=np.random.default_rng([ctx.seed, 1]), **ctx.how)
+        return torch.from_numpy(grad_theta).to(theta), None, None, None, None, None
+
+
+def _arguments(what: Program, theta: Tensor, x: Tensor) -> tuple[Circuit, Any, Any]:
+    rows = x.detach().cpu().resolve_neg()
+    return what.circuit, _doubles(theta), (rows if x.dtype == torch.float64 else rows.float()).numpy()
 
 
 def _doubles(t: Tensor) -> Any:

@@ -7,7 +7,7 @@ circuits. Both are unbiased. There is no noise but that of counting.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache, reduce
 from typing import Any
 
@@ -126,20 +126,42 @@ def backward(
     """
     what = _checked(circuit, readout, normalize, shots)
     x, rng = arrays._rows(what, x), _generator(seed)
+
+    def features(separate: Program, angles: NDArray[Any]) -> NDArray[Any]:
+        return _estimate(separate, angles, x, shots, rng, threads)
+
+    return _shift_gradient(what, theta, x, grad, features)
+
+
+def _shift_gradient(
+    what: Program,
+    theta: ArrayLike,
+    x: NDArray[Any],
+    grad: ArrayLike,
+    features: Callable[[Program, NDArray[Any]], NDArray[Any]],
+) -> NDArray[Any]:
+    """The gradient of the angles by shifted circuits: ``features(program, angles)`` computes those of one of them.
+
+    Example:
+        >>> import numpy as np, qaa
+        >>> what = qaa.program.program(qaa.Circuit(1, (qaa.Gate("RY", 0, 0),), (1,)), "z", True)
+        >>> x = np.array([[1.0, 0.0]])
+        >>> _shift_gradient(what, [np.pi / 2], x, [[1.0]], lambda p, angles: arrays.forward(p.circuit, angles, x))
+        array([-1.])
+    """
     angles = arrays._angles(what, theta).ravel()
     grad = arrays.real_array("grad", grad).astype(np.float64)
     if grad.shape != (x.shape[0], what.n_outputs):
         raise ValueError(f"expected grad of shape {(x.shape[0], what.n_outputs)}, received {grad.shape}")
     separate, uses = _separate(what)
-    grad_theta = np.zeros(circuit.n_parameters)
+    grad_theta = np.zeros(what.circuit.n_parameters)
     for use, (gate, parameter) in enumerate(uses):
         for coefficient, shift in SHIFT_RULES[gate]:
             for sign in (1, -1):
                 shifted = angles[[p for _, p in uses]]
                 shifted[use] += sign * shift
-                estimate = _estimate(separate, shifted, x, shots, rng, threads)
-                grad_theta[parameter] += sign * coefficient * np.sum(grad * estimate)
-    return grad_theta.reshape(circuit.parameter_shape).astype(np.asarray(theta).dtype)
+                grad_theta[parameter] += sign * coefficient * np.sum(grad * features(separate, shifted))
+    return grad_theta.reshape(what.circuit.parameter_shape).astype(np.asarray(theta).dtype)
 
 
 def check_shots(shots: int) -> None:

@@ -13,6 +13,7 @@
 #include <string>
 #include <thread>
 
+#include "noise.h"
 #include "qaa.h"
 
 namespace {
@@ -21,6 +22,7 @@ using namespace qaa;
 
 struct Case {
   std::vector<Plan> plans;  // of the same circuit, for passes of different widths
+  std::vector<NoisyPlan> noisy;  // without noise and with all of it; none for amplitudes
   std::vector<double> theta, x, grad, features, grad_theta, grad_x;
   std::int64_t rows = 0, columns = 0;
 };
@@ -66,6 +68,11 @@ bool read_case(std::istream& in, Case& out) {
   options.rotate_radix = options.rotate_radix == 4 ? 3 : 4;
   options.unwind_radix = options.unwind_radix == 3 ? 2 : 3;
   out.plans.push_back(compile(n_wires, n_parameters, gates, readout, normalize, options));
+  out.noisy.clear();
+  for (const Noise& noise : {Noise{}, Noise{0.1, 0.05, 0.1, 0.2, 0.1}}) {
+    if (readout.kind == ReadoutKind::state) break;
+    out.noisy.push_back(compile_noisy(n_wires, n_parameters, gates, readout, normalize, noise));
+  }
   const std::size_t rows = std::size_t(out.rows), k = out.plans[0].n_columns();
   out.theta = read_numbers(in, n_parameters);
   out.x = read_numbers(in, rows * std::size_t(out.columns));
@@ -100,13 +107,32 @@ double run(const Case& c, const Plan& plan, int threads) {
   return std::fmax(error(features, c.features), std::fmax(error(grad_theta, c.grad_theta), error(grad_x, c.grad_x)));
 }
 
+// A trajectory without noise has the exact features; with noise, threads change nothing.
+template <class T>
+double run_noisy(const Case& c) {
+  if (c.noisy.empty()) return 0;
+  const Scalar scalar = sizeof(T) == 8 ? Scalar::float64 : Scalar::float32;
+  const std::vector<T> x(c.x.begin(), c.x.end());
+  const std::int64_t k = c.noisy[0].n_outputs;
+  const ConstMatrix in{x.data(), c.rows, c.columns, c.columns, scalar};
+  auto features = [&](const NoisyPlan& plan, int trajectories, int threads) {
+    std::vector<T> out(c.features.size()), errors(out.size());
+    forward(NoisyCall{plan, c.theta.data(), in, trajectories, 7, {out.data(), c.rows, k, k, scalar},
+                      {errors.data(), c.rows, k, k, scalar}, threads});
+    return out;
+  };
+  if (c.noisy[1].n_wires < 5 && features(c.noisy[1], 520, 1) != features(c.noisy[1], 520, 3)) return INFINITY;
+  return error(features(c.noisy[0], 1, 1), c.features);
+}
+
 int check(const char* path) {
   std::ifstream in(path);
   int passed = 0, failed = 0;
   for (Case c; read_case(in, c);) {
     for (const Plan& plan : c.plans) {
       const int threads = &plan == &c.plans[0] ? 1 : 3;
-      const double e64 = run<double>(c, plan, threads), e32 = run<float>(c, plan, threads);
+      const double e64 = std::fmax(run<double>(c, plan, threads), threads == 1 ? run_noisy<double>(c) : 0);
+      const double e32 = std::fmax(run<float>(c, plan, threads), threads == 1 ? run_noisy<float>(c) : 0);
       const bool ok = e64 < 1e-11 && e32 < 1e-4;
       ok ? ++passed : ++failed;
       if (!ok) std::cout << "case " << passed + failed << ": float64 " << e64 << ", float32 " << e32 << "\n";

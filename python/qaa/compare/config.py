@@ -75,6 +75,9 @@ BUDGETS: dict[str, dict[str, Any]] = {
 
 SOURCES = ("auto", "hub", "packages", "local")
 
+#: Error probabilities per gate that ``noise: true`` stands for.
+NOISE = (0.0003, 0.001, 0.003, 0.01, 0.03)
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -96,6 +99,7 @@ class Settings:
     model's architecture, query and value for Llama). ``methods`` are the rows: names of methods or of ``variants``.
     A variant may have a method's name and then changes that method. ``references`` are the rows that every other one
     is subtracted from (``None``: ``lora`` and ``untouched``). Without ``generate`` there are no answers and no scores.
+    ``noise`` are error probabilities per gate at which trained adapters are tested once more, with ``trajectories``.
 
     Example:
         >>> settings(budget="smoke", seeds=[0, 1]).seeds
@@ -134,6 +138,8 @@ received 'lorra' (did you mean 'lora'?)
     targets: tuple[str, ...] | None = None
     grid_extensions: int = 1
     generate: bool = True
+    noise: tuple[float, ...] = ()
+    trajectories: int = 16
     references: tuple[str, ...] | None = None
     variants: Mapping[str, Variant] = field(default_factory=dict)
 
@@ -203,6 +209,7 @@ _MINIMUM = {
     "batch_size": 1,
     "layers": 1,
     "grid_extensions": 0,
+    "trajectories": 1,
 }
 
 
@@ -226,6 +233,9 @@ def _checked(values: dict[str, Any]) -> Settings:
 
     if not isinstance(values.get("generate", True), bool):
         raise CompareError(f"expected generate to be true or false, received {values['generate']!r}")
+
+    if "noise" in values:
+        values["noise"] = _error_probabilities(values["noise"])
 
     values["variants"] = {
         _row_name(name): _variant(name, entry)
@@ -302,6 +312,19 @@ def _variant(name: str, entry: Any) -> Variant:
         _rates(name, given["learning_rates"]) if given.get("learning_rates") is not None else None,
         None if angle_rate is None else _rates(name, angle_rate)[0],
     )
+
+
+def _error_probabilities(given: Any) -> tuple[float, ...]:
+    if isinstance(given, bool):
+        return NOISE if given else ()
+    listed = given if isinstance(given, (list, tuple)) else (given,)
+    try:
+        values = tuple(sorted({float(rate) for rate in listed}))
+    except (TypeError, ValueError):
+        values = (0.0,)
+    if any(not 0 < rate <= 1 for rate in values):
+        raise CompareError(f"expected noise to be true, false or probabilities above 0, received {given!r}")
+    return values
 
 
 def _rates(name: str, rates: Any) -> tuple[float, ...]:

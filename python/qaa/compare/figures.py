@@ -522,6 +522,38 @@ def _seeds(report: dict[str, Any], palette: Palette) -> Any:
     return figure
 
 
+def _noise(report: dict[str, Any], palette: Palette) -> Any:
+    """Test loss over the probability of an error per gate, on a logarithmic axis that begins with no error."""
+    noise = report.get("noise", {"rows": {}})
+    rows = [row for row in _trained(report) if row["name"] in noise["rows"]]
+    if not rows:
+        return None
+    margin = _label_inches([row["label"] for row in rows]) + 0.6
+    figure, axes = _axes(palette, 5.1 + margin, 3.9, 0.75, margin)
+    places = [math.log10(p) for p in noise["probabilities"]]
+    places = [places[0] - 0.5, *places]
+    ends = []
+    for row in rows:
+        name = row["name"]
+        runs = [[run["test_loss"], *losses] for run, losses in zip(row["runs"], noise["rows"][name], strict=True)]
+        for losses in runs if len(runs) > 1 else []:
+            axes.plot(places, losses, color=palette(name), linewidth=0.7, alpha=0.45)
+        curve = [sum(losses) / len(losses) for losses in zip(*runs, strict=True)]
+        axes.plot(places, curve, color=palette(name), linewidth=1.9, linestyle=palette.dashes(name),
+                  marker=palette.marker(name), markersize=5)  # fmt: skip
+        ends.append((name, f"{row['label']} {curve[-1]:.3f}", places[-1], curve[-1]))
+    reference = _untouched(report)["test_loss"]
+    axes.axhline(reference, color=palette("untouched"), linewidth=1.2, linestyle=palette.dashes("untouched"))
+    ends.append(("untouched", f"untouched {reference:.3f}", places[-1], reference))
+    axes.set_xlim(places[0] - 0.1, places[-1] + 0.1)
+    labels = ["0", *(f"{100 * p:g} %" for p in noise["probabilities"])]
+    axes.set_xticks(places, labels)
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    _axis_labels(axes, palette, "probability of an error after every gate, on each wire", "test loss, nats per token")
+    _end_labels(axes, palette, ends)
+    return figure
+
+
 _Figure = tuple[Callable[[dict[str, Any], Palette], Any], str, str, str]
 
 
@@ -578,6 +610,14 @@ _FIGURES: dict[str, _Figure] = {
         "The Euclidean norm over all trained parameters before clipping at 1; faint per step, bold its moving average. "
         "Parameters differ in number and scale between methods: compare shapes, not heights.",
         "Gradient norm of each method over optimizer steps on a logarithmic axis",
+    ),
+    "noise": (
+        _noise,
+        "On a noisy circuit",
+        "The trained adapters once more on the test split, with depolarizing noise after every gate of their circuits, "
+        "on each of its wires; nothing was trained with noise. Features are means over a few trajectories, whose own "
+        "scatter is part of the loss. The embedding is free of noise.",
+        "Test loss of adapters with circuits over the probability of an error per gate",
     ),
     "seed_spread": (
         _seeds,

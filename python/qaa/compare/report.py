@@ -135,6 +135,26 @@ def findings(report: dict[str, Any]) -> list[str]:
             f"The chosen learning rate of {_listed(at_edge)} lies at the edge of the rates that were tried; "
             "others may do better."
         )
+    return said + _noise_findings(report, rows)
+
+
+def _noise_findings(report: dict[str, Any], rows: dict[str, dict[str, Any]]) -> list[str]:
+    """How far the error probability may rise until half of a row's gain is gone."""
+    noise: dict[str, Any] = report.get("noise", {"rows": {}})
+    said = []
+    for name, runs in noise["rows"].items():
+        row, untouched = rows[name], rows[UNTOUCHED]["test_loss"]
+        gain = untouched - row["test_loss"]
+        if gain <= 0:
+            continue
+        losses = [sum(each) / len(each) for each in zip(*runs, strict=True)]
+        kept = [p for p, loss in zip(noise["probabilities"], losses, strict=True) if untouched - loss >= gain / 2]
+        words = "keeps at least half of its gain up to" if kept else "loses more than half of its gain already at"
+        where, highest = max(kept, default=noise["probabilities"][0]), noise["probabilities"][-1]
+        said.append(
+            f"On a noisy circuit, {row['label']} {words} an error probability of {_percent(100 * where)} per gate; at "
+            f"{_percent(100 * highest)} its test loss is {_loss(losses[-1])}."
+        )
     return said
 
 
@@ -176,6 +196,11 @@ def limits(report: dict[str, Any]) -> list[str]:
         f"Learning rates were chosen in runs of {settings['tuning_steps']} steps, a fraction of a full run, on few "
         "examples. No other setting was tuned."
     )
+    if report.get("noise", {"rows": {}})["rows"]:
+        said.append(
+            "Noise is depolarizing and stands after the gates of the circuits alone: preparing a state from a vector, "
+            "which takes far more gates, is taken to be perfect, and outcomes are not counted in shots."
+        )
     if "Q4_1" in report["sources"]["model"]["origin"]:
         said.append("The model's weights had been quantized to 4 bits, which raises every loss somewhat.")
     return said

@@ -56,6 +56,7 @@ def _compare(chosen: Settings, out: Path, cache: Path, command: Sequence[str] | 
     prepared = time.perf_counter()
 
     from .methods import row
+    from .noise import evaluate_noise, has_noise
     from .training import run, run_untouched, tune
 
     job, facts = _prepare(chosen, found, cache, out)
@@ -64,7 +65,9 @@ def _compare(chosen: Settings, out: Path, cache: Path, command: Sequence[str] | 
     results: dict[tuple[str, int], dict[str, Any]] = {}
     rates: dict[str, dict[str, Any]] = {}
     searched = {name: len(row(chosen, name).method.learning_rates) > 1 for name in chosen.methods}
-    total = 1 + sum(searched.values()) + len(chosen.methods) * len(chosen.seeds)
+    noisy = [name for name in chosen.methods if chosen.noise and has_noise(row(chosen, name))]
+    losses: dict[str, list[list[float]]] = {name: [] for name in noisy}
+    total = 1 + sum(searched.values()) + (len(chosen.methods) + len(noisy)) * len(chosen.seeds)
     jobs = iter(range(1, total + 1))
     spent: list[float] = []
 
@@ -98,6 +101,11 @@ def _compare(chosen: Settings, out: Path, cache: Path, command: Sequence[str] | 
             folder = str(out / "adapters" / f"{name}-seed{seed}")
             print_ = _digest(own, str(seed), repr(rates[name]["rate"]))
             results[name, seed] = once(f"{name}-seed{seed}", print_, run, name, seed, rates[name]["rate"], folder)
+            if name in noisy:
+                how = chosen.noise, chosen.trajectories
+                print_ = _digest(print_, repr(how), sources.file_hash(_PACKAGE / "compare" / "noise.py"))
+                found_losses = once(f"{name}-seed{seed}-noise", print_, evaluate_noise, name, seed, folder, *how)
+                losses[name].append(found_losses["test_losses"])
 
     stored = _read(work / "hidden.json")
     if stored is not None and stored["fingerprint"] == base and stored["worst"] <= _LARGEST_DIFFERENCE:
@@ -106,6 +114,8 @@ def _compare(chosen: Settings, out: Path, cache: Path, command: Sequence[str] | 
         _say("scoring the answers")
     wall = {"preparing": prepared - began, "runs": sum(spent), "this_call": 0.0}
     report = _summary(chosen, found, facts, results, rates, command)
+    if chosen.noise:
+        report["noise"] = {"probabilities": list(chosen.noise), "trajectories": chosen.trajectories, "rows": losses}
     wall["this_call"] = time.perf_counter() - began
     report["wall_seconds"] = wall
     from .report import write_report
@@ -265,7 +275,8 @@ def _digest(*parts: str) -> str:
 def _fingerprint(job: Any, found: dict[str, sources.Source]) -> str:
     """Changes with everything that can change a run: settings, inputs, code and library versions."""
     settings = job.settings.as_dict()
-    for key in ("methods", "seeds", "out", "cache", "encoder", "source", "variants", "references", "budget"):
+    elsewhere = ("methods", "seeds", "variants", "references", "budget", "noise", "trajectories")
+    for key in ("out", "cache", "encoder", "source", *elsewhere):
         settings.pop(key)
     code = [_PACKAGE / "compare" / name for name in _PROTOCOL]
     parts = [json.dumps(settings, sort_keys=True), job.device, str(job.first), *job.targets]

@@ -17,7 +17,7 @@ from __future__ import annotations
 from .config import QaaConfig
 from .export import to_lora
 from .layer import QaaLayer
-from .model import QaaModel, calibrate, parameter_groups
+from .model import QaaModel, calibrate, parameter_groups, set_noise
 from .sora import (
     SoraCallback,
     SoraConfig,
@@ -40,6 +40,7 @@ __all__ = [
     "SoraModel",
     "calibrate",
     "parameter_groups",
+    "set_noise",
     "soft_threshold",
     "sora_l1",
     "sora_proximal_step",

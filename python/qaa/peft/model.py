@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qaa.noise import NoiseModel
+
 from .layer import STAGES, QaaLayer, not_mergeable
 from .tuner import AdditiveModel
 
@@ -155,3 +157,41 @@ def _run_with_hooks(
         model.train(was_training)
         for handle in handles:
             handle.remove()
+
+
+def set_noise(
+    model: nn.Module, noise: NoiseModel | None, trajectories: int | None = None, adapter_name: str = "default"
+) -> int:
+    """Puts noise after every gate of an adapter's circuits, for evaluation, or takes it away again with None.
+
+    Features are then estimates from ``trajectories`` runs for each vector (:mod:`qaa.noise`), drawn from torch's own
+    generator. Gradients do not pass a noisy adapter: call the model under ``torch.no_grad()``. Noise is not saved.
+
+    Args:
+        model: a model with QAA adapters whose readout is quadratic; the amplitudes of ``"state"`` are no observable.
+        noise, trajectories: as for :func:`qaa.noise.forward`.
+        adapter_name: which adapter.
+
+    Returns:
+        How many layers were set.
+
+    Raises:
+        ValueError: no layer has such an adapter, its readout is ``"state"``, or there is noise without trajectories.
+
+    Example:
+        >>> import peft, torch
+        >>> from qaa.noise import NoiseModel
+        >>> from qaa.peft import QaaConfig
+        >>> model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(16, 3)), QaaConfig(target_modules=["0"]))
+        >>> set_noise(model, NoiseModel(depolarizing=0.01), trajectories=8)
+        1
+    """
+    layers = [m for m in model.modules() if isinstance(m, QaaLayer) and adapter_name in m.qaa_adapter]
+    if not layers:
+        raise ValueError(f"expected a model with a QAA adapter {adapter_name!r}, received one without")
+    if (noise is None) != (trajectories is None):
+        raise ValueError(f"expected noise and trajectories together, received {noise} and {trajectories}")
+    noisy = [layer.qaa_adapter[adapter_name].with_noise(noise, trajectories) for layer in layers]
+    for layer, adapter in zip(layers, noisy, strict=True):
+        layer.qaa_adapter[adapter_name] = adapter
+    return len(layers)
