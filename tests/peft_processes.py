@@ -48,7 +48,7 @@ def base_model() -> nn.Module:
 
 
 def adapted(name: str, data: Tensor | None = None, seed: int = 1) -> PeftModel:
-    """The model with a fresh adapter, which is calibrated, where that is explicit, on the data (this process's part)."""
+    """The model with a fresh adapter, which is calibrated, where that is explicit, on the data or on this part."""
     model = base_model()
     torch.manual_seed(seed)
     model = get_peft_model(model, CONFIGS[name]())

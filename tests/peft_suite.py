@@ -1,4 +1,4 @@
-"""PEFT's own test-suite, run on QAA and SoRA: ``python tests/peft_suite.py [arguments of pytest]``.
+"""PEFT's own test-suite, run on QAA and SoRA: ``python tests/peft_suite.py [files] [arguments of pytest]``.
 
 The tests are those of the sdist of the installed PEFT, unchanged. This file is the pytest plugin that replaces PEFT's
 lists of cases by ours and keeps the tests that take one. The suite's models lie on a hub; here they are random and
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -18,9 +20,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from peft import LoraConfig
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "build" / f"peft-{importlib.metadata.version('peft')}"
+TESTS = FOLDER / "tests"
 FILES = (
     "test_custom_models.py",
     "test_config.py",
@@ -32,25 +36,27 @@ FILES = (
 )
 
 
-def fetch() -> Path:
-    """The folder of PEFT's tests, which are in its sdist alone; from the package index unless they are there."""
-    tests = FOLDER / "tests"
-    if not tests.is_dir():
+def fetch() -> None:
+    """Gets PEFT's tests, which are in its sdist alone, from the package index unless they are there."""
+    if not TESTS.is_dir():
         requirement = f"peft=={importlib.metadata.version('peft')}"
         # pip asks an sdist for its metadata: without isolation, setuptools (which torch needs as well) is all it takes
         options = ("--no-deps", "--no-binary", "peft", "--no-build-isolation", "--dest", str(FOLDER.parent))
         subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", *options, requirement], check=True)
         with tarfile.open(FOLDER.with_name(FOLDER.name + ".tar.gz")) as archive:
             archive.extractall(FOLDER.parent, filter="data")
-        (tests / "__init__.py").touch()  # the modules import one another as a package
-    return tests
+        (TESTS / "__init__.py").touch()  # the modules import one another as a package
 
 
 def run(*arguments: str) -> int:
-    """Runs the suite offline in a process of its own and returns pytest's exit status."""
-    tests, models = fetch(), FOLDER / "models"
-    models.mkdir(exist_ok=True)
-    files = [str(tests / name) for name in FILES]
+    """Runs the named files, by default all, offline in a process of its own; returns pytest's exit status."""
+    models = FOLDER / "models"
+    # some tests read the configuration of an adapter on the hub, by which they mean any LoRA
+    adapter = models / "peft-internal-testing" / "tiny-opt-lora-revision"
+    if not adapter.exists():
+        LoraConfig().save_pretrained(str(adapter))
+    files = [str(TESTS / name) for name in ([a for a in arguments if a in FILES] or FILES)]
+    arguments = tuple(a for a in arguments if a not in FILES)
     options = ("-p", "peft_suite", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(FOLDER), "-q")
     environment = {
         **os.environ,
@@ -115,9 +121,15 @@ def _create_model(name: str, auto_class: Any) -> None:
     """Saves a random model of the architecture that the name speaks of, unless it is there."""
     import torch
 
-    if not Path(name, "config.json").exists():
-        torch.manual_seed(0)
-        auto_class.from_config(_config(name)).save_pretrained(name)
+    if Path(name).exists():
+        return
+    torch.manual_seed(0)
+    ours = f"{name}.{os.getpid()}"  # several processes may collect the tests at once
+    auto_class.from_config(_config(name)).save_pretrained(ours)
+    try:
+        os.rename(ours, name)
+    except OSError:
+        shutil.rmtree(ours)
 
 
 # ------------------------------------------------------------------------------------------------ our cases
@@ -130,7 +142,8 @@ def _methods() -> dict[str, tuple[type, dict[str, Any]]]:
     return {
         "QAA paper": (QaaConfig, PRESETS["paper"]),
         "QAA default": (QaaConfig, PRESETS["default"]),
-        "SoRA": (SoraConfig, {}),
+        # alpha / r = 1, as in the cases of LoRA: some tests take large steps on inputs up to 90
+        "SoRA": (SoraConfig, {"sora_alpha": 8}),
     }
 
 
@@ -145,8 +158,10 @@ def _cases_of_custom_models() -> list[Any]:
         "Conv1D": ("EmbConv1D", {"target_modules": ["conv1d"]}),
         "MLP2": ("MLP2", {"target_modules": ["lin0"]}),
     }
+    # this Conv1D has five inputs and hence eight amplitudes, of which the default asks for ten
+    narrow = {("QAA default", "Conv1D"): {"readout": "state[:4]"}}
     return [
-        (f"{name} {where}", model, config_cls, {**fields, **selection})
+        (f"{name} {where}", model, config_cls, {**fields, **selection, **narrow.get((name, where), {})})
         for name, (config_cls, fields) in _methods().items()
         for where, (model, selection) in selections.items()
     ]
@@ -167,8 +182,9 @@ def _pairs() -> list[Any]:
 
 def _mixed_batches() -> list[Any]:
     other = {"QAA paper": {"n_layers": 1}, "QAA default": {"n_layers": 1}, "SoRA": {"r": 4}}
+    same = {"target_modules": ["lin0"], "init_weights": False}
     return [
-        (name, *(cls(target_modules=["lin0"], init_weights=False, **kwargs) for kwargs in (fields, fields | other[name])))
+        (name, cls(**fields, **same), cls(**{**fields, **other[name]}, **same))
         for name, (cls, fields) in _methods().items()
     ]
 
@@ -202,6 +218,22 @@ CASES: dict[str, Callable[[], Sequence[Any]]] = {
 }
 
 
+FROZEN = "frozen statistics are parameters of an adapter without a gradient, and the test wants one of every parameter"
+#: (tests, case, whether always, why): what is expected to fail, by name; docs/training.md has the same table
+EXPECTED = (
+    ("test_training.*_layer_indexing", "default", True, FROZEN),
+    ("test_training.*_gradient_checkpointing", "default", True, f"{FROZEN}; that comes after all of its comparisons"),
+    (
+        "test_mixed_adapter_batches_mlp",
+        "paper",
+        False,  # it depends on the instruction set
+        "rows of another batch size differ in the last bit of numbers near 6, of which log_softmax leaves 3e-3",
+    ),
+)
+#: a test that ends in this refusal has found what it should find
+REFUSAL = "is quadratic in its layer's input, so that it cannot be merged"
+
+
 # ------------------------------------------------------------------------------------------------ pytest's hooks
 
 
@@ -209,7 +241,7 @@ def pytest_configure() -> None:
     import qaa.peft  # noqa: F401, registers the methods before PEFT's tests look at the list of them
 
     try:
-        import diffusers  # noqa: F401
+        import diffusers
     except ImportError:  # imported by the suite's common module, used by tests of image models alone
         diffusers = types.ModuleType("diffusers")
         diffusers.StableDiffusionPipeline = type("StableDiffusionPipeline", (), {})
@@ -247,6 +279,10 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
         )
 
     ours = [item for item in items if is_ours(item)]
+    for item in ours:
+        for tests, case, is_strict, reason in EXPECTED:
+            if re.match(tests, item.originalname) and case == _preset_of(item):
+                item.add_marker(pytest.mark.xfail(raises=AssertionError, strict=is_strict, reason=reason))
     config.hook.pytest_deselected(items=[item for item in items if not is_ours(item)])
     items[:] = ours
     for item in items:
@@ -255,5 +291,26 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
             _create_model(model_id, item.cls.transformers_class)
 
 
+def _preset_of(item: Any) -> str:
+    """Which of our presets a test takes; nothing for SoRA and for a bare class."""
+    from qaa.peft import QaaConfig
+
+    values = list(item.callspec.params.values())
+    fields = [v if isinstance(v, dict) else vars(v) for v in values if isinstance(v, (dict, QaaConfig))]
+    readouts = [str(f["readout"]) for f in fields if "readout" in f]
+    return "" if not readouts else "paper" if readouts[0] == "z" else "default"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: Any, call: Any) -> Any:
+    """The quadratic form refuses to be merged: tests of merging are expected to end there."""
+    report = yield
+    if call.excinfo is not None and REFUSAL in str(call.excinfo.value):
+        assert _preset_of(item) == "paper", item.nodeid
+        report.outcome, report.wasxfail = "skipped", "reason: the quadratic form does not merge"
+    return report
+
+
 if __name__ == "__main__":
-    sys.exit(run(*sys.argv[1:]))
+    fetch()
+    sys.exit(0 if sys.argv[1:] == ["--fetch"] else run(*sys.argv[1:]))

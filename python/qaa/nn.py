@@ -432,9 +432,9 @@ class DenseCircuit(nn.Module):
         \langle P \rangle = \sum_b \pm\, (\mathrm{Re}\ \text{or}\ \mathrm{Im})\; \bar\phi_{b \oplus m}\, \phi_b
 
     where m marks the wires on which the Pauli string P flips; for a string of I and Z the summands are ``|phi_b|**2``.
-    The matrix has ``2 k`` rows of ``width`` numbers (``k = 2**n`` for Pauli strings, K for ``"probs[:K]"``), which costs
-    ``2 k width`` multiply-adds a vector: export with it, and train with :class:`QuantumLayer`, whose cost is
-    ``O(k log k)``. Its values are a copy; there is nothing to train.
+    The matrix has ``2 k`` rows of ``width`` numbers, ``k = 2**n`` for Pauli strings and K for ``"probs[:K]"``, which costs
+    ``2 k width`` multiply-adds a vector: export with it, and train with :class:`QuantumLayer`. Its values are a copy;
+    there is nothing to train.
 
     Args:
         circuit: U(theta).
@@ -443,7 +443,7 @@ class DenseCircuit(nn.Module):
         width: width of x, by default ``2**n_wires``.
 
     Shapes:
-        x ``(..., width)`` in the dtype of ``theta``, float32 or float64; result ``(..., K)``. A zero row has features 0.
+        x ``(..., width)`` in the dtype of ``theta``, float32 or float64; result ``(..., K)``. Features of zero are 0.
 
     Raises:
         ValueError: the readout is ``"state"``, or something does not fit the circuit.
@@ -477,8 +477,8 @@ class DenseCircuit(nn.Module):
         with torch.no_grad():
             rows = ops.amplitude_rows(circuit, theta, size, width=width)
             self.register_buffer("mix", torch.cat([rows.real, rows.imag]))
-        # P|b> = i**(number of Y) (-1)**(b & z) |b ^ x>: for each pair of masks (x, z) a row of signs, for each x and each
-        # parity of the number of Y one product of amplitudes
+        # P|b> = i**(number of Y) (-1)**(b & z) |b ^ x>: for each string a row of signs, for each x and each parity of
+        # the number of Y one product of amplitudes
         masks = [tuple(int("".join(str(int(c in on)) for c in p), 2) for on in ("XY", "YZ")) for p in parsed.paulis]
         odd = [p.count("Y") % 2 for p in parsed.paulis]
         self.products = sorted({(x, y) for (x, _), y in zip(masks, odd, strict=True)}) if not is_probs else []
