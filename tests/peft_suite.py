@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from peft import LoraConfig
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "build" / f"peft-{importlib.metadata.version('peft')}"
@@ -51,10 +50,7 @@ def fetch() -> None:
 def run(*arguments: str) -> int:
     """Runs the named files, by default all, offline in a process of its own; returns pytest's exit status."""
     models = FOLDER / "models"
-    # some tests read the configuration of an adapter on the hub, by which they mean any LoRA
-    adapter = models / "peft-internal-testing" / "tiny-opt-lora-revision"
-    if not adapter.exists():
-        LoraConfig().save_pretrained(str(adapter))
+    models.mkdir(exist_ok=True)
     files = [str(TESTS / name) for name in ([a for a in arguments if a in FILES] or FILES)]
     arguments = tuple(a for a in arguments if a not in FILES)
     options = ("-p", "peft_suite", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(FOLDER), "-q")
@@ -238,8 +234,12 @@ REFUSAL = "is quadratic in its layer's input, so that it cannot be merged"
 
 
 def pytest_configure() -> None:
+    from peft import LoraConfig
+
     import qaa.peft  # noqa: F401, registers the methods before PEFT's tests look at the list of them
 
+    # some tests read the configuration of an adapter on the hub, by which they mean any LoRA
+    LoraConfig().save_pretrained("peft-internal-testing/tiny-opt-lora-revision")
     try:
         import diffusers
     except ImportError:  # imported by the suite's common module, used by tests of image models alone

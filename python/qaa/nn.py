@@ -432,7 +432,7 @@ class DenseCircuit(nn.Module):
         \langle P \rangle = \sum_b \pm\, (\mathrm{Re}\ \text{or}\ \mathrm{Im})\; \bar\phi_{b \oplus m}\, \phi_b
 
     where m marks the wires on which the Pauli string P flips; for a string of I and Z the summands are ``|phi_b|**2``.
-    The matrix has ``2 k`` rows of ``width`` numbers, ``k = 2**n`` for Pauli strings and K for ``"probs[:K]"``, which costs
+    The matrix has ``2 k`` rows of ``width`` numbers, ``k = 2**n`` for Pauli strings, K for ``"probs[:K]"``, which costs
     ``2 k width`` multiply-adds a vector: export with it, and train with :class:`QuantumLayer`. Its values are a copy;
     there is nothing to train.
 
