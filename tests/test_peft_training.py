@@ -139,5 +139,7 @@ def test_to_dense_keeps_what_is_active() -> None:
         torch.testing.assert_close(to_dense(model)(x), model(x), rtol=1e-5, atol=1e-5)
     with model.disable_adapter():
         torch.testing.assert_close(to_dense(model)(x), model(x))
+    half = adapted_layers("whitened").bfloat16()
+    torch.testing.assert_close(to_dense(half)(x.bfloat16()), half(x.bfloat16()), rtol=0.05, atol=0.05)
     with pytest.raises(TypeError, match="expected a PeftModel with QAA or SoRA adapters, received a Linear"):
         to_dense(nn.Linear(2, 2))

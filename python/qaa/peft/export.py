@@ -154,7 +154,8 @@ def _dense(layer: AdditiveLayer, name: str) -> nn.Module:
         parts.append(_Whiten(ones if whitening.channels is None else whitening.channels, whitening.center))
     parts.append(DenseCircuit(adapter.circuit, theta, adapter.readout, layer.in_features))
     parts.append(_linear(up * adapter.scaling, None if bias is None else bias * adapter.scaling))
-    return nn.Sequential(*parts)
+    # adapters in half precision compute in float32 here, as the kernels do
+    return nn.Sequential(*parts).to(torch.promote_types(theta.dtype, torch.float32))
 
 
 def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
