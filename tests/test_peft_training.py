@@ -50,7 +50,7 @@ def decoder() -> nn.Module:
 def adapted_layers(name: str) -> nn.Module:
     """Two layers, with statistics that are not neutral."""
     torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(13, 24), nn.Tanh(), nn.Linear(24, 5))
+    base = nn.Sequential(nn.Linear(13, 24), nn.Tanh(), nn.Linear(24, 5), nn.Linear(5, 4))
     model = get_peft_model(base, CONFIGS[name](target_modules=["0", "2"])).eval()
     for parameter_name, parameter in model.named_parameters():
         if "qaa_" in parameter_name and not parameter.requires_grad:
@@ -133,7 +133,7 @@ def test_onnx_computes_what_the_model_computes(name: str, tmp_path: Path) -> Non
 
 def test_to_dense_keeps_what_is_active() -> None:
     model, x = adapted_layers("paper"), torch.randn(4, 13)
-    model.add_adapter("other", CONFIGS["paper"](target_modules=["0"], modules_to_save=["2"]))
+    model.add_adapter("other", CONFIGS["paper"](target_modules=["0"], modules_to_save=["3"]))
     for active in ("default", "other"):
         model.set_adapter(active)
         torch.testing.assert_close(to_dense(model)(x), model(x), rtol=1e-5, atol=1e-5)
