@@ -8,11 +8,12 @@ OUTPUT ?= reports/compare
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc python -type f -not -name '*.pyc' -not -name '*.so') CMakeLists.txt pyproject.toml constraints.txt
 
-.PHONY: help compare study study-small test docs gpu-check cuda-evidence bench bench-environments bench-plots lint stubs clean
+.PHONY: help compare study study-small test peft-suite docs gpu-check cuda-evidence bench bench-environments bench-plots lint stubs clean
 help:
 	@echo "make compare   train QAA, LoRA, SoRA, Prefix and full fine-tuning on a real LLM; report in $(OUTPUT)"
 	@echo "make study     the tables of docs/study, two tasks: two to four hours; make study-small: two rows, one seed"
 	@echo "make test      the test-suite"
+	@echo "make peft-suite           all of PEFT's own tests that take a configuration, on QAA and SoRA"
 	@echo "make docs      the documentation as a site, in build/docs"
 	@echo "make gpu-check CUDA kernels on this machine's GPU: tests, compute-sanitizer, times; results in reports/gpu"
 	@echo "make cuda-evidence        registers, spills and occupancy of compiled CUDA kernels, into tests/cuda/resources.json"
@@ -50,12 +51,17 @@ study: $(VENV)/.compare
 study-small: $(VENV)/.compare
 	$(BIN)/qaa compare --config docs/study/small.yaml
 
+# PEFT's tests are in its sdist, of which `make test` runs a part.
 test: $(VENV)/.dev
+	$(BIN)/python tests/peft_suite.py --fetch
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses auto --dist loadfile
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
 	@echo "build/docs/index.html"
+
+peft-suite: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python tests/peft_suite.py --numprocesses auto
 
 # An environment of its own, in which torch has CUDA and the kernels are compiled for this machine's GPU alone.
 gpu-check:

@@ -55,7 +55,7 @@ def test_a_pages_python(page: Path) -> None:
 
 
 def test_there_are_pages_with_python() -> None:
-    assert {"README.md", "quickstart.md"} <= {page.name for page in PAGES}
+    assert {"README.md", "quickstart.md", "training.md"} <= {page.name for page in PAGES}
 
 
 def test_the_pictured_circuit_is_as_it_is_drawn() -> None:

@@ -452,6 +452,86 @@ class DenseSquare(nn.Module):
         return result
 
 
+class DenseCircuit(nn.Module):
+    r"""The features of a circuit as matrix products, squares and sums, for programs that know torch's own ops alone.
+
+    .. math::
+        \phi = U_{:k}\, x / \lVert x \rVert, \qquad
+        \langle P \rangle = \sum_b \pm\, (\mathrm{Re}\ \text{or}\ \mathrm{Im})\; \bar\phi_{b \oplus m}\, \phi_b
+
+    where m marks the wires on which the Pauli string P flips; for a string of I and Z the summands are ``|phi_b|**2``.
+    The matrix has ``2 k`` rows of ``width`` numbers, ``k = 2**n`` for Pauli strings, K for ``"probs[:K]"``, which costs
+    ``2 k width`` multiply-adds a vector: export with it, and train with :class:`QuantumLayer`. Its values are a copy;
+    there is nothing to train.
+
+    Args:
+        circuit: U(theta).
+        theta: angles in radians, of the circuit's shape.
+        readout: ``"z"``, Pauli strings, ``"probs"`` or ``"probs[:K]"``; amplitudes are complex, and no feature here.
+        width: width of x, by default ``2**n_wires``.
+
+    Shapes:
+        x ``(..., width)`` in the dtype of ``theta``, float32 or float64; result ``(..., K)``. Features of zero are 0.
+
+    Raises:
+        ValueError: the readout is ``"state"``, or something does not fit the circuit.
+
+    Example:
+        >>> import qaa, torch
+        >>> circuit = qaa.ansatz("ring", n_wires=3, n_layers=2)
+        >>> layer, x = QuantumLayer(circuit, ["ZII", "XYI", "IXX"]), torch.randn(4, 7)
+        >>> dense = DenseCircuit(circuit, layer.theta, layer.readout, width=7)
+        >>> torch.allclose(dense(x), layer(x), atol=1e-5)
+        True
+    """
+
+    mix: Tensor
+    flipped: Tensor
+    signs: Tensor
+
+    def __init__(
+        self,
+        circuit: Circuit,
+        theta: Tensor,
+        readout: str | Sequence[str] | Readout = "z",
+        width: int | None = None,
+    ) -> None:
+        super().__init__()
+        parsed = Readout.parse(readout, circuit.n_wires)
+        if parsed.kind == "state":
+            raise ValueError(f"expected a readout of probabilities or Pauli strings, received {str(parsed)!r}")
+        is_probs = parsed.kind == "probs"
+        size = parsed.n_outputs if is_probs else 2**circuit.n_wires
+        with torch.no_grad():
+            rows = ops.amplitude_rows(circuit, theta, size, width=width)
+            self.register_buffer("mix", torch.cat([rows.real, rows.imag]))
+        # P|b> = i**(number of Y) (-1)**(b & z) |b ^ x>: for each string a row of signs, for each x and each parity of
+        # the number of Y one product of amplitudes
+        masks = [tuple(int("".join(str(int(c in on)) for c in p), 2) for on in ("XY", "YZ")) for p in parsed.paulis]
+        odd = [p.count("Y") % 2 for p in parsed.paulis]
+        self.products = sorted({(x, y) for (x, _), y in zip(masks, odd, strict=True)}) if not is_probs else []
+        index = torch.arange(size, device=theta.device)
+        signs = self.mix.new_zeros(len(masks), len(self.products), size)
+        for k, ((x, z), y) in enumerate(zip(masks, odd, strict=True)):
+            parity = sum(index >> w & z >> w & 1 for w in range(circuit.n_wires)) % 2
+            signs[k, self.products.index((x, y))] = (1 - 2 * parity) * (-1) ** (parsed.paulis[k].count("Y") // 2)
+        self.register_buffer("signs", signs.flatten(1))
+        flips = [index ^ x for x, _ in self.products]
+        self.register_buffer("flipped", torch.stack(flips) if flips else index[:0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        real, imag = F.linear(x / torch.where(norm > 0, norm, 1.0), self.mix).chunk(2, dim=-1)
+        products = []
+        for i, (mask, is_odd) in enumerate(self.products):
+            # conj(phi[b ^ x]) phi[b]
+            left = (real, imag) if mask == 0 else (real[..., self.flipped[i]], imag[..., self.flipped[i]])
+            products.append(left[1] * real - left[0] * imag if is_odd else left[0] * real + left[1] * imag)
+        if not products:
+            return real.square() + imag.square()
+        return F.linear(torch.cat(products, dim=-1), self.signs)
+
+
 def _signs_of_z(n_wires: int) -> Tensor:
     """``(-1)**(bit of wire w in b)``, shape ``(n_wires, 2**n_wires)``: row w gives <Z_w> from the probabilities."""
     bits = torch.arange(2**n_wires) >> torch.arange(n_wires - 1, -1, -1)[:, None] & 1

@@ -236,7 +236,7 @@ def _checked(
 
 
 def _seed(seed: int | np.random.Generator | None) -> int:
-    return int(np.random.default_rng(seed).integers(2**64, dtype=np.uint64))
+    return int(shots._generator(seed).integers(2**64, dtype=np.uint64))
 
 
 @lru_cache(maxsize=256)

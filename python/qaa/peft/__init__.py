@@ -15,7 +15,7 @@ Example:
 from __future__ import annotations
 
 from .config import QaaConfig
-from .export import to_lora
+from .export import to_dense, to_lora
 from .layer import QaaLayer
 from .model import QaaModel, calibrate, parameter_groups, set_noise
 from .sora import (
@@ -45,6 +45,7 @@ __all__ = [
     "sora_l1",
     "sora_proximal_step",
     "sora_sparsity",
+    "to_dense",
     "to_lora",
 ]
 

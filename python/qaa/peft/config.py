@@ -210,7 +210,7 @@ class QaaConfig(PeftConfig):
             "help": "When the statistics of scale_channels, center_channels and standardize_features are measured: "
             "'explicit', by qaa.peft.calibrate on batches of your choice, or 'first_batch', on what reaches each layer "
             "in its first training forward (padding counts), summed over all processes of torch.distributed, each of "
-            "which has to reach the layer and to hold all of its parameters (DDP, not FSDP). 'first_batch' pays in "
+            "which has to reach the layer and to hold all of its parameters (DDP; FSDP is refused). It pays in "
             "training programs that cannot be changed; several batches give statistics with less noise. Either way "
             "they are saved and measured once. A graph compiled with fullgraph=True has no room for the measurement: "
             "calibrate explicitly, or train one step before compiling."

@@ -1,7 +1,8 @@
-"""Adapters that are linear in their input, written as a plain LoRA of PEFT's."""
+"""Adapters that leave the library: as a plain LoRA of PEFT's, or as torch's own ops."""
 
 from __future__ import annotations
 
+import copy
 import os
 import re
 from collections import Counter
@@ -16,6 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from qaa.nn import DenseCircuit
+
+from .layer import QaaLayer
 from .tuner import AdditiveLayer, AdditiveModel
 
 _PREFIX = "base_model.model."
@@ -103,6 +107,104 @@ def to_lora(peft_model: PeftModel, folder: str | os.PathLike[str], adapter_name:
     )
     lora_config.save_pretrained(str(folder))
     return lora_config
+
+
+class DenseAdapted(nn.Module):
+    """A linear layer and what its active adapters add, in ops of torch's own; see :func:`to_dense`."""
+
+    def __init__(self, layer: AdditiveLayer) -> None:
+        super().__init__()
+        self.base = layer.get_base_layer()
+        names = [] if layer.disable_adapters or layer.merged else filter(layer._has_adapter, layer.active_adapters)
+        self.adapters = nn.ModuleList(_dense(layer, name) for name in names)
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.base(x)
+        dtype = result.dtype
+        for adapter in self.adapters:
+            result = result + adapter(x.to(next(adapter.parameters()).dtype))
+        return result.to(dtype)
+
+
+class _Whiten(nn.Module):
+    """``u = (x - mu) s`` as one multiplication and one addition."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, channels: Tensor, center: Tensor | None) -> None:
+        super().__init__()
+        self.register_buffer("scale", channels.clone())
+        self.register_buffer("shift", torch.zeros_like(channels) if center is None else -center * channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.scale + self.shift
+
+
+def _dense(layer: AdditiveLayer, name: str) -> nn.Module:
+    if not isinstance(layer, QaaLayer) or layer.qaa_adapter[name].is_linear:
+        down, up, bias = layer.lora_factors(name)
+        return nn.Sequential(_linear(down), _linear(up, bias))
+    adapter = layer.qaa_adapter[name]
+    theta, up, bias, whitening = layer._parameters_of(name)
+    up, bias = adapter._folded(up, bias, whitening)
+    parts: list[nn.Module] = []
+    if whitening.channels is not None or whitening.center is not None:
+        ones = theta.new_ones(layer.in_features)
+        parts.append(_Whiten(ones if whitening.channels is None else whitening.channels, whitening.center))
+    parts.append(DenseCircuit(adapter.circuit, theta, adapter.readout, layer.in_features))
+    parts.append(_linear(up * adapter.scaling, None if bias is None else bias * adapter.scaling))
+    # adapters in half precision compute in float32 here, as the kernels do
+    return nn.Sequential(*parts).to(torch.promote_types(theta.dtype, torch.float32))
+
+
+def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    out_features, in_features = weight.shape
+    linear = nn.Linear(in_features, out_features, bias is not None, weight.device, weight.dtype)
+    linear.weight.data = weight.detach().clone()
+    if bias is not None:
+        linear.bias.data = bias.detach().clone()
+    return linear.requires_grad_(False)
+
+
+@torch.no_grad()
+def to_dense(peft_model: PeftModel) -> nn.Module:
+    r"""The adapted model in ops of torch's own, for ONNX and whatever else does not know ``torch.ops.qaa``.
+
+    Each adapted layer becomes its frozen layer plus matrix products: two for an adapter that is linear in x; for a
+    quadratic one the circuit's unitary, applied to the normalised (whitened) vector, squares, signed sums and V, see
+    :class:`qaa.nn.DenseCircuit`. With ``<Z>`` or Pauli strings that is a matrix of ``2 * 2**n * d_in`` numbers for each
+    adapted layer, twice the size of a square frozen weight: the price of ops that every server has.
+
+    Args:
+        peft_model: a model with QAA or SoRA adapters from ``peft.get_peft_model`` or ``PeftModel.from_pretrained``; the
+            active adapters are kept, the others left out.
+
+    Returns:
+        The base model's class with replaced layers. Frozen weights are shared with ``peft_model``, not copied; nothing
+        of an adapter is trainable any more.
+
+    Raises:
+        TypeError: ``peft_model`` is no ``PeftModel`` with QAA or SoRA adapters.
+
+    Example:
+        >>> import peft, torch
+        >>> from qaa.peft import QaaConfig
+        >>> config = QaaConfig.preset("paper", target_modules=["0"], init_weights=False)
+        >>> model, x = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(12, 2)), config), torch.randn(3, 12)
+        >>> torch.allclose(to_dense(model)(x), model(x), atol=1e-5)
+        True
+    """
+    if not isinstance(peft_model, PeftModel) or not isinstance(peft_model.base_model, AdditiveModel):
+        raise TypeError(f"expected a PeftModel with QAA or SoRA adapters, received a {type(peft_model).__name__}")
+    shared = {id(tensor): tensor for tensor in (*peft_model.parameters(), *peft_model.buffers())}
+    model = copy.deepcopy(peft_model, shared)
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, AdditiveLayer):
+                setattr(parent, name, DenseAdapted(child))
+    plain: nn.Module = model.base_model.unload()  # takes modules that were trained in full out of their wrappers
+    return plain
 
 
 def _tensor_names(layer: AdditiveLayer) -> tuple[str, ...]:

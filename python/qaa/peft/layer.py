@@ -91,10 +91,10 @@ class QaaLayer(AdditiveLayer):
         self.qaa_center = nn.ParameterDict()  # mu, (in_features,)
         self.qaa_mean = nn.ParameterDict()  # m, (K,)
         self.qaa_gain = nn.ParameterDict()  # r, (K,)
-        # of adapters that calibrate themselves: a saved mark, (1,), not 0 once that is done, and whether the mark still
-        # has to be looked at, so that a step of training asks no tensor
+        # of adapters that calibrate themselves: a saved mark, (1,), not 0 once that is done, and what is still to be
+        # done, so that a step of training asks no tensor: "measure", or "verify" that the mark has stayed, or nothing
         self.qaa_calibrated = nn.ParameterDict()
-        self.qaa_pending: dict[str, bool] = {}
+        self.qaa_pending: dict[str, str] = {}
         self.qaa_adapter: dict[str, Adapter] = {}
 
     def _create_adapter(self, adapter_name: str, config: Any) -> None:
@@ -129,7 +129,7 @@ class QaaLayer(AdditiveLayer):
                 self.qaa_mean[adapter_name] = torch.zeros(adapter.n_features)
         if config.calibration == "first_batch":
             self.qaa_calibrated[adapter_name] = torch.zeros(1)
-            self.qaa_pending[adapter_name] = True
+            self.qaa_pending[adapter_name] = "measure"
         frozen = self.frozen_names if config.train_circuit else (*self.frozen_names, "qaa_theta", "qaa_phi")
         self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: frozen}
 
@@ -185,7 +185,7 @@ class QaaLayer(AdditiveLayer):
         """Keeps an adapter from calibrating itself from now on, here and where it will be loaded."""
         if adapter_name in self.qaa_calibrated:
             self.qaa_calibrated[adapter_name].fill_(1)
-            self.qaa_pending[adapter_name] = False
+            self.qaa_pending[adapter_name] = ""
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
@@ -196,8 +196,14 @@ class QaaLayer(AdditiveLayer):
         that gives the same outputs, because V and c are still zero then.
         """
         if self.qaa_calibrated[adapter_name].item():
-            self.qaa_pending[adapter_name] = False
+            self.qaa_pending[adapter_name] = ""
             return
+        if self.qaa_pending[adapter_name] == "verify":
+            raise RuntimeError(
+                f"expected the QAA adapter {adapter_name!r} to keep the statistics of its first batch, received "
+                "parameters that forget what is written to them, as those that FSDP gathers do; call "
+                "qaa.peft.calibrate before the model is sharded"
+            )
         for stage in self.stages(adapter_name):
             moments = self.moments(adapter_name, stage)
             self.observe(adapter_name, stage, x, moments)
@@ -211,10 +217,12 @@ class QaaLayer(AdditiveLayer):
                 )
             self.set_statistics(adapter_name, stage, moments)
         self.set_calibrated(adapter_name)
+        if dist.is_available() and dist.is_initialized():
+            self.qaa_pending[adapter_name] = "verify"
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self.qaa_pending = dict.fromkeys(self.qaa_pending, True)
+        self.qaa_pending = dict.fromkeys(self.qaa_pending, "measure")
 
     def delta(self, adapter_name: str, x: Tensor) -> Tensor:
         parameters = self._parameters_of(adapter_name)

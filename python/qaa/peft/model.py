@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from qaa.noise import NoiseModel
@@ -85,8 +86,9 @@ def calibrate(
 
     Run it once, before training, on a few batches of the training data (padding counts as data); with
     ``calibration="first_batch"`` the adapter then leaves its statistics as they are. A fresh adapter is an
-    exact no-op before and after; a trained one changes its outputs. On several processes, run it on the same batches in
-    each, or load the adapter from one.
+    exact no-op before and after; a trained one changes its outputs. Where ``torch.distributed`` is initialised, every
+    process has to call it, each with batches of its own, and all get the statistics of all of them; the model must not
+    be sharded yet, and the angles have to be the same everywhere.
 
     Args:
         model: a model with QAA adapters.
@@ -99,7 +101,8 @@ def calibrate(
 
     Raises:
         ValueError: no layer has such an adapter with ``scale_channels``, ``center_channels`` or
-            ``standardize_features``, there is no batch, a layer was not reached, or its input is not finite.
+            ``standardize_features``, there is no batch, a layer was not reached, its input is not finite, or processes
+            hold different angles.
 
     Example:
         >>> import peft, torch
@@ -121,6 +124,7 @@ def calibrate(
             f"expected a model whose QAA adapter {adapter_name!r} has scale_channels, center_channels or "
             "standardize_features, received one without any"
         )
+    _check_same_angles(list(layers.values()), adapter_name)
     stages = [stage for stage in STAGES if any(stage in layer.stages(adapter_name) for layer in layers.values())]
     if "features" in stages and isinstance(batches, Iterator):
         batches = list(batches)
@@ -131,6 +135,8 @@ def calibrate(
             layer.observe(adapter_name, stage, args[0], measured[layer])
 
         _run_with_hooks(model, batches, forward, list(measured), observe)
+        for moments in measured.values():
+            moments.all_reduce()
         for name, layer in layers.items():
             if not measured[layer].count:
                 raise ValueError(f"expected batches that reach {name}, received none")
@@ -141,6 +147,20 @@ def calibrate(
     for layer in layers.values():
         layer.set_calibrated(adapter_name)
     return len(layers)
+
+
+def _check_same_angles(layers: list[QaaLayer], adapter_name: str) -> None:
+    """Refuses processes that have drawn different angles: their features are not those of one adapter."""
+    if not (dist.is_available() and dist.is_initialized()):
+        return
+    angles = torch.cat([layer.qaa_theta[adapter_name].detach().flatten() for layer in layers])
+    extremes = torch.stack([angles, -angles])
+    dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
+    if not torch.equal(extremes[0], -extremes[1]):
+        raise ValueError(
+            f"expected the angles of the QAA adapter {adapter_name!r} to be the same in all processes, received "
+            "different ones: set the seed before get_peft_model, or calibrate after DistributedDataParallel"
+        )
 
 
 def _run_with_hooks(
