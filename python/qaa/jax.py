@@ -1,8 +1,8 @@
 """JAX: features of vectors as a JAX function, under ``jit``, ``grad`` and ``vmap``, on the CPU.
 
 The kernels are called through XLA's foreign function interface, so that a compiled computation never returns to Python.
-Three JAX primitives carry them: the features; their tangent, which exists to be transposed; and the adjoint, which is its
-transpose. A function with ``jax.custom_vjp`` would be shorter, but ``vmap`` over rows would then ask for the angles'
+Three JAX primitives carry them: the features; their tangent, which exists to be transposed; and the adjoint, which is
+its transpose. A function with ``jax.custom_vjp`` would be shorter, but ``vmap`` over rows would then ask for the angles'
 gradient row by row: here a batch under ``vmap`` is a batch of the kernels, forward and backward.
 """
 
@@ -15,12 +15,15 @@ import numpy as np
 
 try:
     import jax
+    import jax.ffi
     import jax.numpy as jnp
     from jax.core import ShapedArray
     from jax.extend.core import Primitive
     from jax.interpreters import ad, batching, mlir
 except ImportError as error:
-    raise ImportError(f"expected jax 0.5 or newer (pip install 'qaa[jax]'), received an import error: {error}") from error
+    raise ImportError(
+        f"expected jax 0.5 or newer (pip install 'qaa[jax]'), received an import error: {error}"
+    ) from error
 
 from qaa import _core
 from qaa.arrays import _threads
@@ -51,8 +54,8 @@ def forward(
     Args:
         circuit: U, on ``n`` wires; wire 0 is the most significant bit of an amplitude's index.
         theta: angles in radians, shape ``circuit.parameter_shape``, any real floating dtype.
-        x: shape ``(..., d)`` with ``1 <= d <= 2**n``, padded with zeros to ``2**n``; float16, bfloat16, float32 or, where
-            ``jax_enable_x64`` is set, float64. The arithmetic is float64 for float64, else float32.
+        x: shape ``(..., d)`` with ``1 <= d <= 2**n``, padded with zeros to ``2**n``; float16, bfloat16, float32 or,
+            where ``jax_enable_x64`` is set, float64. The arithmetic is float64 for float64, else float32.
         readout: see :class:`qaa.Readout`.
         normalize: if False, the vector itself goes through the circuit: expectations and probabilities become
             quadratic forms of it, amplitudes a linear map.
@@ -98,8 +101,8 @@ def forward(
 
 # ------------------------------------------------------------------------------------------------ primitives
 
-# Operands of all three: theta (circuit.parameter_shape) and x (..., d). The tangent has the tangents of theta, x or both
-# after them; the adjoint has the features' cotangent, and yields cotangents for `of`: "theta", "x" or both.
+# Operands of all three: theta (circuit.parameter_shape) and x (..., d). The tangent has the tangents of theta, x or
+# both after them; the adjoint has the features' cotangent, and yields cotangents for `of`: "theta", "x" or both.
 _features = Primitive("qaa_features")
 _tangent = Primitive("qaa_tangent")
 _adjoint = Primitive("qaa_adjoint")
@@ -132,11 +135,39 @@ def _call_backward(theta: Any, x: Any, grad: Any, *, what: Program, threads: int
     call = jax.ffi.ffi_call("qaa_backward", results)
     # JAX's cotangent of a + ib is dE/da - i dE/db, the core's is dE/da + i dE/db.
     grad = grad.reshape(rows.shape[0], what.n_outputs).conj()
+    grads = dict(
+        zip(("theta", "x"), call(angles, rows, grad, program=str(what), threads=np.int64(threads)), strict=False)
+    )
+    return [grads[name].reshape(a.shape) for name, a in (("theta", theta), ("x", x)) if name in of]
+
+
+def _no_forward_mode(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("expected reverse mode, received a request for forward mode: the kernels have none")
+
+
+def _no_second_derivative(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("expected a first derivative, received a request for a second one: the adjoint has none")
+
+
+# ------------------------------------------------------------------------------------------------ derivatives
+
+
+def _differentiate(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:
+    theta, x = primals
+    moving = {name: t for name, t in zip(("theta", "x"), tangents, strict=True) if type(t) is not ad.Zero}
+    return (
+        _features.bind(theta, x, **params),
+        _tangent.bind(theta, x, *moving.values(), of=tuple(moving), **params),
+    )
+
+
+def _transpose(grad: Any, theta: Any, x: Any, *tangents: Any, of: tuple[str, ...], **params: Any) -> list[Any]:
+    if type(grad) is ad.Zero:
+        return [None, None, *(ad.Zero(t.aval) if ad.is_undefined_primal(t) else None for t in tangents)]
+    wanted = tuple(name for name, t in zip(of, tangents, strict=True) if ad.is_undefined_primal(t))
     grads = call(angles, rows, grad, program=str(what), threads=np.int64(threads))
-    by_name = {"theta": grads[0].reshape(theta.shape), "x": grads[-1].reshape(x.shape)} if "x" in of else {
-        "theta": grads[0].reshape(theta.shape)
-    }
-    return [by_name[name] for name in of]
+    by_name = dict(zip(("theta", "x"), grads, strict=False))
+    return [by_name[name].reshape(a.shape) for name, a in (("theta", theta), ("x", x)) if name in of]
 
 
 def _no_forward_mode(*_: Any, **__: Any) -> Any:
