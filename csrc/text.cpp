@@ -58,9 +58,9 @@ GateCall gate(const std::vector<std::string_view>& statement) {
 
 ReadoutSpec readout(std::string_view text) {
   ReadoutSpec spec;
-  for (const auto& [name, kind] : {std::pair("probs[:", ReadoutKind::probs), std::pair("state[:", ReadoutKind::state)}) {
-    if (!text.starts_with(name)) continue;
+  if (text.starts_with("probs[:") || text.starts_with("state[:")) {
     if (!text.ends_with(']')) refuse("a readout 'probs[:K]' or 'state[:K]'", text);
+    const ReadoutKind kind = text.starts_with("probs") ? ReadoutKind::probs : ReadoutKind::state;
     return {kind, number(text.substr(7, text.size() - 8)), {}};
   }
   for (const std::string_view pauli : split(text, ",")) spec.paulis.emplace_back(pauli);

@@ -78,7 +78,9 @@ std::shared_ptr<const Plan> plan_of(const XLA_FFI_CallFrame& frame) {
 
 int threads_of(const XLA_FFI_CallFrame& frame) {
   const auto& scalar = *static_cast<const XLA_FFI_Scalar*>(attribute(frame, "threads", XLA_FFI_AttrType_SCALAR));
-  if (scalar.dtype != XLA_FFI_DataType_S64) throw std::invalid_argument("expected threads of int64, received another type");
+  if (scalar.dtype != XLA_FFI_DataType_S64) {
+    throw std::invalid_argument("expected threads of int64, received another type");
+  }
   return int(std::clamp<std::int64_t>(*static_cast<const std::int64_t*>(scalar.value), 1, 1024));
 }
 
@@ -88,8 +90,9 @@ std::vector<double> angles(const XLA_FFI_Buffer& theta, const Plan& plan) {
   if (theta.rank != 1 || std::size_t(theta.dims[0]) != n) {
     throw std::invalid_argument("expected theta with " + std::to_string(n) + " angles, received another shape");
   }
-  if (theta.dtype == XLA_FFI_DataType_F64) return {static_cast<double*>(theta.data), static_cast<double*>(theta.data) + n};
-  if (theta.dtype == XLA_FFI_DataType_F32) return {static_cast<float*>(theta.data), static_cast<float*>(theta.data) + n};
+  auto copy = [&](const auto* first) { return std::vector<double>(first, first + n); };
+  if (theta.dtype == XLA_FFI_DataType_F64) return copy(static_cast<const double*>(theta.data));
+  if (theta.dtype == XLA_FFI_DataType_F32) return copy(static_cast<const float*>(theta.data));
   throw std::invalid_argument("expected theta of float32 or float64, received another type");
 }
 
@@ -122,14 +125,11 @@ void run_backward(const XLA_FFI_CallFrame& frame) {
 
 // ------------------------------------------------------------------------------------------------ the interface
 
-// What is used here of the interface is the same in its versions 0.1 and 0.3. A runtime of version 0.1 wants to hear just
-// that and tells itself apart by a smaller description, which has no type of a state yet; later ones accept a range.
+// The oldest version that is still accepted, so that newer runtimes and older ones take the handlers alike.
 void describe(const XLA_FFI_CallFrame& frame) {
   XLA_FFI_Metadata& metadata = *reinterpret_cast<XLA_FFI_Metadata_Extension*>(frame.extension_start)->metadata;
-  const bool is_first = metadata.struct_size < offsetof(XLA_FFI_Metadata, state_type_id) + sizeof(XLA_FFI_TypeId);
-  metadata.api_version = {XLA_FFI_Api_Version_STRUCT_SIZE, nullptr, XLA_FFI_API_MAJOR, is_first ? 1 : XLA_FFI_API_MINOR};
+  metadata.api_version = {XLA_FFI_Api_Version_STRUCT_SIZE, nullptr, XLA_FFI_API_MAJOR, XLA_FFI_API_MINOR};
   metadata.traits = 0;
-  if (!is_first) metadata.state_type_id = XLA_FFI_UNKNOWN_TYPE_ID;
 }
 
 template <void (*run)(const XLA_FFI_CallFrame&)>

@@ -1,4 +1,4 @@
-"""Every example runs: doctests of the modules, and the README's Python."""
+"""Every example runs: doctests of the modules, and the Python of the README and of a page of the docs."""
 
 from __future__ import annotations
 
@@ -36,11 +36,12 @@ def test_doctests(name: str) -> None:
 def test_there_are_examples() -> None:
     finder = doctest.DocTestFinder(exclude_empty=True)
     with_examples = [name for name in MODULES if any(t.examples for t in finder.find(importlib.import_module(name)))]
-    assert {"qaa.arrays", "qaa.circuit", "qaa.nn", "qaa.ops", "qaa.peft.config"} <= set(with_examples)
+    assert {"qaa.arrays", "qaa.circuit", "qaa.jax", "qaa.nn", "qaa.ops", "qaa.peft.config"} <= set(with_examples)
 
 
-def test_the_readmes_python() -> None:
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.DOTALL)
+@pytest.mark.parametrize("page", ["README.md", "docs/frameworks.md"])
+def test_the_python_of_a_page(page: str) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
     assert len(blocks) >= 2
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+        exec(compile(block, page, "exec"), {"__name__": "page"})

@@ -1,4 +1,4 @@
-"""The JAX front end: values and gradients of the oracle under every transformation, and one clear sentence otherwise."""
+"""The JAX front end: the oracle's values and gradients under every transformation, and one clear sentence otherwise."""
 
 from __future__ import annotations
 

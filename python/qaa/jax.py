@@ -2,8 +2,8 @@
 
 The kernels are called through XLA's foreign function interface, so that a compiled computation never returns to Python.
 Three JAX primitives carry them: the features; their tangent, which exists to be transposed; and the adjoint, which is
-its transpose. A function with ``jax.custom_vjp`` would be shorter, but ``vmap`` over rows would then ask for the angles'
-gradient row by row: here a batch under ``vmap`` is a batch of the kernels, forward and backward.
+its transpose. A function with ``jax.custom_vjp`` would be shorter, but ``vmap`` over rows would then ask for the
+angles' gradient row by row: here a batch under ``vmap`` is a batch of the kernels, forward and backward.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ try:
     from jax.extend.core import Primitive
     from jax.interpreters import ad, batching, mlir
 except ImportError as error:
-    raise ImportError(
-        f"expected jax 0.5 or newer (pip install 'qaa[jax]'), received an import error: {error}"
-    ) from error
+    raise ImportError(f"expected jax 0.5 or newer (pip install 'qaa[jax]'), received {error}") from error
 
 from qaa import _core
 from qaa.arrays import _threads
