@@ -110,28 +110,37 @@ THETAS = RNG.uniform(-3, 3, (4, *CIRCUIT.parameter_shape))
 XS = RNG.normal(size=(4, 5, 7))
 
 
-@pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+TRANSFORMS = pytest.mark.parametrize("transform", [lambda f: f, jax.jit], ids=["eager", "jit"])
+
+
+@TRANSFORMS
 def test_vmap_is_a_loop(transform: Callable[[Any], Any]) -> None:
-    """Over x, over theta, over both, over rows one by one, over other axes, nested, and over gradients."""
-    with_axes = lambda f, *axes: transform(jax.vmap(f, axes))  # noqa: E731
-    plain = lambda t, v: forward(CIRCUIT, t, v)  # noqa: E731
-    close(with_axes(plain, None, 0)(THETA, XS), forward(CIRCUIT, THETA, XS))
-    close(with_axes(plain, None, 0)(THETA, X), forward(CIRCUIT, THETA, X))
-    close(with_axes(plain, None, 2)(THETA, np.moveaxis(XS, 0, 2)), forward(CIRCUIT, THETA, XS))
-    close(with_axes(plain, 0, None)(THETAS, X), loop(lambda t: plain(t, X), THETAS))
-    close(with_axes(plain, 0, 0)(THETAS, XS), loop(plain, THETAS, XS))
-    nested = transform(jax.vmap(jax.vmap(plain, (None, 0)), (0, None)))
-    close(nested(THETAS, X), loop(lambda t: plain(t, X), THETAS))
-    for argument in (0, 1):
-        gradient = jax.grad(energy, argument)
-        close(with_axes(gradient, None, 0)(THETA, XS), loop(lambda v: gradient(THETA, v), XS))
-        close(with_axes(gradient, 0, None)(THETAS, X), loop(lambda t: gradient(t, X), THETAS))
-        close(with_axes(gradient, 0, 0)(THETAS, XS), loop(gradient, THETAS, XS))
-        of_sum = transform(jax.grad(lambda t, v: jax.vmap(energy, (None, 0))(t, v).sum(), argument))
-        close(of_sum(THETA, XS), loop(lambda v: gradient(THETA, v), XS).sum(0) if argument == 0 else loop(
-            lambda v: gradient(THETA, v), XS))  # fmt: skip
-        of_sums = transform(jax.grad(lambda t, v: jax.vmap(energy)(t, v).sum(), argument))
-        close(of_sums(THETAS, XS), loop(gradient, THETAS, XS))
+    """Over x, over rows one by one, over another axis, over theta, over both, and nested."""
+
+    def plain(theta: Any, x: Any) -> Any:
+        return forward(CIRCUIT, theta, x)
+
+    by_theta = loop(lambda t: plain(t, X), THETAS)
+    close(transform(jax.vmap(plain, (None, 0)))(THETA, XS), forward(CIRCUIT, THETA, XS))
+    close(transform(jax.vmap(plain, (None, 0)))(THETA, X), forward(CIRCUIT, THETA, X))
+    close(transform(jax.vmap(plain, (None, 2)))(THETA, np.moveaxis(XS, 0, 2)), forward(CIRCUIT, THETA, XS))
+    close(transform(jax.vmap(plain, (0, None)))(THETAS, X), by_theta)
+    close(transform(jax.vmap(plain))(THETAS, XS), loop(plain, THETAS, XS))
+    close(transform(jax.vmap(jax.vmap(plain, (None, 0)), (0, None)))(THETAS, X), by_theta)
+
+
+@TRANSFORMS
+@pytest.mark.parametrize("argument", [0, 1])
+def test_vmap_and_gradients_in_either_order(transform: Callable[[Any], Any], argument: int) -> None:
+    gradient = jax.grad(energy, argument)
+    by_x = loop(lambda v: gradient(THETA, v), XS)
+    close(transform(jax.vmap(gradient, (None, 0)))(THETA, XS), by_x)
+    close(transform(jax.vmap(gradient, (0, None)))(THETAS, X), loop(lambda t: gradient(t, X), THETAS))
+    close(transform(jax.vmap(gradient))(THETAS, XS), loop(gradient, THETAS, XS))
+    of_sum = jax.grad(lambda t, v: jax.vmap(energy, (None, 0))(t, v).sum(), argument)
+    close(transform(of_sum)(THETA, XS), by_x if argument else by_x.sum(0))
+    of_sums = jax.grad(lambda t, v: jax.vmap(energy)(t, v).sum(), argument)
+    close(transform(of_sums)(THETAS, XS), loop(gradient, THETAS, XS))
 
 
 def test_jacobians_by_rows() -> None:

@@ -133,39 +133,9 @@ def _call_backward(theta: Any, x: Any, grad: Any, *, what: Program, threads: int
     call = jax.ffi.ffi_call("qaa_backward", results)
     # JAX's cotangent of a + ib is dE/da - i dE/db, the core's is dE/da + i dE/db.
     grad = grad.reshape(rows.shape[0], what.n_outputs).conj()
-    grads = dict(
-        zip(("theta", "x"), call(angles, rows, grad, program=str(what), threads=np.int64(threads)), strict=False)
-    )
+    found = call(angles, rows, grad, program=str(what), threads=np.int64(threads))
+    grads = dict(zip(("theta", "x"), found, strict=False))
     return [grads[name].reshape(a.shape) for name, a in (("theta", theta), ("x", x)) if name in of]
-
-
-def _no_forward_mode(*_: Any, **__: Any) -> Any:
-    raise RuntimeError("expected reverse mode, received a request for forward mode: the kernels have none")
-
-
-def _no_second_derivative(*_: Any, **__: Any) -> Any:
-    raise RuntimeError("expected a first derivative, received a request for a second one: the adjoint has none")
-
-
-# ------------------------------------------------------------------------------------------------ derivatives
-
-
-def _differentiate(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:
-    theta, x = primals
-    moving = {name: t for name, t in zip(("theta", "x"), tangents, strict=True) if type(t) is not ad.Zero}
-    return (
-        _features.bind(theta, x, **params),
-        _tangent.bind(theta, x, *moving.values(), of=tuple(moving), **params),
-    )
-
-
-def _transpose(grad: Any, theta: Any, x: Any, *tangents: Any, of: tuple[str, ...], **params: Any) -> list[Any]:
-    if type(grad) is ad.Zero:
-        return [None, None, *(ad.Zero(t.aval) if ad.is_undefined_primal(t) else None for t in tangents)]
-    wanted = tuple(name for name, t in zip(of, tangents, strict=True) if ad.is_undefined_primal(t))
-    grads = call(angles, rows, grad, program=str(what), threads=np.int64(threads))
-    by_name = dict(zip(("theta", "x"), grads, strict=False))
-    return [by_name[name].reshape(a.shape) for name, a in (("theta", theta), ("x", x)) if name in of]
 
 
 def _no_forward_mode(*_: Any, **__: Any) -> Any:
