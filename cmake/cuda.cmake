@@ -1,4 +1,4 @@
-# The CUDA kernels as a part of qaa_core. nvcc comes from CUDACXX, from the wheels nvidia-cuda-nvcc, nvidia-cuda-crt,
+# The CUDA kernels as a part of qaa. nvcc comes from CUDACXX, from the wheels nvidia-cuda-nvcc, nvidia-cuda-crt,
 # nvidia-nvvm, nvidia-cuda-runtime and nvidia-cuda-cccl if they are in the Python environment that builds, or from PATH.
 cmake_minimum_required(VERSION 3.26)  # the first that knows C++20 of nvcc
 if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
@@ -16,7 +16,7 @@ if(NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
   endif()
 endif()
 if(QAA_CUDA STREQUAL "AUTO" AND NOT CMAKE_CUDA_COMPILER AND NOT DEFINED ENV{CUDACXX})
-  target_sources(qaa_core PRIVATE csrc/cuda_absent.cpp)
+  target_sources(qaa PRIVATE csrc/cuda_absent.cpp)
   return()
 endif()
 
@@ -34,6 +34,6 @@ target_include_directories(qaa_cuda PRIVATE csrc)
 target_compile_options(qaa_cuda PRIVATE
   $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra>
   "$<$<COMPILE_LANGUAGE:CUDA>:-O3;-Werror=all-warnings;--threads=0;-Xcompiler=-Wall,-Wextra>")
-target_sources(qaa_core PRIVATE $<TARGET_OBJECTS:qaa_cuda>)
+target_sources(qaa PRIVATE $<TARGET_OBJECTS:qaa_cuda>)
 find_library(QAA_CUDART cudart_static HINTS ${CMAKE_CUDA_IMPLICIT_LINK_DIRECTORIES} REQUIRED)
-target_link_libraries(qaa_core PUBLIC ${QAA_CUDART} ${CMAKE_DL_LIBS} rt)
+target_link_libraries(qaa PRIVATE ${QAA_CUDART} ${CMAKE_DL_LIBS} rt)

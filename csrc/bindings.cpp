@@ -13,6 +13,7 @@
 #include "gates.h"
 #include "noise.h"
 #include "qaa.h"
+#include "xla.h"
 
 namespace py = pybind11;
 using namespace qaa;
@@ -246,6 +247,13 @@ PYBIND11_MODULE(_core, m) {
         py::arg("theta_address"), py::arg("theta_scalar"), py::arg("x"), py::arg("grad"),
         py::arg("grad_theta_address"), py::arg("grad_x"), py::arg("workspace_address"), py::arg("stream"),
         "As backward, on the current device and asynchronous on the stream.");
+  m.def("xla_handlers", [] {
+    const char* kind = "xla._CUSTOM_CALL_TARGET";  // the name under which jax.ffi takes a function
+    py::dict handlers;
+    handlers["qaa_forward"] = py::capsule(xla::forward_handler(), kind);
+    handlers["qaa_backward"] = py::capsule(xla::backward_handler(), kind);
+    return handlers;
+  }, "XLA's custom calls by name, as capsules for jax.ffi.register_ffi_target.");
   m.def("instruction_set", &instruction_set, "The instruction set in use; QAA_ISA forces one.");
   m.def("gate_table", [] {
     std::vector<std::tuple<std::string, int, int>> table;

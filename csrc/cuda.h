@@ -11,11 +11,11 @@
 namespace qaa::cuda {
 
 // Whether this build has CUDA kernels, and whether there is also a driver with a device.
-bool is_built();
-bool is_available();
+QAA_API bool is_built();
+QAA_API bool is_available();
 
 // Bytes of scratch memory on the current device for a call with so many rows; aligned to 256 bytes.
-std::size_t workspace_bytes(const Program& program, std::int64_t rows, Scalar scalar, bool backward);
+QAA_API std::size_t workspace_bytes(const Program& program, std::int64_t rows, Scalar scalar, bool backward);
 
 // As qaa::ForwardCall. All pointers are to memory of the current device; `theta` has float32 or float64 numbers.
 struct ForwardCall {
@@ -28,7 +28,7 @@ struct ForwardCall {
   void* workspace;
   void* stream;  // a cudaStream_t
 };
-void forward(const ForwardCall& call);
+QAA_API void forward(const ForwardCall& call);
 
 // As qaa::BackwardCall. grad_theta has theta's type; the order of every sum depends on the number of rows alone.
 struct BackwardCall {
@@ -43,6 +43,6 @@ struct BackwardCall {
   void* workspace;
   void* stream;
 };
-void backward(const BackwardCall& call);
+QAA_API void backward(const BackwardCall& call);
 
 }  // namespace qaa::cuda

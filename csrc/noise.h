@@ -57,8 +57,8 @@ struct NoisyPlan {
 };
 
 // Throws std::invalid_argument as compile() does; amplitudes are not observable, so there is no readout `state`.
-NoisyPlan compile_noisy(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vector<GateCall>& gates,
-                        const ReadoutSpec& readout, bool normalize, const Noise& noise);
+QAA_API NoisyPlan compile_noisy(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vector<GateCall>& gates,
+                                const ReadoutSpec& readout, bool normalize, const Noise& noise);
 
 // features[r] = mean over trajectories, errors[r] = its standard error (NaN for a single trajectory).
 //   x         (batch, d), 1 <= d <= 2^n_wires, float32 or float64, in which states are computed
@@ -74,7 +74,7 @@ struct NoisyCall {
   Matrix features, errors;
   int threads = 1;
 };
-void forward(const NoisyCall& call);
+QAA_API void forward(const NoisyCall& call);
 
 // A plan with numbers in place of angles, for the kernels.
 template <class T>

@@ -10,11 +10,16 @@
 #include <string>
 #include <vector>
 
+// What a shared library of the core lets others see.
+#define QAA_API __attribute__((visibility("default")))
+
 namespace qaa {
 
 // An amplitude's index, or a set of index bits. Wire w of n is bit n-1-w: wire 0 is the most significant bit.
 using Index = std::uint32_t;
 
+// One gate of a circuit. The names and their numbers of wires and parameters are the table of gates.h: X Y Z H S T
+// RX RY RZ PhaseShift Rot CNOT CZ SWAP CRX CRY CRZ.
 struct GateCall {
   std::string name;
   std::vector<std::uint32_t> wires;
@@ -23,9 +28,10 @@ struct GateCall {
 
 enum class ReadoutKind : std::uint8_t { expval, probs, state };
 
+// What is computed from the final state phi: <phi| P_k |phi> (expval), |phi_b|^2 (probs) or phi_b (state).
 struct ReadoutSpec {
   ReadoutKind kind = ReadoutKind::expval;
-  std::uint32_t n_outputs = 0;
+  std::uint32_t n_outputs = 0;      // Pauli strings, or the first so many of b
   std::vector<std::string> paulis;  // for expval: one string of I, X, Y, Z per output, wire 0 first
 };
 
@@ -132,6 +138,9 @@ struct Term {
   std::vector<Factor> factors;
 };
 
+// A compiled circuit and readout. It never changes after it was made, so that any number of threads may use one plan at
+// once; it is a value, and no call keeps it. Callers want n_wires, n_parameters, n_columns() and str(); the rest is for
+// the kernels.
 struct Plan {
   static constexpr std::uint32_t max_kept = 3;  // stages, so that the adjoint's memory does not depend on the depth
   std::uint32_t n_wires = 0;
@@ -162,7 +171,7 @@ struct Plan {
   Index n_amplitudes() const { return Index{1} << n_wires; }
   std::uint32_t n_columns() const { return readout == ReadoutKind::state ? 2 * n_outputs : n_outputs; }
   bool is_quadratic() const { return readout != ReadoutKind::state; }
-  std::string str() const;
+  QAA_API std::string str() const;
 };
 
 // Arithmetic of the kernels for one state whose row has `columns` numbers. A multiply-add counts as one operation, as
@@ -170,10 +179,12 @@ struct Plan {
 struct Operations {
   double forward, backward;
 };
-Operations count_operations(const Plan& plan, std::uint32_t columns);
+QAA_API Operations count_operations(const Plan& plan, std::uint32_t columns);
 
+// The plan of a circuit of 1 to 16 wires and a readout; gates are applied first to last. With `normalize` rows are divided
+// by their norm, without it they go through the circuit as they are. `options` are best default_options() (qaa.h).
 // Throws std::invalid_argument with one sentence that names what was expected and what was received.
-Plan compile(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vector<GateCall>& gates,
-             const ReadoutSpec& readout, bool normalize, const PlanOptions& options);
+QAA_API Plan compile(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vector<GateCall>& gates,
+                     const ReadoutSpec& readout, bool normalize, const PlanOptions& options);
 
 }  // namespace qaa

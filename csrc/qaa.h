@@ -1,19 +1,40 @@
 // qaa: batched simulation and adjoint differentiation of parameterized quantum circuits on amplitude-embedded vectors.
 //
-// The public C++ interface: compile a circuit once (`plan.h`), then run batches through it. Arrays are described by
-// pointers, shapes and strides; nothing is copied or kept. No function here knows of Python or of any framework.
+// The public C++ interface: compile a circuit once, then run batches through it.
+//
+//   qaa::Plan plan = qaa::compile("wires 2; theta 1; RY 0 t0; CNOT 0 1 | ZI,IZ | normalize");
+//   qaa::forward({plan, theta, {x, rows, 4, 4, qaa::Scalar::float32}, {features, rows, 2, 2, qaa::Scalar::float32}});
+//
+// Conventions. Wire 0 is the most significant bit of an amplitude's index; angles are radians; RX, RY, RZ are
+// exp(-i theta P / 2). Arrays are described by pointers, shapes and strides; nothing is copied, kept or freed.
+//
+// Errors. A call checks everything that it can see before it touches memory, and throws std::invalid_argument with one
+// sentence, "expected ..., received ...". std::bad_alloc is possible; the first call in a process may throw
+// std::runtime_error if the environment variable QAA_ISA names an instruction set that this machine or build lacks.
+// A call that throws has written nothing, or part of its outputs.
+//
+// Threads. Every function may be called from any thread at any time; outputs of calls that run at once must not overlap,
+// nor may an output overlap an input unless it is said below. `threads` is the most that a call uses, the caller's
+// included, from one pool of the process; a call that finds the pool busy works alone. Results are the same bits for any
+// number of threads. After fork() the child gets a new pool.
+//
+// No function here knows of Python or of any framework.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <string_view>
 
 #include "plan.h"
 
 namespace qaa {
 
+// How numbers are stored. Arithmetic is float64 for float64, else float32.
 enum class Scalar : std::uint8_t { float16, bfloat16, float32, float64 };
 
-// `rows` vectors of `columns` adjacent numbers; row r starts at data + r * row_stride numbers.
+// `rows` vectors of `columns` adjacent numbers; row r starts at data + r * row_stride numbers. Data must be aligned to
+// one number. row_stride may be anything for an input, 0 and negative values included; rows of an output must not
+// overlap.
 struct Matrix {
   void* data = nullptr;
   std::int64_t rows = 0, columns = 0, row_stride = 0;
@@ -26,24 +47,32 @@ struct ConstMatrix {
 };
 
 // features[r] = readout of U(theta) applied to the state that x[r], padded with zeros, is (or is normalized to).
-//   x         (batch, d), 1 <= d <= 2^n_wires
-//   features  (batch, plan.n_columns()); for `state` pairs (real, imaginary)
-// States are float64 if x is float64, else float32. Zero rows give zero features.
+//   plan      from compile()
+//   theta     plan.n_parameters angles; may be null if there are none
+//   x         (batch, d), 1 <= d <= 2^n_wires, any scalar; batch may be 0
+//   features  (batch, plan.n_columns()), float64 if x is, else any narrower scalar; for `state` each output is a pair
+//             (real, imaginary)
+// A zero row is no state: its features are zero. NaN and infinity stay in their row.
+// Throws std::invalid_argument for other shapes or scalars, or null data in a batch that is not empty.
 struct ForwardCall {
   const Plan& plan;
-  const double* theta;  // plan.n_parameters angles in radians
+  const double* theta;
   ConstMatrix x;
   Matrix features;
   int threads = 1;
 };
-void forward(const ForwardCall& call);
+QAA_API void forward(const ForwardCall& call);
 
-// The vector-Jacobian product: with E = sum(grad * features),
-//   grad_theta[p] = dE/dtheta[p], overwritten (plan.n_parameters doubles)
-//   grad_x[r]     = dE/dx[r], overwritten; left out if grad_x.data is null
+// The vector-Jacobian product of forward by adjoint differentiation: with E = sum(grad * features),
+//   grad_theta[p] = dE/dtheta[p], overwritten: plan.n_parameters doubles
+//   grad_x[r]     = dE/dx[r], overwritten: the shape of x; left out if grad_x.data is null
+//   grad          (batch, plan.n_columns())
+// Scalars: as for features. The memory that it needs grows neither with the batch nor with the number of gates. A zero
+// row has zero gradients where rows are normalized. A row with NaN or infinity makes grad_theta NaN, and no other row
+// of grad_x.
 // For `state` without normalization, which is linear in x, x.data may be null: grad_x does not depend on it, and
 // grad_theta is what it is for zeros.
-// The same thread-independent order of summation is used for any number of threads.
+// Throws as forward does.
 struct BackwardCall {
   const Plan& plan;
   const double* theta;
@@ -53,35 +82,42 @@ struct BackwardCall {
   Matrix grad_x;
   int threads = 1;
 };
-void backward(const BackwardCall& call);
+QAA_API void backward(const BackwardCall& call);
 
 // out = base + scale (features up^T + bias): features back to the width of the layer, onto its frozen output.
 //   features (rows, k), up (columns, k), base and out (rows, columns; out may be base), bias (1, columns) or null
-// All float32 or all float64.
+// All float32 or all float64. Throws std::invalid_argument for other shapes or scalars.
 struct ProjectCall {
   ConstMatrix features, up, bias, base;
   double scale;
   Matrix out;
   int threads = 1;
 };
-void project(const ProjectCall& call);
+QAA_API void project(const ProjectCall& call);
 
 // The adjoint of project for an incoming gradient (rows, columns), in one pass over it. grad_features (rows, k),
 // grad_up (columns, k) and grad_bias (1, columns; left out if its data is null) are overwritten; the gradient with
-// respect to base is the incoming one. Results do not depend on the number of threads.
+// respect to base is the incoming one. Throws as project does.
 struct ProjectBackwardCall {
   ConstMatrix grad, features, up;
   double scale;
   Matrix grad_features, grad_up, grad_bias;
   int threads = 1;
 };
-void project_backward(const ProjectBackwardCall& call);
+QAA_API void project_backward(const ProjectBackwardCall& call);
 
 // The instruction set in use: "avx512", "avx2", "neon" or "baseline". The environment variable QAA_ISA forces one.
 // Throws std::runtime_error if it names one that this build or machine lacks.
-const char* instruction_set();
+QAA_API const char* instruction_set();
 
-// The options that suit that instruction set.
-PlanOptions default_options();
+// The options that suit that instruction set. Throws as instruction_set does.
+QAA_API PlanOptions default_options();
+
+// The plan of a program in one line, as Python writes it (`str(qaa.program.program(circuit, "z", True))`), so that a
+// circuit can be trained there and run here:
+//   wires N; theta SHAPE; GATE WIRE ... tPARAMETER ...; ... | READOUT | normalize
+// SHAPE is "2x4x3" for 24 parameters, READOUT is "ZI,IZ" (Pauli strings, wire 0 first), "probs[:K]" or "state[:K]", and
+// the last part is "normalize" or "as is". Throws std::invalid_argument naming what it does not understand.
+QAA_API Plan compile(std::string_view program, const PlanOptions& options = default_options());
 
 }  // namespace qaa

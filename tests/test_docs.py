@@ -36,7 +36,7 @@ def test_doctests(name: str) -> None:
 def test_there_are_examples() -> None:
     finder = doctest.DocTestFinder(exclude_empty=True)
     with_examples = [name for name in MODULES if any(t.examples for t in finder.find(importlib.import_module(name)))]
-    assert {"qaa.arrays", "qaa.circuit", "qaa.nn", "qaa.ops", "qaa.peft.config"} <= set(with_examples)
+    assert {"qaa.arrays", "qaa.circuit", "qaa.jax", "qaa.nn", "qaa.ops", "qaa.peft.config"} <= set(with_examples)
 
 
 def python_blocks(page: Path) -> list[str]:
@@ -55,7 +55,7 @@ def test_a_pages_python(page: Path) -> None:
 
 
 def test_there_are_pages_with_python() -> None:
-    assert {"README.md", "quickstart.md", "training.md"} <= {page.name for page in PAGES}
+    assert {"README.md", "frameworks.md", "quickstart.md", "training.md"} <= {page.name for page in PAGES}
 
 
 def test_the_pictured_circuit_is_as_it_is_drawn() -> None:

@@ -1,4 +1,4 @@
-"""How the extension is linked: what an attacker who found a bug would not find."""
+"""How the extension and its library are linked: what an attacker who found a bug would not find."""
 
 from __future__ import annotations
 
@@ -15,10 +15,14 @@ DT_TEXTREL, DT_FLAGS, DT_FLAGS_1 = 22, 30, 0x6FFFFFFB
 DF_TEXTREL, DF_BIND_NOW, DF_1_NOW, PF_X = 4, 8, 1, 1
 
 
+FOLDER = Path(_core.__file__).parent
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads ELF files")
-def test_the_extension_is_hardened() -> None:
+@pytest.mark.parametrize("path", [Path(_core.__file__), FOLDER / "lib" / "libqaa.so"], ids=lambda path: path.name)
+def test_the_extension_is_hardened(path: Path) -> None:
     """Tables of functions are read-only once it is loaded, the stack is not executable and has canaries."""
-    data = Path(_core.__file__).read_bytes()
+    data = path.read_bytes()
     assert data[:5] == b"\x7fELF\x02" and data[5] == 1  # 64 bits, little-endian
     (table,), (size, count) = struct.unpack_from("<Q", data, 32), struct.unpack_from("<HH", data, 54)
     headers = [struct.unpack_from("<IIQQQQ", data, table + size * i) for i in range(count)]

@@ -132,7 +132,7 @@ QAA_ANYWHERE constexpr std::uint32_t lane_bits(std::uint32_t n_wires) {
 
 // The plan must outlive it.
 struct Program {
-  explicit Program(const Plan& plan);
+  QAA_API explicit Program(const Plan& plan);
   const Plan& plan;
   Layout layout{};
   std::vector<unsigned char> description;

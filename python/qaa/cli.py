@@ -38,7 +38,8 @@ def parser() -> argparse.ArgumentParser:
     """The argument parser of ``qaa``."""
     top = argparse.ArgumentParser(prog="qaa", description="Quantum-amplitude embedded adaptation of language models.")
     commands = top.add_subparsers(dest="command", required=True)
-    commands.add_parser("info", help="versions, the compiled core, threads and optional packages")
+    about = commands.add_parser("info", help="versions, the compiled core, threads and optional packages")
+    about.add_argument("--cmake-dir", action="store_true", help="print where CMake finds the C++ package, and no more")
     compare = commands.add_parser(
         "compare",
         help="train QAA, LoRA, SoRA, Prefix and full fine-tuning on the same data, and write a report",
@@ -128,7 +129,7 @@ def _main(arguments: Sequence[str] | None) -> int:
     options = vars(parser().parse_args(given))
     command = options.pop("command")
     if command == "info":
-        print(info())
+        print(cmake_dir() if options["cmake_dir"] else info())
         return 0
     if options["noise"] == []:
         options["noise"] = True
@@ -156,6 +157,13 @@ def _main(arguments: Sequence[str] | None) -> int:
     print(table(report))
     print(f"\n{report['headline']}\n\nreport: {(Path(chosen.out) / 'report.html').resolve()}")
     return 0
+
+
+def cmake_dir() -> str:
+    """The folder of ``qaaConfig.cmake``, for ``CMAKE_PREFIX_PATH``: ``find_package(qaa CONFIG)`` gives ``qaa::qaa``."""
+    from qaa import _core
+
+    return str(Path(_core.__file__).parent / "lib" / "cmake" / "qaa")
 
 
 def info() -> str:

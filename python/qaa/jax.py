@@ -1,0 +1,229 @@
+"""JAX: features of vectors as a JAX function, under ``jit``, ``grad`` and ``vmap``, on the CPU.
+
+The kernels are called through XLA's foreign function interface, so that a compiled computation never returns to Python.
+Three JAX primitives carry them: the features; their tangent, which exists to be transposed; and the adjoint, which is
+its transpose. A function with ``jax.custom_vjp`` would be shorter, but ``vmap`` over rows would then ask for the
+angles' gradient row by row: here a batch under ``vmap`` is a batch of the kernels, forward and backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+try:
+    import jax
+    import jax.ffi
+    import jax.numpy as jnp
+    from jax.core import ShapedArray
+    from jax.extend.core import Primitive
+    from jax.interpreters import ad, batching, mlir
+except ImportError as error:
+    raise ImportError(f"expected jax 0.5 or newer (pip install 'qaa[jax]'), received {error}") from error
+
+from qaa import _core
+from qaa.arrays import _threads
+from qaa.circuit import Circuit, Readout
+from qaa.program import Program, program
+
+_DTYPES = ("float16", "bfloat16", "float32", "float64")
+
+
+def forward(
+    circuit: Circuit,
+    theta: Any,
+    x: Any,
+    readout: str | Sequence[str] | Readout = "z",
+    *,
+    normalize: bool = True,
+    threads: int | None = None,
+) -> jax.Array:
+    r"""Features of every vector of ``x`` after amplitude embedding, the circuit and the readout; differentiable.
+
+    .. math::
+        |\psi\rangle = \mathrm{pad}(x) / \lVert x \rVert, \qquad |\phi\rangle = U(\theta) |\psi\rangle, \qquad
+        f_k = \langle\phi| M_k |\phi\rangle \ \text{or}\ |\phi_k|^2 \ \text{or}\ \phi_k
+
+    ``jax.vmap`` over ``x`` is one call with a larger batch, and so are its gradients. Mapped over ``theta``, or over
+    gradients with respect to it, calls are made one after the other.
+
+    Args:
+        circuit: U, on ``n`` wires; wire 0 is the most significant bit of an amplitude's index.
+        theta: angles in radians, shape ``circuit.parameter_shape``, any real floating dtype.
+        x: shape ``(..., d)`` with ``1 <= d <= 2**n``, padded with zeros to ``2**n``; float16, bfloat16, float32 or,
+            where ``jax_enable_x64`` is set, float64. The arithmetic is float64 for float64, else float32.
+        readout: see :class:`qaa.Readout`.
+        normalize: if False, the vector itself goes through the circuit: expectations and probabilities become
+            quadratic forms of it, amplitudes a linear map.
+        threads: number of threads; by default ``OMP_NUM_THREADS`` or all processors, at the time of tracing. Results
+            do not depend on it.
+
+    Returns:
+        Shape ``(..., n_outputs)`` in the dtype of ``x``; for the readout ``"state"`` complex128 for float64 ``x`` and
+        else complex64. A zero vector is no state: its features and gradients are zero.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape or dtype.
+        RuntimeError: a second derivative, or a forward-mode one (``jax.jvp``, ``jax.jacfwd``, ``jax.hessian``), is
+            asked for; the kernels have neither.
+        NotImplementedError: JAX compiles for another device than the CPU.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, qaa, qaa.jax
+        >>> circuit = qaa.Circuit(1, (qaa.Gate("RY", 0, 0),), (1,))  # <Z> = cos(theta) for the state |0>
+        >>> def expectation(theta, x):
+        ...     return qaa.jax.forward(circuit, theta, x)[..., 0]
+        >>> theta, x = jnp.array([jnp.pi / 2]), jnp.array([1.0, 0.0])
+        >>> jax.jit(jax.grad(expectation))(theta, x).round(4)
+        Array([-1.], dtype=float32)
+        >>> jax.vmap(expectation, (None, 0))(theta, jnp.eye(2)).shape
+        (2,)
+    """
+    what = program(circuit, readout, normalize)
+    theta, x = jnp.asarray(theta), jnp.asarray(x)
+    if theta.dtype.name not in _DTYPES:
+        raise TypeError(f"expected theta of a real floating dtype, received {theta.dtype}")
+    what.check_theta(theta.shape)
+    if x.dtype.name not in _DTYPES:
+        raise TypeError(f"expected x of dtype {', '.join(_DTYPES)}, received {x.dtype}")
+    if x.ndim < 1:
+        raise ValueError(f"expected x of shape (..., d), received {x.shape}")
+    what.check_width(x.shape[-1])
+    if theta.dtype.name not in ("float32", "float64"):
+        theta = theta.astype(np.float32)
+    features: jax.Array = _features.bind(theta, x, what=what, threads=_threads(threads))
+    return features
+
+
+# ------------------------------------------------------------------------------------------------ primitives
+
+# Operands of all three: theta (circuit.parameter_shape) and x (..., d). The tangent has the tangents of theta, x or
+# both after them; the adjoint has the features' cotangent, and yields cotangents for `of`: "theta", "x" or both.
+_features = Primitive("qaa_features")
+_tangent = Primitive("qaa_tangent")
+_adjoint = Primitive("qaa_adjoint")
+_adjoint.multiple_results = True
+
+
+def _shape_of_features(theta: Any, x: Any, *_: Any, what: Program, **__: Any) -> ShapedArray:
+    dtype = x.dtype
+    if what.is_complex:
+        dtype = np.dtype(np.complex128 if dtype == np.float64 else np.complex64)
+    return ShapedArray((*x.shape[:-1], what.n_outputs), dtype)
+
+
+def _shapes_of_adjoint(theta: Any, x: Any, grad: Any, *, of: tuple[str, ...], **_: Any) -> list[ShapedArray]:
+    return [ShapedArray(a.shape, a.dtype) for name, a in (("theta", theta), ("x", x)) if name in of]
+
+
+def _call_forward(theta: Any, x: Any, *, what: Program, threads: int) -> Any:
+    out = _shape_of_features(theta, x, what=what)
+    rows = x.reshape(-1, x.shape[-1])
+    call = jax.ffi.ffi_call("qaa_forward", jax.ShapeDtypeStruct((rows.shape[0], what.n_outputs), out.dtype))
+    return call(theta.reshape(-1), rows, program=str(what), threads=np.int64(threads)).reshape(out.shape)
+
+
+def _call_backward(theta: Any, x: Any, grad: Any, *, what: Program, threads: int, of: tuple[str, ...]) -> list[Any]:
+    angles, rows = theta.reshape(-1), x.reshape(-1, x.shape[-1])
+    results = [jax.ShapeDtypeStruct(angles.shape, angles.dtype)]
+    if "x" in of:
+        results.append(jax.ShapeDtypeStruct(rows.shape, rows.dtype))
+    call = jax.ffi.ffi_call("qaa_backward", results)
+    # JAX's cotangent of a + ib is dE/da - i dE/db, the core's is dE/da + i dE/db.
+    grad = grad.reshape(rows.shape[0], what.n_outputs).conj()
+    found = call(angles, rows, grad, program=str(what), threads=np.int64(threads))
+    grads = dict(zip(("theta", "x"), found, strict=False))
+    return [grads[name].reshape(a.shape) for name, a in (("theta", theta), ("x", x)) if name in of]
+
+
+def _no_forward_mode(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("expected reverse mode, received a request for forward mode: the kernels have none")
+
+
+def _no_second_derivative(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("expected a first derivative, received a request for a second one: the adjoint has none")
+
+
+# ------------------------------------------------------------------------------------------------ derivatives
+
+
+def _differentiate(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:
+    theta, x = primals
+    moving = {name: t for name, t in zip(("theta", "x"), tangents, strict=True) if type(t) is not ad.Zero}
+    return (
+        _features.bind(theta, x, **params),
+        _tangent.bind(theta, x, *moving.values(), of=tuple(moving), **params),
+    )
+
+
+def _transpose(grad: Any, theta: Any, x: Any, *tangents: Any, of: tuple[str, ...], **params: Any) -> list[Any]:
+    if type(grad) is ad.Zero:
+        return [None, None, *(ad.Zero(t.aval) if ad.is_undefined_primal(t) else None for t in tangents)]
+    wanted = tuple(name for name, t in zip(of, tangents, strict=True) if ad.is_undefined_primal(t))
+    grads = dict(zip(wanted, _adjoint.bind(theta, x, grad, of=wanted, **params), strict=True))
+    return [None, None, *(grads.get(name) for name in of)]
+
+
+# ------------------------------------------------------------------------------------------------ batches
+
+
+def _one_after_the_other(primitive: Primitive) -> Callable[..., Any]:
+    """The rule by which a primitive maps over any of its operands: a loop."""
+
+    def rule(operands: Sequence[Any], axes: Sequence[int | None], **params: Any) -> tuple[Any, Any]:
+        mapped = [jnp.moveaxis(a, axis, 0) for a, axis in zip(operands, axes, strict=True) if axis is not None]
+
+        def one(slices: list[Any]) -> Any:
+            rest = iter(slices)
+            return primitive.bind(
+                *(a if axis is None else next(rest) for a, axis in zip(operands, axes, strict=True)), **params
+            )
+
+        out = jax.lax.map(one, mapped)
+        return out, [0] * len(out) if primitive.multiple_results else 0
+
+    return rule
+
+
+def _batch_features(operands: Sequence[Any], axes: Sequence[int | None], **params: Any) -> tuple[Any, Any]:
+    (theta, x), (theta_axis, x_axis) = operands, axes
+    if theta_axis is not None:
+        return _one_after_the_other(_features)(operands, axes, **params)
+    return _features.bind(theta, jnp.moveaxis(x, x_axis, 0), **params), 0
+
+
+def _batch_adjoint(operands: Sequence[Any], axes: Sequence[int | None], of: tuple[str, ...], **params: Any) -> Any:
+    """Gradients of x alone are one larger batch; each gradient of theta is a call of its own."""
+    if "theta" in of or axes[0] is not None:
+        return _one_after_the_other(_adjoint)(operands, axes, of=of, **params)
+    size = next(a.shape[axis] for a, axis in zip(operands, axes, strict=True) if axis is not None)
+    x, grad = (
+        jnp.broadcast_to(a, (size, *a.shape)) if axis is None else jnp.moveaxis(a, axis, 0)
+        for a, axis in zip(operands[1:], axes[1:], strict=True)
+    )
+    return _adjoint.bind(operands[0], x, grad, of=of, **params), [0]
+
+
+# ------------------------------------------------------------------------------------------------ registration
+
+for _name, _handler in _core.xla_handlers().items():
+    jax.ffi.register_ffi_target(_name, _handler, platform="cpu")
+
+_features.def_abstract_eval(_shape_of_features)
+_tangent.def_abstract_eval(_shape_of_features)
+_adjoint.def_abstract_eval(_shapes_of_adjoint)
+_features.def_impl(jax.jit(_features.bind, static_argnames=("what", "threads")))
+_tangent.def_impl(_no_forward_mode)
+_adjoint.def_impl(jax.jit(_adjoint.bind, static_argnames=("what", "threads", "of")))
+mlir.register_lowering(_features, mlir.lower_fun(_call_forward, multiple_results=False), platform="cpu")
+mlir.register_lowering(_tangent, _no_forward_mode)
+mlir.register_lowering(_adjoint, mlir.lower_fun(_call_backward, multiple_results=True), platform="cpu")
+ad.primitive_jvps[_features] = _differentiate
+ad.primitive_jvps[_tangent] = _no_second_derivative
+ad.primitive_jvps[_adjoint] = _no_second_derivative
+ad.primitive_transposes[_tangent] = _transpose
+batching.primitive_batchers[_features] = _batch_features
+batching.primitive_batchers[_tangent] = _one_after_the_other(_tangent)
+batching.primitive_batchers[_adjoint] = _batch_adjoint

@@ -1,0 +1,79 @@
+"""The C++ package as it was installed: an example is built against it, run, and held to the same core in Python."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import oracle
+import qaa
+from qaa.cli import cmake_dir
+from qaa.program import program
+
+EXAMPLE = Path(__file__).parent.parent / "examples" / "cpp"
+
+
+def run(*command: object, code: int = 0) -> str:
+    result = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    assert result.returncode == code, result.stdout[-3000:] + result.stderr[-3000:]
+    return result.stdout + result.stderr
+
+
+@pytest.fixture(scope="module")
+def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds nothing but the example's two files, so that headers can come from the package alone."""
+    source, build = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("build")
+    shutil.copytree(EXAMPLE, source, dirs_exist_ok=True)
+    prefix = run(sys.executable, "-m", "qaa", "info", "--cmake-dir").strip()
+    assert prefix == cmake_dir()
+    run("cmake", "-S", source, "-B", build, f"-DCMAKE_PREFIX_PATH={prefix}", "-DCMAKE_CXX_FLAGS=-Wall -Wextra -Werror")
+    run("cmake", "--build", build)
+    return build / "gradient"
+
+
+def numbers_after(label: str, text: str) -> np.ndarray:
+    found = re.search(rf"{label} (.*)", text)
+    assert found, text
+    return np.array(found[1].split(), float)
+
+
+def test_the_example_agrees_with_finite_differences_and_with_the_oracle(example: Path) -> None:
+    circuit = qaa.ansatz("ring", n_wires=4, n_layers=2)
+    text = run(example)
+    theta = np.sin(1 + 0.7 * np.arange(circuit.n_parameters)).reshape(circuit.parameter_shape)
+    x = np.sin(1 + 0.7 * np.arange(100 * 12)).reshape(100, 12)
+    expected = oracle.features(circuit, theta, x)
+    grad_theta, _ = oracle.vjp(circuit, theta, x, np.ones_like(expected))
+    np.testing.assert_allclose(numbers_after("<Z> of the first row", text), expected[0], rtol=0, atol=1e-13)
+    np.testing.assert_allclose(numbers_after("sum of the angles' gradient", text), [grad_theta.sum()], atol=1e-10)
+    assert numbers_after("largest deviation from finite differences", text) < 1e-7
+    assert f"instruction set {qaa._core.instruction_set()}" in text
+    assert run(example, program(circuit, "z", True)) == text  # the same circuit, from its text
+
+
+@pytest.mark.parametrize(
+    ("text", "received"),
+    [
+        ("wires 2; theta 0; H 0", "'CIRCUIT | READOUT | normalize' or '... | as is', received 'wires 2; theta 0; H 0'"),
+        ("wires; theta 0 | ZZ | as is", "'wires N; theta SHAPE; GATE ...', received 'wires; theta 0'"),
+        ("wires 2; H 0 | ZZ | as is", "'wires N; theta SHAPE; GATE ...', received 'wires 2; H 0'"),
+        ("wires 2; theta 1x; H 0 | ZZ | as is", "an integer of at least 0, received ''"),
+        ("wires 2; theta 0; H zero | ZZ | as is", "an integer of at least 0, received 'zero'"),
+        ("wires 2; theta 0; H 0; | ZZ | as is", "a gate between semicolons, received ''"),
+        ("wires 2; theta 0; FOO 0 | ZZ | as is", "a gate of the gate table, received 'FOO'"),
+        ("wires 2; theta 0; H 2 | ZZ | as is", "wires below 2, received H on wire 2"),
+        ("wires 2; theta 65536x65536; H 0 | ZZ | as is", "less than 2^32 parameters, received '65536x65536'"),
+        ("wires 2; theta 0; H 0 | ZZ,Z | as is", "received"),
+        ("wires 2; theta 0; H 0 | probs[:5] | as is", "received"),
+        ("wires 2; theta 0; H 0 | state[:1 | as is", "a readout 'probs[:K]' or 'state[:K]', received 'state[:1'"),
+    ],
+)
+def test_a_text_that_is_no_program_is_named(example: Path, text: str, received: str) -> None:
+    message = run(example, text, code=2)
+    assert message.startswith("gradient: expected ") and received in message and message.count("\n") == 1
