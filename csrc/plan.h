@@ -181,8 +181,9 @@ struct Operations {
 };
 QAA_API Operations count_operations(const Plan& plan, std::uint32_t columns);
 
-// The plan of a circuit of 1 to 16 wires and a readout; gates are applied first to last. With `normalize` rows are divided
-// by their norm, without it they go through the circuit as they are. `options` are best default_options() (qaa.h).
+// The plan of a circuit of 1 to 16 wires and a readout; gates are applied first to last. With `normalize` rows are
+// divided by their norm, without it they go through the circuit as they are. `options` are best default_options()
+// (qaa.h).
 // Throws std::invalid_argument with one sentence that names what was expected and what was received.
 QAA_API Plan compile(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vector<GateCall>& gates,
                      const ReadoutSpec& readout, bool normalize, const PlanOptions& options);

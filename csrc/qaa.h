@@ -13,10 +13,10 @@
 // std::runtime_error if the environment variable QAA_ISA names an instruction set that this machine or build lacks.
 // A call that throws has written nothing, or part of its outputs.
 //
-// Threads. Every function may be called from any thread at any time; outputs of calls that run at once must not overlap,
-// nor may an output overlap an input unless it is said below. `threads` is the most that a call uses, the caller's
-// included, from one pool of the process; a call that finds the pool busy works alone. Results are the same bits for any
-// number of threads. After fork() the child gets a new pool.
+// Threads. Every function may be called from any thread at any time; outputs of calls that run at once must not
+// overlap, nor may an output overlap an input unless it is said below. `threads` is the most that a call uses, the
+// caller's included, from one pool of the process; a call that finds the pool busy works alone. Results are the same
+// bits for any number of threads. After fork() the child gets a new pool.
 //
 // No function here knows of Python or of any framework.
 #pragma once

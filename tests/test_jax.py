@@ -259,7 +259,7 @@ def test_xla_hears_of_a_wrong_call_in_a_sentence() -> None:
     for operands, attributes, message in (
         ((angles, X), {"threads": threads}, "expected the attribute 'program'"),
         ((angles, X), {"program": "wires", "threads": threads}, "expected 'CIRCUIT | READOUT"),
-        ((angles, X), {"program": text, "threads": np.int32(1)}, "expected threads of int64"),
+        ((angles, X), {"program": text, "threads": np.int32(2)}, "expected threads of int64"),
         ((angles[:5], X), {"program": text, "threads": threads}, "expected theta with 18 angles"),
         ((angles.astype(np.int64), X), {"program": text, "threads": threads}, "expected theta of float32 or float64"),
         ((angles, X[0]), {"program": text, "threads": threads}, "expected a matrix, received rank 1"),

@@ -1,7 +1,7 @@
 """Quantum-amplitude embedded adaptation: batched circuit kernels with adjoint gradients, and a PEFT method on top.
 
 ``import qaa`` needs NumPy alone. The torch side is in :mod:`qaa.ops` (custom ops), :mod:`qaa.nn` (modules) and
-:mod:`qaa.peft` (PEFT methods), each imported where it is needed.
+:mod:`qaa.peft` (PEFT methods), JAX's in :mod:`qaa.jax`, each imported where it is needed.
 """
 
 from __future__ import annotations

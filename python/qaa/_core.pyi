@@ -26,6 +26,7 @@ __all__: list[str] = [
     "noisy_forward",
     "project",
     "project_backward",
+    "xla_handlers",
 ]
 
 class Scalar:
@@ -290,6 +291,11 @@ def project_backward(
 ) -> None:
     """
     The adjoint of project in one pass over grad; releases the GIL.
+    """
+
+def xla_handlers() -> dict[str, typing.Any]:
+    """
+    XLA's custom calls by name, as capsules for jax.ffi.register_ffi_target.
     """
 
 def cuda_is_built() -> bool:

@@ -169,7 +169,7 @@ def _transpose(grad: Any, theta: Any, x: Any, *tangents: Any, of: tuple[str, ...
 # ------------------------------------------------------------------------------------------------ batches
 
 
-def _one_after_the_other(primitive: Primitive) -> Callable[..., Any]:
+def _one_after_the_other(primitive: Primitive) -> Callable[..., tuple[Any, Any]]:
     """The rule by which a primitive maps over any of its operands: a loop."""
 
     def rule(operands: Sequence[Any], axes: Sequence[int | None], **params: Any) -> tuple[Any, Any]:
@@ -187,7 +187,7 @@ def _one_after_the_other(primitive: Primitive) -> Callable[..., Any]:
     return rule
 
 
-def _batch_features(operands: Sequence[Any], axes: Sequence[int | None], **params: Any) -> tuple[Any, Any]:
+def _batch_features(operands: Sequence[Any], axes: Sequence[Any], **params: Any) -> tuple[Any, Any]:
     (theta, x), (theta_axis, x_axis) = operands, axes
     if theta_axis is not None:
         return _one_after_the_other(_features)(operands, axes, **params)
