@@ -115,8 +115,8 @@ class DenseAdapted(nn.Module):
     def __init__(self, layer: AdditiveLayer) -> None:
         super().__init__()
         self.base = layer.get_base_layer()
-        names = [] if layer.disable_adapters or layer.merged else filter(layer._has_adapter, layer.active_adapters)
-        self.adapters = nn.ModuleList(_dense(layer, name) for name in names)
+        active: list[str] = [] if layer.disable_adapters or layer.merged else layer.active_adapters
+        self.adapters = nn.ModuleList(_dense(layer, name) for name in active if layer._has_adapter(name))
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.base(x)
