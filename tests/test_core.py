@@ -98,13 +98,13 @@ def fuzz(program: Path, isa: str, runs: int) -> None:
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
 def test_the_core_has_no_data_races(tmp_path: Path) -> None:
-    """Six threads call the kernels at once, each on several threads, with ThreadSanitizer watching."""
+    """Four threads call the kernels at once, each on several threads, with ThreadSanitizer watching."""
     flags = "-DCMAKE_CXX_FLAGS=-fsanitize=thread"
     program = build(tmp_path, "-DQAA_OPTIMIZE=-O1", "-DQAA_AVX2=OFF", flags)
-    for command in ([program, "6", "2"], [program.with_name("fuzz"), "--corpus", CORPUS, "--runs", "0"]):
+    for command in ([program, "4", "1"], [program.with_name("fuzz"), "--corpus", CORPUS, "--runs", "0"]):
         result = subprocess.run(command, capture_output=True, text=True)
         assert result.returncode == 0, result.stdout + result.stderr[-3000:]
-        assert "different" not in result.stdout or "6 callers, 2 rounds: 0 different" in result.stdout
+        assert result.stdout.startswith(("4 callers, 1 rounds: 0 different", "baseline: 0 inputs"))
 
 
 @pytest.mark.skipif(

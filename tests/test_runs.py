@@ -91,7 +91,9 @@ def test_a_killed_run_continues_to_the_same_results(undisturbed: tuple[Path, Any
                 process.wait(generator.uniform(0, float(os.environ["QAA_KILL_WITHIN"])))
         process.kill()
         process.communicate()
-        finished = [path.name for path in (tmp_path / "work").glob("*-seed*.json")] if kill or kills == 1 else []
+        finished = (
+            [path.name for path in (tmp_path / "work").glob("*-seed*.json")] if (tmp_path / "work").exists() else []
+        )
         print(f"kill {kill + 1}: exit {process.returncode}, finished {sorted(finished)}")
         for path in (tmp_path / "work").glob("*.json"):
             json.loads(path.read_text("utf-8"))  # whole
@@ -108,9 +110,10 @@ def test_sigterm_ends_parent_and_child_in_a_sentence(undisturbed: tuple[Path, An
     with pytest.raises(CompareError, match=second), run._alone(tmp_path):
         pass
     process.terminate()
-    _, said = process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert said.splitlines()[-1] == "qaa compare: terminated; the same command continues"
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 143, said
+    assert "qaa compare: terminated; the same command continues" in said.splitlines()
+    assert "Traceback" not in said
     with run._alone(tmp_path):  # nobody is left
         pass
 
