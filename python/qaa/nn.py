@@ -651,7 +651,7 @@ def check_flag(name: str, value: bool) -> None:
 
 def _check_width(x: Tensor, width: int) -> None:
     if x.ndim < 1 or x.shape[-1] != width:
-        raise ValueError(f"expected x with a last dimension of {width}, received {tuple(x.shape)}")
+        raise ValueError(f"expected x with a last dimension of {width}, received {x.shape[-1] if x.ndim else ()}")
 
 
 def check_scaling(scaling: float) -> float:
