@@ -570,13 +570,14 @@ def test_pefts_own_conversion_accepts_the_state_readout_alone():
 
 @pytest.mark.parametrize("readout", ["z", STATE])
 @pytest.mark.parametrize("autocast_adapter_dtype", [True, False])
-def test_bfloat16_base(readout, autocast_adapter_dtype):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_base(dtype, readout, autocast_adapter_dtype):
     expected = logits(adapted(random_config(readout)))
-    model = adapted(random_config(readout), llama().bfloat16(), autocast_adapter_dtype=autocast_adapter_dtype)
+    model = adapted(random_config(readout), llama().to(dtype), autocast_adapter_dtype=autocast_adapter_dtype)
     dtypes = {p.dtype for name, p in model.named_parameters() if "qaa_" in name}
-    assert dtypes == {torch.float32 if autocast_adapter_dtype else torch.bfloat16}
+    assert dtypes == {torch.float32 if autocast_adapter_dtype else dtype}
     result = logits(model)
-    assert result.dtype == torch.bfloat16
+    assert result.dtype == dtype
     assert (result.float() - expected).abs().max() < 0.1 * expected.abs().max()
     model.train()(tokens(), labels=tokens()).loss.backward()
     assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
