@@ -203,7 +203,8 @@ def to_dense(peft_model: PeftModel) -> nn.Module:
         for name, child in list(parent.named_children()):
             if isinstance(child, AdditiveLayer):
                 setattr(parent, name, DenseAdapted(child))
-    plain: nn.Module = model.base_model.unload()  # takes modules that were trained in full out of their wrappers
+    tuner: Any = model.base_model
+    plain: nn.Module = tuner.unload()  # takes modules that were trained in full out of their wrappers
     return plain
 
 
