@@ -54,7 +54,7 @@ study-small: $(VENV)/.compare
 # PEFT's tests are in its sdist, of which `make test` runs a part.
 test: $(VENV)/.dev
 	$(BIN)/python tests/peft_suite.py --fetch
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses auto --dist loadfile --durations 40
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
