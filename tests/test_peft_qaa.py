@@ -636,7 +636,7 @@ def test_generation_in_inference_mode_and_training_afterwards():
     [
         ({"n_layers": 0}, "expected n_layers from 1 to 10000, received 0"),
         ({"n_layers": 2.5}, "expected n_layers from 1 to 10000, received 2.5"),
-        ({"ansatz": "star"}, "expected an ansatz among ring, .*, received 'star'"),
+        ({"ansatz": "star"}, "expected ansatz among ring, .*, received 'star'"),
         ({"readout": "x"}, "expected a readout 'z', .*, received 'x'"),
         ({"readout": "state[:0]"}, "expected between 1 and 65536 outputs for readout 'state'.*, received 0"),
         ({"readout": []}, "expected at least one Pauli string in the readout, received none"),
@@ -648,7 +648,7 @@ def test_generation_in_inference_mode_and_training_afterwards():
         ({"init_angles": "none"}, "expected init_angles among uniform, small, zero, received 'none'"),
         ({"center_channels": 1}, "expected center_channels to be True or False, received 1"),
         ({"up_projection": "none"}, "expected up_projection among full, random, circuit, received 'none'"),
-        ({"projection_key": 0.5}, "expected projection_key to be an integer, received 0.5"),
+        ({"projection_key": 0.5}, "expected projection_key to be an integer of 64 bits, received 0.5"),
         ({"calibration": "never"}, "expected calibration among explicit, first_batch, received 'never'"),
         ({"calibration": "first_batch"}, "expected one of scale_channels, .* with calibration 'first_batch', received"),
         ({"target_modules": "q", "layers_to_transform": 0}, "`layers_to_transform` cannot be used when"),
