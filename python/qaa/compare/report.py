@@ -106,7 +106,7 @@ def findings(report: dict[str, Any]) -> list[str]:
     untouched = rows[UNTOUCHED]
     said = [
         "Lowest test loss first: "
-        + ", ".join(f"{row['label']} {_loss(row['test_loss'])}" for row in trained)
+        + _comma([row["label"] for row in trained]).join(f"{row['label']} {_loss(row['test_loss'])}" for row in trained)
         + f"; the untouched model has {_loss(untouched['test_loss'])}."
     ]
     from_untouched = [d for d in report["differences"] if d["reference"] == UNTOUCHED]
@@ -289,7 +289,14 @@ def _rate(value: float) -> str:
 
 
 def _listed(items: Sequence[str]) -> str:
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+    comma = _comma(items)
+    last = f"{comma}and" if comma == "; " else " and"
+    return items[0] if len(items) == 1 else f"{comma.join(items[:-1])}{last} {items[-1]}"
+
+
+def _comma(items: Sequence[str]) -> str:
+    """A comma, or a semicolon where items have commas of their own, as labels of variants do."""
+    return "; " if any(", " in item for item in items) else ", "
 
 
 def _best(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
