@@ -973,6 +973,9 @@ def test_a_circuit_as_up_projection_trains_gains_and_two_sets_of_angles(readout:
         assert torch.equal(logits(loaded), expected)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(logits(twin), expected)
+    angles, gains = parameter_groups(model, lr=1e-3, angle_lr=1e-2)  # angles of both circuits are angles
+    assert {tuple(p.shape) for p in angles["params"]} == {(2, 5, 3), (2, 4, 3)} and len(angles["params"]) == 8
+    assert {tuple(p.shape) for p in gains["params"]} == {(5,)}
     frozen = adapted(random_config(readout, train_circuit=False, **fields))
     assert frozen.get_nb_trainable_parameters()[0] == 4 * 5
 

@@ -76,7 +76,8 @@ class QaaLayer(AdditiveLayer):
     method = "QAA"
     whitening_names = ("qaa_channels", "qaa_center", "qaa_mean", "qaa_gain")
     frozen_names = (*whitening_names, "qaa_calibrated")
-    adapter_layer_names = ("qaa_theta", "qaa_phi", "qaa_up", "qaa_bias", *frozen_names)
+    angle_names = ("qaa_theta", "qaa_phi")
+    adapter_layer_names = (*angle_names, "qaa_up", "qaa_bias", *frozen_names)
     other_param_names = ("qaa_adapter", "qaa_pending", "qaa_signs", "qaa_up_adapter")
 
     def _create_containers(self) -> None:
@@ -130,7 +131,7 @@ class QaaLayer(AdditiveLayer):
         if config.calibration == "first_batch":
             self.qaa_calibrated[adapter_name] = torch.zeros(1)
             self.qaa_pending[adapter_name] = "measure"
-        frozen = self.frozen_names if config.train_circuit else (*self.frozen_names, "qaa_theta", "qaa_phi")
+        frozen = self.frozen_names if config.train_circuit else (*self.frozen_names, *self.angle_names)
         self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: frozen}
 
     def _parameters_of(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor | None, Whitening]:

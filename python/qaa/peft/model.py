@@ -57,7 +57,8 @@ def parameter_groups(model: nn.Module, lr: float, angle_lr: float) -> list[dict[
     layers = [module for module in model.modules() if isinstance(module, QaaLayer)]
     if not layers:
         raise ValueError(f"expected a model with QAA adapters, received a {type(model).__name__} without any")
-    angles = {id(theta): theta for layer in layers for theta in layer.qaa_theta.values() if theta.requires_grad}
+    everything = (a for layer in layers for name in layer.angle_names for a in getattr(layer, name).values())
+    angles = {id(a): a for a in everything if a.requires_grad}
     others = [p for p in model.parameters() if p.requires_grad and id(p) not in angles]
     groups: list[dict[str, Any]] = [
         {"params": list(angles.values()), "lr": angle_lr, "weight_decay": 0.0},
