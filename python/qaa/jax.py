@@ -24,11 +24,9 @@ except ImportError as error:
     raise ImportError(f"expected jax 0.5 or newer (pip install 'qaa[jax]'), received {error}") from error
 
 from qaa import _core
-from qaa.arrays import _threads
+from qaa.arrays import _SCALARS, _threads
 from qaa.circuit import Circuit, Readout
 from qaa.program import Program, program
-
-_DTYPES = ("float16", "bfloat16", "float32", "float64")
 
 
 def forward(
@@ -83,11 +81,11 @@ def forward(
     """
     what = program(circuit, readout, normalize)
     theta, x = jnp.asarray(theta), jnp.asarray(x)
-    if theta.dtype.name not in _DTYPES:
+    if theta.dtype.name not in _SCALARS:
         raise TypeError(f"expected theta of a real floating dtype, received {theta.dtype}")
     what.check_theta(theta.shape)
-    if x.dtype.name not in _DTYPES:
-        raise TypeError(f"expected x of dtype {', '.join(_DTYPES)}, received {x.dtype}")
+    if x.dtype.name not in _SCALARS:
+        raise TypeError(f"expected x of dtype {', '.join(_SCALARS)}, received {x.dtype}")
     if x.ndim < 1:
         raise ValueError(f"expected x of shape (..., d), received {x.shape}")
     what.check_width(x.shape[-1])

@@ -178,11 +178,15 @@ def _in_layers(scope: Scope) -> dict[str, Any]:
 def _qaa(name: str, model: Any, tokenizer: Any, scope: Scope, options: dict[str, Any]) -> Built:
     import peft
 
+    config = qaa_config(name, **{**_in_layers(scope), **options})
+    return peft.get_peft_model(model, config), []
+
+
+def qaa_config(method: str, **fields: Any) -> Any:
+    """The configuration of a method that is a form of QAA: its preset with ``fields`` changed."""
     from qaa.peft import QaaConfig
 
-    preset = "paper" if name == "qaa-paper" else "default"
-    config = QaaConfig.preset(preset, **{**_in_layers(scope), **options})
-    return peft.get_peft_model(model, config), []
+    return QaaConfig.preset("paper" if method == "qaa-paper" else "default", **fields)
 
 
 def _sora(name: str, model: Any, tokenizer: Any, scope: Scope, options: dict[str, Any]) -> Built:

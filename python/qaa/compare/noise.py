@@ -17,12 +17,9 @@ from .training import Job, _quiet, _skipping, _start
 
 def has_noise(row: Any) -> bool:
     """Whether the row's features are observables: QAA with a quadratic readout; amplitudes of a state are none."""
-    if not row.method.is_qaa:
-        return False
-    from qaa.peft import QaaConfig
+    from .methods import qaa_config
 
-    config = QaaConfig.preset("paper" if row.method.name == "qaa-paper" else "default", **row.options)
-    return not str(config.readout).startswith("state")
+    return row.method.is_qaa and not str(qaa_config(row.method.name, **row.options).readout).startswith("state")
 
 
 def evaluate_noise(
