@@ -20,12 +20,15 @@ struct CpuKernels {
                            T* grad_bias);
 };
 
+struct NoisyInstructionSet;  // noise.h
+
 struct InstructionSet {
   const char* name;
   int vector_bytes;
   int rotate_radix, unwind_radix;
   CpuKernels<float> f32;
   CpuKernels<double> f64;
+  const NoisyInstructionSet* noisy;
 };
 
 // The narrowest width of the instruction set in use that holds so many rows at once: a group takes its time however few

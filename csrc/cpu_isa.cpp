@@ -85,8 +85,9 @@ constexpr CpuKernels<T> kernels{width<T>,           workspace_vectors<T>, forwar
 
 #define QAA_STRING_OF(x) #x
 #define QAA_STRING(x) QAA_STRING_OF(x)
+extern const NoisyInstructionSet noisy_instruction_set;  // noise_isa.cpp
 extern const InstructionSet instruction_set;
-const InstructionSet instruction_set{QAA_STRING(QAA_ISA), QAA_VECTOR_BYTES, QAA_ROTATE_RADIX,
-                                     QAA_UNWIND_RADIX,    kernels<float>,   kernels<double>};
+const InstructionSet instruction_set{QAA_STRING(QAA_ISA), QAA_VECTOR_BYTES, QAA_ROTATE_RADIX,      QAA_UNWIND_RADIX,
+                                     kernels<float>,      kernels<double>,  &noisy_instruction_set};
 
 }  // namespace qaa::QAA_ISA

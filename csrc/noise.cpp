@@ -6,8 +6,6 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
-#include <string_view>
-#include <utility>
 
 #include "checks.h"
 #include "cpu.h"
@@ -15,25 +13,6 @@
 #include "threads.h"
 
 namespace qaa {
-
-#define QAA_DECLARE_ISA(name)                                 \
-  namespace name {                                            \
-  extern const NoisyInstructionSet noisy_instruction_set;     \
-  }
-QAA_DECLARE_ISA(baseline)
-#ifdef QAA_HAS_AVX2
-QAA_DECLARE_ISA(avx2)
-QAA_DECLARE_ISA(avx2_128)
-#endif
-#ifdef QAA_HAS_AVX512
-QAA_DECLARE_ISA(avx512)
-QAA_DECLARE_ISA(avx512_256)
-QAA_DECLARE_ISA(avx512_128)
-#endif
-#ifdef QAA_HAS_NEON
-QAA_DECLARE_ISA(neon)
-#endif
-
 namespace {
 
 using Kind = NoisyStep::Kind;
@@ -95,32 +74,12 @@ std::vector<BoundNoisyStep<T>> bound_steps(const NoisyPlan& plan, const double* 
   return out;
 }
 
-// The trajectories' kernels that belong to an instruction set and width.
-const NoisyInstructionSet& noisy_set(const InstructionSet& set) {
-  static const std::pair<std::string_view, const NoisyInstructionSet*> all[] = {
-      {"baseline", &baseline::noisy_instruction_set},
-#ifdef QAA_HAS_AVX2
-      {"avx2", &avx2::noisy_instruction_set},
-      {"avx2_128", &avx2_128::noisy_instruction_set},
-#endif
-#ifdef QAA_HAS_AVX512
-      {"avx512", &avx512::noisy_instruction_set},
-      {"avx512_256", &avx512_256::noisy_instruction_set},
-      {"avx512_128", &avx512_128::noisy_instruction_set},
-#endif
-#ifdef QAA_HAS_NEON
-      {"neon", &neon::noisy_instruction_set},
-#endif
-  };
-  return *std::ranges::find(all, set.name, &std::pair<std::string_view, const NoisyInstructionSet*>::first)->second;
-}
-
 template <class T>
 const NoisyKernels<T>& kernels_of(const InstructionSet& set) {
   if constexpr (sizeof(T) == 8) {
-    return noisy_set(set).f64;
+    return set.noisy->f64;
   } else {
-    return noisy_set(set).f32;
+    return set.noisy->f32;
   }
 }
 
@@ -191,7 +150,7 @@ void forward_as(const NoisyCall& call) {
 
 NoisyPlan compile_noisy(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vector<GateCall>& gates,
                         const ReadoutSpec& readout, bool normalize, const Noise& noise) {
-  compile(n_wires, n_parameters, gates, readout, normalize, default_options());  // for its checks
+  check_circuit(n_wires, n_parameters, gates, readout);
   if (readout.kind == ReadoutKind::state) {
     throw std::invalid_argument("expected a readout of expectation values or probabilities with noise, received "
                                 "amplitudes");

@@ -809,10 +809,16 @@ void Angle::add(const Angle& other, double sign) {
   }
 }
 
-Plan compile(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vector<GateCall>& gates,
-             const ReadoutSpec& readout, bool normalize, const PlanOptions& options) {
+void check_circuit(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vector<GateCall>& gates,
+                   const ReadoutSpec& readout) {
   if (n_wires < 1 || n_wires > 16) refuse("from 1 to 16 wires", std::to_string(n_wires));
   check(readout, n_wires);
+  for (const GateCall& gate : gates) check(n_wires, n_parameters, gate);
+}
+
+Plan compile(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vector<GateCall>& gates,
+             const ReadoutSpec& readout, bool normalize, const PlanOptions& options) {
+  check_circuit(n_wires, n_parameters, gates, readout);
   for (const int radix : {options.load_radix, options.rotate_radix, options.unwind_radix}) {
     if (radix < 1 || radix > 4) refuse("passes of 1 to 4 wires", std::to_string(radix));
   }
@@ -826,10 +832,7 @@ Plan compile(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vecto
 
   Frame frame(n_wires);
   for (Index i = 0; i < plan.n_amplitudes(); ++i) plan.inputs.push_back(frame.stored_index(i));
-  for (const GateCall& gate : gates) {
-    check(n_wires, n_parameters, gate);
-    apply(gate, frame, plan);
-  }
+  for (const GateCall& gate : gates) apply(gate, frame, plan);
   if (readout.kind == ReadoutKind::expval) {
     Observables observables(plan);
     for (std::uint32_t k = 0; k < readout.n_outputs; ++k) {

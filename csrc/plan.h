@@ -181,6 +181,10 @@ struct Operations {
 };
 QAA_API Operations count_operations(const Plan& plan, std::uint32_t columns);
 
+// Throws what compile() throws for a circuit or a readout that there cannot be.
+void check_circuit(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vector<GateCall>& gates,
+                   const ReadoutSpec& readout);
+
 // The plan of a circuit of 1 to 16 wires and a readout; gates are applied first to last. With `normalize` rows are
 // divided by their norm, without it they go through the circuit as they are. `options` are best default_options()
 // (qaa.h).

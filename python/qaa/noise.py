@@ -17,7 +17,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from qaa import _core, arrays, shots
 from qaa.circuit import Circuit, Readout
-from qaa.program import Program, program
+from qaa.program import Program, plan_arguments, program
 
 
 @dataclass(frozen=True)
@@ -241,18 +241,11 @@ def _seed(seed: int | np.random.Generator | None) -> int:
 
 @lru_cache(maxsize=256)
 def _plan(what: Program, noise: NoiseModel) -> _core.NoisyPlan:
-    circuit, readout = what.circuit, what.readout
     return _core.NoisyPlan(
-        circuit.n_wires,
-        circuit.n_parameters,
-        [(gate.name, gate.wires, gate.parameters) for gate in circuit.gates],
-        getattr(_core.ReadoutKind, readout.kind),
-        readout.n_outputs,
-        list(readout.paulis),
-        what.normalize,
-        list(noise.pauli),
-        noise.amplitude_damping,
-        noise.readout_error,
+        **plan_arguments(what),
+        pauli=list(noise.pauli),
+        damping=noise.amplitude_damping,
+        readout=noise.readout_error,
     )
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 from qaa import _core
 from qaa.circuit import Circuit, Readout
@@ -92,18 +93,22 @@ def _program(circuit: Circuit, readout: str | Readout, normalize: bool) -> Progr
 
 @lru_cache(maxsize=1024)
 def _plan(program: Program) -> _core.Plan:
-    circuit, readout = program.circuit, program.readout
     without = [name for name in os.environ.get("QAA_PLAN_WITHOUT", "").split(",") if name]
     for name in without:
         if name not in REWRITES:
             raise ValueError(f"expected QAA_PLAN_WITHOUT to name rewrites among {', '.join(REWRITES)}, received {name}")
-    return _core.Plan(
-        circuit.n_wires,
-        circuit.n_parameters,
-        [(gate.name, gate.wires, gate.parameters) for gate in circuit.gates],
-        getattr(_core.ReadoutKind, readout.kind),
-        readout.n_outputs,
-        list(readout.paulis),
-        program.normalize,
-        **{name: name not in without for name in REWRITES},
-    )
+    return _core.Plan(**plan_arguments(program) | {name: name not in without for name in REWRITES})
+
+
+def plan_arguments(program: Program) -> dict[str, Any]:
+    """What the core makes plans of, exact or noisy, by its names."""
+    circuit, readout = program.circuit, program.readout
+    return {
+        "n_wires": circuit.n_wires,
+        "n_parameters": circuit.n_parameters,
+        "gates": [(gate.name, gate.wires, gate.parameters) for gate in circuit.gates],
+        "kind": getattr(_core.ReadoutKind, readout.kind),
+        "n_outputs": readout.n_outputs,
+        "paulis": list(readout.paulis),
+        "normalize": program.normalize,
+    }
