@@ -32,6 +32,14 @@ def test_every_ansatz_prints_as_text_that_parses_back(name: str, n_wires: int) -
 
 
 @given(circuits())
+def test_the_adjoint_of_a_circuit_is_its_inverse(circuit: Circuit) -> None:
+    theta = np.random.default_rng(0).uniform(-np.pi, np.pi, circuit.parameter_shape)
+    product = oracle.unitary(circuit.adjoint(), -theta) @ oracle.unitary(circuit, theta)
+    np.testing.assert_allclose(product, np.eye(2**circuit.n_wires), atol=1e-13)
+    assert circuit.adjoint().parameter_shape == circuit.parameter_shape
+
+
+@given(circuits())
 def test_circuits_are_values(circuit: Circuit) -> None:
     twin = Circuit(circuit.n_wires, list(circuit.gates), circuit.parameter_shape)  # type: ignore[arg-type]
     assert twin == circuit and hash(twin) == hash(circuit)

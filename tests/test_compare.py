@@ -23,6 +23,7 @@ pytest.importorskip("peft")
 pytest.importorskip("evaluate")
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM
 
 from compare_tiny import rows, write_data, write_encoder, write_model
@@ -436,6 +437,7 @@ def test_prefix_starts_from_the_keys_and_values_of_a_text(model: Any, tokenizer:
         ("bias", {"r": 3}),
         ("qaa", {"n_layers": 0}),
         ("random-projection", {"n_features": 33}),
+        ("random-projection", {"n_features": 4, "r": 5}),
         ("largest-channels", {"rank": 3}),
     ],
 )
@@ -460,6 +462,20 @@ def by_hand(layer: Any, x: torch.Tensor) -> torch.Tensor:
     if kind == "RandomProjection":
         return u @ layer.rows.double().T
     return ((u / u.norm(dim=-1, keepdim=True)) @ layer.rows.double().T) ** 2
+
+
+def test_a_control_of_low_rank_is_its_definition() -> None:
+    layer = CONTROLS["random-projection"](nn.Linear(8, 3), n_features=5, r=2)
+    x = torch.randn(4, 8)
+    assert torch.equal(layer(x), layer.base(x))
+    assert {name: tuple(p.shape) for name, p in layer.named_parameters() if "base" not in name} == {
+        "up": (3, 2), "mix": (2, 5),
+    }  # fmt: skip
+    with torch.no_grad():
+        layer.up.normal_()
+        layer.gain.fill_(0.5)
+    expected = layer.base(x) + (layer.features(x) * 0.5) @ layer.mix.T @ layer.up.T
+    torch.testing.assert_close(layer(x), expected)
 
 
 @pytest.mark.parametrize("bias", [False, True])

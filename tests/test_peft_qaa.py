@@ -649,6 +649,8 @@ def test_generation_in_inference_mode_and_training_afterwards():
         ({"init_angles": "none"}, "expected init_angles among uniform, small, zero, received 'none'"),
         ({"center_channels": 1}, "expected center_channels to be True or False, received 1"),
         ({"up_projection": "none"}, "expected up_projection among full, random, circuit, received 'none'"),
+        ({"r": 0}, "expected r from 1 to 65536, received 0"),
+        ({"r": 4.0}, "expected r from 1 to 65536, received 4.0"),
         ({"projection_key": 0.5}, "expected projection_key to be an integer of 64 bits, received 0.5"),
         ({"calibration": "never"}, "expected calibration among explicit, first_batch, received 'never'"),
         ({"calibration": "first_batch"}, "expected one of scale_channels, .* with calibration 'first_batch', received"),
@@ -688,7 +690,7 @@ def test_a_layer_above_sixteen_wires_is_refused():
 
 def test_every_field_says_when_it_pays():
     own = set(QaaConfig.__dataclass_fields__) - set(PeftConfig.__dataclass_fields__)
-    assert len(own) == 19
+    assert len(own) == 20
     for name in own:
         assert len(QaaConfig.__dataclass_fields__[name].metadata["help"]) > 40, name
 
@@ -812,7 +814,7 @@ def test_calibrated_channels_and_features_have_unit_size(
     assert torch.equal(model(x), expected)  # still an exact no-op
     assert model.get_nb_trainable_parameters()[0] == trainable  # statistics are saved, not trained
 
-    theta, _, bias, whitening = layer._parameters_of("default")
+    theta, _, bias, whitening, _ = layer._parameters_of("default")
     size = len(layer.qaa_up["default"][0])
     frozen = [t for t in whitening if t is not None]
     assert not any(t.requires_grad for t in frozen)
@@ -989,18 +991,56 @@ def test_a_circuit_as_up_projection_needs_an_output_for_every_feature() -> None:
         )
 
 
-@pytest.mark.parametrize("up_projection", ["random", "circuit"])
+@pytest.mark.parametrize("readout", ["z", STATE])
+def test_a_low_rank_up_projection_trains_two_factors(readout: str, tmp_path: Path) -> None:
+    assert torch.equal(logits(adapted(QaaConfig(readout=readout, r=2))), logits(llama()))  # B = 0
+    model = adapted(random_config(readout, r=2, adapter_bias=False))
+    expected, layer = logits(model), layers_of(model)[0]
+    assert (expected - logits(llama())).abs().max() > 1e-2
+    assert model.get_nb_trainable_parameters()[0] == 4 * (2 * 5 + 2 * 5 * 3) + 2 * 2 * (24 + 12)  # M, angles, B
+    up = layer.qaa_up["default"] @ layer.qaa_mix["default"]
+    x = torch.randn(3, 24)
+    plain = layer.qaa_adapter["default"].delta(x, layer.qaa_theta["default"], up, None)
+    torch.testing.assert_close(layer(x), layer.base_layer(x) + plain, **CLOSE)
+
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    assert {tuple(t.shape) for t in weights.values()} == {(24, 2), (12, 2), (2, 5), (2, 5, 3)}
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
+        assert torch.equal(logits(loaded), expected)
+    angles, others = parameter_groups(model, lr=1e-3, angle_lr=1e-2)
+    assert {tuple(p.shape) for p in angles["params"]} == {(2, 5, 3)} and len(others["params"]) == 8
+    with pytest.raises(ValueError, match="expected r of at most 5, the number of features, received 6"):
+        adapted(QaaConfig(readout=readout, r=6))
+
+
+def test_rows_of_a_low_rank_adapter_are_made_anew_when_its_factors_change() -> None:
+    model = adapted(random_config(STATE, r=2))
+    layer, x = layers_of(model)[0], torch.randn(3, 24)
+    with torch.no_grad():
+        for name in ("qaa_mix", "qaa_theta", "qaa_mix"):
+            getattr(layer, name)["default"].mul_(0.5)
+            theta, up, bias, whitening, mix = layer._parameters_of("default")
+            expected = layer.qaa_adapter["default"].delta(x, theta, up @ mix, bias, whitening)
+            for _ in range(2):  # computed, and remembered
+                torch.testing.assert_close(layer(x), layer.base_layer(x) + expected, **CLOSE)
+
+
+COMPACT = [{"up_projection": "random"}, {"up_projection": "circuit"}, {"r": 2}, {"up_projection": "circuit", "r": 2}]
+
+
+@pytest.mark.parametrize("fields", COMPACT, ids=str)
 @pytest.mark.parametrize("readout", ["z", "state[:3]"])
-def test_gradients_of_a_compact_up_projection_are_those_of_its_equation(readout: str, up_projection: str) -> None:
-    config = QaaConfig(
-        target_modules=["0"], readout=readout, up_projection=up_projection, init_weights=False, n_layers=2, **WHITENED
-    )
+def test_gradients_of_a_compact_up_projection_are_those_of_its_equation(readout: str, fields: dict[str, Any]) -> None:
+    config = QaaConfig(target_modules=["0"], readout=readout, init_weights=False, n_layers=2, **fields, **WHITENED)
     torch.manual_seed(0)
     model = get_peft_model(nn.Sequential(nn.Linear(6, 4)).double(), config)
     x = torch.randn(5, 6, dtype=torch.float64)
     calibrate(model, [x], forward=run)
     layer = model.base_model.model[0]
-    names = [f"qaa_{name}.default" for name in ("theta", "up", "bias", "phi")[: 3 + (up_projection == "circuit")]]
+    names = ["theta", "up", "bias"] + ["phi"] * (fields.get("up_projection") == "circuit") + ["mix"] * ("r" in fields)
+    names = [f"qaa_{name}.default" for name in names]
     inputs = [layer.get_parameter(name).detach().requires_grad_() for name in names]
 
     def output(x: torch.Tensor, *parameters: torch.Tensor) -> torch.Tensor:
@@ -1009,15 +1049,15 @@ def test_gradients_of_a_compact_up_projection_are_those_of_its_equation(readout:
     assert torch.autograd.gradcheck(output, (x.requires_grad_(), *inputs), fast_mode=False)
 
 
-@pytest.mark.parametrize("up_projection", ["random", "circuit"])
-def test_a_compact_up_projection_merges_exports_compiles_and_learns(up_projection: str, tmp_path: Path) -> None:
-    fields = {"readout": STATE, "up_projection": up_projection}
+@pytest.mark.parametrize("fields", COMPACT, ids=str)
+def test_a_compact_up_projection_merges_exports_compiles_and_learns(fields: dict[str, Any], tmp_path: Path) -> None:
+    fields = {"readout": STATE, "up_projection": "full", **fields}
     config = QaaConfig.preset("tiny", init_weights=False, **fields)
     model = adapted(config)
     calibrate(model, [{"input_ids": tokens()}])
     expected = logits(model)
     config = to_lora(model, tmp_path)
-    assert config.r == 5 and not config.lora_bias
+    assert config.r == fields.get("r", 5) and not config.lora_bias
     torch.testing.assert_close(logits(PeftModel.from_pretrained(llama(), tmp_path)), expected, rtol=1e-5, atol=1e-5)
     model.merge_adapter(safe_merge=True)
     torch.testing.assert_close(logits(model), expected, **CLOSE)
@@ -1028,7 +1068,7 @@ def test_a_compact_up_projection_merges_exports_compiles_and_learns(up_projectio
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x), **CLOSE)
 
-    if up_projection == "random":
+    if fields["up_projection"] == "random":
         half = adapted(QaaConfig.preset("tiny", init_weights=False, **fields), llama().bfloat16())
         assert {layer.qaa_signs["default"].dtype for layer in layers_of(half)} == {torch.int8}
     model = adapted(QaaConfig.preset("tiny", target_modules="all-linear", calibration="first_batch", **fields))

@@ -69,6 +69,8 @@ HOSTILE: list[tuple[dict[str, Any], str]] = [
     ({"scaling": 1e400}, "expected scaling to be a finite number"),
     ({"scaling": "1"}, "expected scaling to be a finite number"),
     ({"scaling": 10**400}, "expected scaling to be a finite number"),
+    ({"r": 10**9}, "expected r from 1 to 65536"),
+    ({"r": 17, "readout": "state[:16]"}, "expected r of at most 16"),
     ({"projection_key": 10**30}, "expected projection_key to be an integer of 64 bits"),
     ({"init_angles": {}}, "expected init_angles among"),
     ({"up_projection": 3}, "expected up_projection among"),
@@ -84,8 +86,8 @@ HOSTILE: list[tuple[dict[str, Any], str]] = [
     ({"readout": "z"}, "size mismatch"),  # another shape than the weights'
     ({"peft_type": "SORA", "r": HUGE}, "expected r from 1 to 65536"),
     ({"peft_type": "SORA", "r": 65536}, "expected r of at most 64"),
-    ({"peft_type": "SORA", "sora_alpha": 1e400}, "expected sora_alpha to be a positive number"),
-    ({"peft_type": "SORA", "sora_dropout": True}, "expected sora_dropout from 0 to below 1"),
+    ({"peft_type": "SORA", "r": 8, "sora_alpha": 1e400}, "expected sora_alpha to be a positive number"),
+    ({"peft_type": "SORA", "r": 8, "sora_dropout": True}, "expected sora_dropout from 0 to below 1"),
 ]
 
 

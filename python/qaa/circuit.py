@@ -144,6 +144,23 @@ class Circuit:
         shape = "x".join(map(str, self.parameter_shape))
         return "; ".join([f"wires {self.n_wires}", f"theta {shape}", *map(str, self.gates)])
 
+    def adjoint(self) -> Circuit:
+        r"""The circuit V with :math:`U(\theta)^\dagger = V(-\theta)`: the gates backwards, in terms of the same angles.
+
+        S and T, the two fixed gates that are not their own inverses, become ``S Z`` and ``T S Z``.
+
+        Example:
+            >>> print(Circuit(1, (Gate("Rot", (0,), (0, 1, 2)), Gate("S", 0)), (3,)).adjoint())
+            wires 1; theta 3; S 0; Z 0; Rot 0 t2 t1 t0
+        """
+        inverses = {"S": ("S", "Z"), "T": ("T", "S", "Z")}
+        gates = [
+            Gate(name, gate.wires, gate.parameters[::-1])
+            for gate in reversed(self.gates)
+            for name in inverses.get(gate.name, (gate.name,))
+        ]
+        return Circuit(self.n_wires, tuple(gates), self.parameter_shape)
+
     @staticmethod
     def parse(text: str) -> Circuit:
         """The circuit whose ``str`` is ``text``; raises ``ValueError`` naming the first statement that is no gate."""

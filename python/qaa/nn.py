@@ -61,6 +61,8 @@ class Whitening(NamedTuple):
 
 NO_WHITENING = Whitening()
 
+_Rows = tuple[tuple[Tensor, ...], Tensor]  # rows, and before them what they were made from
+
 
 @dataclass(frozen=True)
 class Adapter:
@@ -75,6 +77,8 @@ class Adapter:
     which makes it linear in x:
 
     ``f = A x,  A = Re U(theta)[:K, :in_features]``.
+
+    V may be of low rank, ``V = B M`` with M of shape ``(r, K)``: methods that are given M as ``mix`` take B as ``up``.
 
     Attributes:
         circuit: U(theta), with angles in radians and wire 0 as the most significant bit of the amplitude index.
@@ -97,7 +101,7 @@ class Adapter:
     in_features: int
     noise: NoiseModel | None = None
     trajectories: int | None = None
-    _known_rows: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _known_rows: dict[str, _Rows] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @staticmethod
     def create(
@@ -136,49 +140,67 @@ class Adapter:
         """Whether the adapter is linear in x, so that it merges into a weight and exports as a LoRA."""
         return self.readout.kind == "state"
 
-    def down(self, theta: Tensor) -> Tensor:
-        """``A = Re U(theta)[:K, :in_features]``, shape ``(K, in_features)``, for the ``"state"`` readout."""
+    def down(self, theta: Tensor, mix: Tensor | None = None) -> Tensor:
+        """``A = Re U(theta)[:K, :in_features]``, or ``M A``, for the ``"state"`` readout.
+
+        ``M A`` costs as many simulated states as M has rows: row by row it is ``Re U^H m``, since m is real.
+        """
         if not self.is_linear:
             raise ValueError(f"expected the readout 'state', which is linear in x, received {str(self.readout)!r}")
+        if mix is not None and mix.requires_grad and torch.is_grad_enabled():
+            return self._rows(theta, mix)
         is_trained = theta.requires_grad and torch.is_grad_enabled()
-        if is_trained or not ops._is_plain(theta):
-            return self._rows(theta)
-        # Generation, and training with frozen angles, ask for the same rows over and over: comparing a hundred angles
-        # takes microseconds, the rows some hundred times as long.
+        if is_trained or not ops._is_plain(theta) or not (mix is None or ops._is_plain(mix)):
+            return self._rows(theta, mix)
+        # Generation, and training with frozen angles, ask for the same rows over and over: comparing some hundred
+        # numbers takes microseconds, the rows some hundred times as long.
+        asked = (theta,) if mix is None else (theta, mix)
         known = self._known_rows.get("last")
-        if known is None or known[0].dtype != theta.dtype or not torch.equal(known[0], theta):
+        if known is None or not _are_equal(known[0], asked):
             with torch.inference_mode(False), torch.no_grad():  # training may use these tensors later
-                known = self._known_rows["last"] = theta.clone(), self._rows(theta)
+                known = tuple(tensor.clone() for tensor in asked), self._rows(theta, mix)
+            self._known_rows["last"] = known
         return known[1]
 
-    def _rows(self, theta: Tensor) -> Tensor:
-        return ops.amplitude_rows(self.circuit, theta, self.n_features, width=self.in_features, real=True)
+    def _rows(self, theta: Tensor, mix: Tensor | None) -> Tensor:
+        if mix is None:
+            return ops.amplitude_rows(self.circuit, theta, self.n_features, width=self.in_features, real=True)
+        return ops.mixed_rows(self.circuit, theta, mix, width=self.in_features)
 
-    def _affine(self, theta: Tensor, whitening: Whitening) -> tuple[Tensor, Tensor | None]:
-        """``(A', -A' mu)`` with ``A' = A diag(s)``, so that ``A u = A' x - A' mu``."""
+    def _affine(self, theta: Tensor, whitening: Whitening, mix: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """``(A', -A' mu)`` with ``A' = A diag(s)``, so that ``A u = A' x - A' mu``; with a mix ``M A`` is A."""
         channels, center = whitening.channels, whitening.center
-        down = self.down(theta)
+        down = self.down(theta, mix)
         down = down if channels is None else down * channels
         # as a sum, which autocast leaves in full precision
         return down, None if center is None else -(down * center).sum(-1)
 
     @staticmethod
-    def _folded(up: Tensor, bias: Tensor | None, whitening: Whitening) -> tuple[Tensor, Tensor | None]:
-        """``V' = V diag(r)`` and ``c' = c - V' m``, so that ``V g + c = V' f(u) + c'``; costs O(d_out K)."""
+    def _folded(
+        up: Tensor, bias: Tensor | None, whitening: Whitening, mix: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """V', c' and M' with ``V g + c = V' M' f(u) + c'``; costs O(d_out K), or O((d_out + K) r) with a mix.
+
+        ``V' = V diag(r)`` and ``c' = c - V' m`` without one, else ``M' = M diag(r)`` and ``c' = c - V M' m``.
+        """
         mean, gain = whitening.mean, whitening.gain
-        up = up if gain is None else up * gain
+        if gain is not None:
+            up, mix = (up * gain, None) if mix is None else (up, mix * gain)
         if mean is not None:
+            mean = mean if mix is None else (mix * mean).sum(-1)
             constant = (up * mean).sum(-1)
             bias = -constant if bias is None else bias - constant
-        return up, bias
+        return up, bias, mix
 
-    def features(self, theta: Tensor, x: Tensor, whitening: Whitening = NO_WHITENING) -> Tensor:
-        """``f(u)``: x of shape ``(..., in_features)`` to features of shape ``(..., K)``, in x's dtype.
+    def features(
+        self, theta: Tensor, x: Tensor, whitening: Whitening = NO_WHITENING, mix: Tensor | None = None
+    ) -> Tensor:
+        """``f(u)``, or ``M f(u)``: from shape ``(..., in_features)`` to ``(..., K)`` or ``(..., r)``, in x's dtype.
 
         ``u = (x - mu) s`` with the whitening's ``center`` and ``channels``; standardisation is not applied here.
         """
         if self.is_linear:
-            down, offset = self._affine(theta, whitening)
+            down, offset = self._affine(theta, whitening, mix)
             return F.linear(x, down.to(x.dtype), None if offset is None else offset.to(x.dtype))
         channels, center = whitening.channels, whitening.center
         if channels is not None:
@@ -186,14 +208,21 @@ class Adapter:
         elif center is not None:
             x = x - center
         noise, trajectories = self.noise, self.trajectories
-        return ops.quantum_features(self.circuit, theta, x, self.readout, noise=noise, trajectories=trajectories)
+        features = ops.quantum_features(self.circuit, theta, x, self.readout, noise=noise, trajectories=trajectories)
+        return features if mix is None else F.linear(features, mix.to(features.dtype))
 
     def delta(
-        self, x: Tensor, theta: Tensor, up: Tensor, bias: Tensor | None, whitening: Whitening = NO_WHITENING
+        self,
+        x: Tensor,
+        theta: Tensor,
+        up: Tensor,
+        bias: Tensor | None,
+        whitening: Whitening = NO_WHITENING,
+        mix: Tensor | None = None,
     ) -> Tensor:
-        """``s * (V g + c)``, shape ``(..., out_features)``: ``up`` is V, ``bias`` is c or None."""
-        features = self.features(theta, x, whitening)
-        return F.linear(features, *self._folded(up, bias, whitening)) * self.scaling
+        """``s * (V g + c)``, shape ``(..., out_features)``: ``up`` is V, or B with a mix; ``bias`` is c or None."""
+        up, bias, mix = self._folded(up, bias, whitening, mix)
+        return F.linear(self.features(theta, x, whitening, mix), up, bias) * self.scaling
 
     def add_to(
         self,
@@ -203,26 +232,40 @@ class Adapter:
         up: Tensor,
         bias: Tensor | None,
         whitening: Whitening = NO_WHITENING,
+        mix: Tensor | None = None,
         *,
         in_place: bool = False,
     ) -> Tensor:
         """``base + delta(x, ...)`` in the dtype of ``base``; with ``in_place`` it may be written over ``base``."""
-        features = self.features(theta, x, whitening)
-        return ops.project(base, features, *self._folded(up, bias, whitening), self.scaling, in_place=in_place)
+        up, bias, mix = self._folded(up, bias, whitening, mix)
+        features = self.features(theta, x, whitening, mix)
+        return ops.project(base, features, up, bias, self.scaling, in_place=in_place)
 
     def low_rank(
-        self, theta: Tensor, up: Tensor, bias: Tensor | None, whitening: Whitening = NO_WHITENING
+        self,
+        theta: Tensor,
+        up: Tensor,
+        bias: Tensor | None,
+        whitening: Whitening = NO_WHITENING,
+        mix: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """``(A', s V', constant)`` with ``delta(x) = s V' A' x + constant``, for the ``"state"`` readout.
 
-        Shapes ``(K, in_features)``, ``(out_features, K)`` and ``(out_features,)``, in the dtype of A. The constant is
-        ``s (c - V' (m + A' mu))``, None where the adapter has neither c nor m nor mu.
+        Shapes ``(K, in_features)``, ``(out_features, K)`` and ``(out_features,)``, with r for K where there is a mix,
+        in the dtype of A. The constant is ``s (c - V' (m + A' mu))``, None where there is neither c nor m nor mu.
         """
-        down, offset = self._affine(theta, whitening)
-        up, bias = self._folded(up.to(down.dtype), None if bias is None else bias.to(down.dtype), whitening)
+        up, bias, mix = self._folded(up, bias, whitening, mix)
+        down, offset = self._affine(theta, whitening, mix)
+        up, bias = up.to(down.dtype), None if bias is None else bias.to(down.dtype)
         if offset is not None:
             bias = up @ offset if bias is None else bias + up @ offset
         return down, up * self.scaling, None if bias is None else bias * self.scaling
+
+
+def _are_equal(these: tuple[Tensor, ...], those: tuple[Tensor, ...]) -> bool:
+    return len(these) == len(those) and all(
+        a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(these, those, strict=True)
+    )
 
 
 _HOOKS = ("_forward_hooks", "_backward_hooks", "_backward_pre_hooks")

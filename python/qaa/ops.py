@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from qaa import _core, cuda
 from qaa import noise as noisy
 from qaa import shots as estimates
-from qaa.circuit import Circuit, Readout
+from qaa.circuit import Circuit, Readout, check_count
 from qaa.program import Program, program
 
 _SCALARS = {
@@ -183,6 +183,53 @@ def amplitude_rows(circuit: Circuit, theta: Tensor, k: int, *, width: int | None
     return torch.ops.qaa.rows(theta, str(what), width, real)
 
 
+def mixed_rows(circuit: Circuit, theta: Tensor, mix: Tensor, *, width: int | None = None) -> Tensor:
+    r"""Combinations of the real parts of rows of the circuit's unitary, differentiable in the angles and in ``mix``.
+
+    .. math::
+        C = M \, \mathrm{Re}\, U(\theta)_{:k}, \qquad C_j = \mathrm{Re}\, U(\theta)^\dagger \, \mathrm{pad}(m_j)
+
+    so that the cost is one simulated state for each row m of ``mix``, whatever k is.
+
+    Args:
+        circuit: U, on ``n`` wires.
+        theta: angles in radians, shape ``circuit.parameter_shape``.
+        mix: M, real, shape ``(r, k)`` with ``k <= 2**n``.
+        width: number of columns; by default ``2**n``.
+
+    Returns:
+        C, shape ``(r, width)``, in the dtype of ``mix``, but float32 for half precision.
+
+    Raises:
+        TypeError, ValueError: an argument has the wrong type, shape, dtype or device, or ``width`` is out of range.
+
+    Example:
+        >>> import torch, qaa
+        >>> circuit = qaa.ansatz("ring", n_wires=3, n_layers=1)
+        >>> theta, mix = torch.ones(circuit.parameter_shape), torch.randn(2, 5)
+        >>> torch.allclose(mixed_rows(circuit, theta, mix), mix @ amplitude_rows(circuit, theta, 5).real, atol=1e-6)
+        True
+    """
+    if not isinstance(mix, Tensor):
+        raise TypeError(f"expected mix to be a torch.Tensor, received {type(mix).__name__}")
+    if not mix.is_floating_point():
+        raise TypeError(f"expected mix of a real floating dtype, received {mix.dtype}")
+    size = 2**circuit.n_wires
+    if mix.ndim != 2 or not 1 <= mix.shape[1] <= size:
+        raise ValueError(f"expected mix of shape (r, k) with k from 1 to {size}, received {tuple(mix.shape)}")
+    if width is not None:
+        check_count("width", width, size)
+    readout = f"state[:{size if width is None else width}]"
+    if torch.compiler.is_compiling():
+        return torch.ops.qaa.forward(-theta, mix, _adjoint_text(circuit, readout)).real
+    return quantum_features(_adjoint(circuit), -theta, mix, readout, normalize=False).real
+
+
+@lru_cache(maxsize=256)
+def _adjoint(circuit: Circuit) -> Circuit:
+    return circuit.adjoint()
+
+
 def project(
     base: Tensor,
     features: Tensor,
@@ -254,6 +301,11 @@ def project(
 @torch.compiler.assume_constant_result
 def _text(circuit: Circuit, readout: str | Sequence[str] | Readout, normalize: bool) -> str:
     return str(program(circuit, readout, normalize))
+
+
+@torch.compiler.assume_constant_result
+def _adjoint_text(circuit: Circuit, readout: str) -> str:
+    return str(program(_adjoint(circuit), readout, False))
 
 
 # ------------------------------------------------------------------------------------------------ checks

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from qaa.circuit import check_count
+
 
 class Control(nn.Module):
     r"""A frozen linear layer plus features of its input: :math:`y = W x + b + V\,(g \odot (f(s \odot x) - m)) + c`.
@@ -27,8 +29,10 @@ class Control(nn.Module):
     * s is 1/rms of each input channel (``scale_channels``),
     * without a bias g is 1/rms of each feature and m is 0; with one m is its mean and g 1/std (``standardize``).
 
+    With ``r``, V is ``B M`` with B ``(d_out, r)``, zero at the start, and M ``(r, K)``, both trained, as in QAA's own.
+
     Raises:
-        ValueError: ``n_features`` is not between 1 and the layer's width.
+        ValueError: ``n_features`` is not between 1 and the layer's width, or ``r`` not between 1 and ``n_features``.
     """
 
     channels: Tensor
@@ -43,16 +47,17 @@ class Control(nn.Module):
         bias: bool = False,
         scale_channels: bool = True,
         standardize: bool = True,
+        r: int | None = None,
     ) -> None:
         super().__init__()
-        if isinstance(n_features, bool) or not isinstance(n_features, int) or not 1 <= n_features <= base.in_features:
-            raise ValueError(
-                f"expected n_features to be an integer from 1 to {base.in_features}, received {n_features!r}"
-            )
+        check_count("n_features", n_features, base.in_features)
+        if r is not None:
+            check_count("r", r, n_features)
         self.base = base
         self.n_features, self.scale_channels, self.standardize = n_features, scale_channels, standardize
         weight = base.weight.detach()
-        self.up = nn.Parameter(weight.new_zeros(base.out_features, n_features))
+        self.up = nn.Parameter(weight.new_zeros(base.out_features, n_features if r is None else r))
+        self.mix = None if r is None else nn.Parameter(weight.new_empty(r, n_features).normal_(std=n_features**-0.5))
         self.bias = nn.Parameter(weight.new_zeros(base.out_features)) if bias else None
         self.register_buffer("channels", weight.new_ones(base.in_features))
         self.register_buffer("mean", weight.new_zeros(n_features))
@@ -63,7 +68,7 @@ class Control(nn.Module):
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        up = self.up * (self.gain * self.scaling)
+        up = (self.up if self.mix is None else self.up @ self.mix) * (self.gain * self.scaling)
         bias = None if self.bias is None else self.bias - up @ self.mean
         result: Tensor = self.base(x) + F.linear(self.features(x), up, bias)
         return result

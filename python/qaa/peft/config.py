@@ -79,6 +79,8 @@ class QaaConfig(PeftConfig):
         up_projection: ``"full"``, V is trained; ``"random"``, ``V = R diag(g) / sqrt(K)`` with K trained gains g and
             frozen signs R, see :func:`qaa.nn.random_signs`; or ``"circuit"``, ``V = sqrt(2**m / K) W^T diag(g)`` with
             ``W = Re U(phi)[:K, :d_out]`` of a second trained circuit on ``m = ceil(log2(d_out))`` wires.
+        r: rank of V, ``V = B M`` with ``B`` (``d_out`` x r, in the place of V above) and ``M`` (r x K) trained; None
+            for V itself. At most K.
         projection_key: an integer that R is drawn from.
         train_circuit: whether theta is trained; otherwise it keeps its initial values and is saved with the adapter.
 
@@ -229,6 +231,15 @@ class QaaConfig(PeftConfig):
             "as well and the adapter has to stay tiny; K must not exceed d_out."
         },
     )
+    r: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rank r of V = B M, with B (d_out x r) in the place of V and M (r x K) trained, normal with "
+            "variance 1/K at the start; None: V is of full rank K. It pays with 'state[:K]' and many amplitudes, 64 or "
+            "so: the adapter learns which combinations of them it uses, at r (d_out + K) numbers per layer instead of "
+            "d_out K, and a step simulates r states instead of K. It merges and exports as a LoRA of rank r."
+        },
+    )
     projection_key: int = field(
         default=0,
         metadata={
@@ -264,6 +275,8 @@ class QaaConfig(PeftConfig):
         if self.calibration == "first_batch" and not any(getattr(self, name) for name in measured):
             raise ValueError(f"expected one of {', '.join(measured)} with calibration 'first_batch', received none")
         check_key(self.projection_key)
+        if self.r is not None:
+            check_count("r", self.r, 2**MAX_WIRES)
         check_count("n_layers", self.n_layers, MAX_LAYERS)
         if isinstance(self.readout, tuple):
             self.readout = list(self.readout)

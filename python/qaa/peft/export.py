@@ -29,10 +29,11 @@ _PREFIX = "base_model.model."
 def to_lora(peft_model: PeftModel, folder: str | os.PathLike[str], adapter_name: str = "default") -> LoraConfig:
     """Writes a QAA adapter with the ``"state"`` readout, or a SoRA adapter, as a LoRA with the same outputs.
 
-    QAA: ``A = Re U(theta)[:K, :d_in]``, ``B = s V``, bias ``s c``; rank K; whitening and standardisation are multiplied
-    into A, B and the bias, which there is only with c or centred channels. SoRA: A and ``(alpha / r) B diag(g)``
-    without the ranks whose gate is zero; layers without any rank left are not adapted. Factors are multiplied into B,
-    so that LoRA's own scaling ``alpha / r`` is 1. Plain PEFT loads the folder, ``qaa`` need not be installed there.
+    QAA: ``A = Re U(theta)[:K, :d_in]``, ``B = s V``, bias ``s c``; rank K, or with ``V = B M`` rank r and M A for A;
+    whitening and standardisation are multiplied into A, B and the bias, which there is only with c or centred channels.
+    SoRA: A and ``(alpha / r) B diag(g)`` without the ranks whose gate is zero; layers without any rank left are not
+    adapted. Factors are multiplied into B, so that LoRA's own scaling ``alpha / r`` is 1. Plain PEFT loads the folder,
+    ``qaa`` need not be installed there.
 
     Args:
         peft_model: a model from ``peft.get_peft_model`` or ``PeftModel.from_pretrained``.
@@ -146,8 +147,9 @@ def _dense(layer: AdditiveLayer, name: str) -> nn.Module:
         down, up, bias = layer.lora_factors(name)
         return nn.Sequential(_linear(down), _linear(up, bias))
     adapter = layer.qaa_adapter[name]
-    theta, up, bias, whitening = layer._parameters_of(name)
-    up, bias = adapter._folded(up, bias, whitening)
+    theta, up, bias, whitening, mix = layer._parameters_of(name)
+    up, bias, mix = adapter._folded(up, bias, whitening, mix)
+    up = up if mix is None else up @ mix
     parts: list[nn.Module] = []
     if whitening.channels is not None or whitening.center is not None:
         ones = theta.new_ones(layer.in_features)

@@ -77,12 +77,13 @@ class QaaLayer(AdditiveLayer):
     whitening_names = ("qaa_channels", "qaa_center", "qaa_mean", "qaa_gain")
     frozen_names = (*whitening_names, "qaa_calibrated")
     angle_names = ("qaa_theta", "qaa_phi")
-    adapter_layer_names = (*angle_names, "qaa_up", "qaa_bias", *frozen_names)
+    adapter_layer_names = (*angle_names, "qaa_up", "qaa_mix", "qaa_bias", *frozen_names)
     other_param_names = ("qaa_adapter", "qaa_pending", "qaa_signs", "qaa_up_adapter")
 
     def _create_containers(self) -> None:
         self.qaa_theta = nn.ParameterDict()  # angles in radians, the circuit's shape
         self.qaa_up = nn.ParameterDict()  # V, (out_features, K), or the gains g of one of the two below, (K,)
+        self.qaa_mix = nn.ParameterDict()  # M, (r, K), of low rank V = B M; B is then what V is in the other lines
         self.qaa_signs = BufferDict(persistent=False)  # R of random up-projections V = R diag(g) / sqrt(K)
         self.qaa_phi = nn.ParameterDict()  # angles of a circuit whose rows W make V = sqrt(2**n / K) W^T diag(g)
         self.qaa_up_adapter: dict[str, Adapter] = {}  # that circuit, W = qaa_up_adapter.down(phi)
@@ -104,22 +105,27 @@ class QaaLayer(AdditiveLayer):
         has_bias = adapter.readout.kind == "expval" if config.adapter_bias is None else config.adapter_bias
         self.qaa_adapter[adapter_name] = adapter
         self.qaa_theta[adapter_name] = draw_angles(torch.empty(adapter.circuit.parameter_shape), config.init_angles)
+        n_columns = adapter.n_features
+        if config.r is not None:
+            if config.r > n_columns:
+                raise ValueError(f"expected r of at most {n_columns}, the number of features, received {config.r}")
+            n_columns = config.r
+            self.qaa_mix[adapter_name] = torch.empty(n_columns, adapter.n_features)
+            nn.init.normal_(self.qaa_mix[adapter_name], std=adapter.n_features**-0.5)
         if config.up_projection == "random":
-            self.qaa_signs[adapter_name] = random_signs(self.out_features, adapter.n_features, config.projection_key)
+            self.qaa_signs[adapter_name] = random_signs(self.out_features, n_columns, config.projection_key)
         elif config.up_projection == "circuit":
-            mirrored = up_circuit(self.out_features, adapter.n_features, config)
+            mirrored = up_circuit(self.out_features, n_columns, config)
             self.qaa_up_adapter[adapter_name] = mirrored
             self.qaa_phi[adapter_name] = draw_angles(torch.empty(mirrored.circuit.parameter_shape), config.init_angles)
         is_full = config.up_projection == "full"
-        self.qaa_up[adapter_name] = torch.zeros(
-            (self.out_features, adapter.n_features) if is_full else adapter.n_features
-        )
+        self.qaa_up[adapter_name] = torch.zeros((self.out_features, n_columns) if is_full else n_columns)
         if has_bias:
             self.qaa_bias[adapter_name] = torch.zeros(self.out_features)
         if not config.init_weights:
-            nn.init.normal_(self.qaa_up[adapter_name], std=adapter.n_features**-0.5 if is_full else 1.0)
+            nn.init.normal_(self.qaa_up[adapter_name], std=n_columns**-0.5 if is_full else 1.0)
             if has_bias:
-                nn.init.normal_(self.qaa_bias[adapter_name], std=adapter.n_features**-0.5)
+                nn.init.normal_(self.qaa_bias[adapter_name], std=n_columns**-0.5)
         if config.scale_channels:
             self.qaa_channels[adapter_name] = torch.ones(self.in_features)
         if config.center_channels:
@@ -134,17 +140,18 @@ class QaaLayer(AdditiveLayer):
         frozen = self.frozen_names if config.train_circuit else (*self.frozen_names, *self.angle_names)
         self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: frozen}
 
-    def _parameters_of(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor | None, Whitening]:
-        """The angles, V, c and the statistics."""
+    def _parameters_of(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor | None, Whitening, Tensor | None]:
+        """The angles, V (or B of V = B M), c, the statistics, and M."""
         whitening = Whitening(*(getattr(self, name).get(adapter_name) for name in self.whitening_names))
         up = self.qaa_up[adapter_name]
         if adapter_name in self.qaa_signs:
-            up = self.qaa_signs[adapter_name] * (up * self.qaa_adapter[adapter_name].n_features ** -0.5)
+            up = self.qaa_signs[adapter_name] * (up * len(up) ** -0.5)
         elif adapter_name in self.qaa_phi:
             mirrored = self.qaa_up_adapter[adapter_name]
             size = (2**mirrored.circuit.n_wires / mirrored.n_features) ** 0.5
             up = mirrored.down(self.qaa_phi[adapter_name]).T * (up * size)
-        return self.qaa_theta[adapter_name], up, self.qaa_bias.get(adapter_name), whitening
+        bias, mix = self.qaa_bias.get(adapter_name), self.qaa_mix.get(adapter_name)
+        return self.qaa_theta[adapter_name], up, bias, whitening, mix
 
     def stages(self, adapter_name: str) -> tuple[str, ...]:
         """Those of :data:`STAGES` in which the adapter has statistics; none where there is no such adapter."""
@@ -159,7 +166,7 @@ class QaaLayer(AdditiveLayer):
     @torch.no_grad()
     def observe(self, adapter_name: str, stage: str, x: Tensor, moments: Moments) -> None:
         """Adds the channels of the vectors x, or the features that the adapter has of them, in float64."""
-        theta, _, _, whitening = self._parameters_of(adapter_name)
+        theta, _, _, whitening, _ = self._parameters_of(adapter_name)
         whitening = Whitening(*(None if t is None else t.double() for t in whitening))
         for rows in torch.split(x.detach().reshape(-1, x.shape[-1]), _ROWS):
             rows = rows.double()
