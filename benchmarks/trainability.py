@@ -207,7 +207,7 @@ def draw_variance(measured: Sequence[Point], path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------- flow
 
 _PARAMETER = re.compile(r"\.layers\.(\d+)\..*?(\w+)\.(qaa_\w+|lora_[AB])\.")
-PARTS = {"qaa_theta": "angles", "qaa_up": "V", "qaa_bias": "c", "lora_A": "A", "lora_B": "B"}
+PARTS = {"qaa_theta": "angles", "qaa_up": "V", "qaa_mix": "M", "qaa_bias": "c", "lora_A": "A", "lora_B": "B"}
 
 
 @dataclass(frozen=True)

@@ -155,6 +155,21 @@ def test_amplitude_rows_give_the_state_readout_and_its_gradients() -> None:
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("circuit", [CIRCUIT, MIXED, ansatz("strongly_entangling", 4, 2)], ids=["ring", "mixed", "4"])
+def test_mixed_rows_are_combinations_of_rows_with_their_gradients(circuit: Circuit) -> None:
+    theta = angles(circuit).requires_grad_()
+    real = oracle.unitary(circuit, theta.detach().numpy()).real
+    for k, width in ((1, None), (5, 6), (2**circuit.n_wires, 3)):
+        mix = vectors(2, k).requires_grad_()
+        rows = ops.mixed_rows(circuit, theta, mix, width=width)
+        np.testing.assert_allclose(rows.detach().numpy(), mix.detach().numpy() @ real[:k, :width], rtol=0, atol=1e-12)
+        assert torch.autograd.gradcheck(partial(ops.mixed_rows, circuit, width=width), (theta, mix))
+        single = ops.mixed_rows(circuit, theta.float(), mix.bfloat16(), width=width)
+        assert single.dtype == torch.float32
+    compiled = torch.compile(partial(ops.mixed_rows, circuit), backend="aot_eager", fullgraph=True, dynamic=True)
+    torch.testing.assert_close(compiled(theta, mix), ops.mixed_rows(circuit, theta, mix))
+
+
 # ------------------------------------------------------------------------------------------------------------ project
 
 
