@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BUDGET ?= quick
-STUDY ?= alpaca toolcalls
+STUDY ?= alpaca toolcalls lowrank-alpaca lowrank-toolcalls
 OUTPUT ?= reports/compare
 
 BIN := $(VENV)/bin

@@ -66,7 +66,10 @@ CASES = {
         threads="one",
     ),
     "fine-tuning": Case(
-        tuple((f"fine-tuning, {method}", Task(10, 576, 2)) for method in ("LoRA r = 8", "QAA paper", "QAA default")),
+        tuple(
+            (f"fine-tuning, {method}", Task(10, 576, 2))
+            for method in ("LoRA r = 8", "QAA paper", "QAA default", "QAA compact")
+        ),
         budget=12.0,
     ),
 }

@@ -32,6 +32,10 @@ def qaa_default(task: Task) -> Rival:
     return _training(task, QaaConfig.preset("default", target_modules=TARGETS))
 
 
+def qaa_compact(task: Task) -> Rival:
+    return _training(task, QaaConfig.preset("compact", target_modules=TARGETS))
+
+
 def _training(task: Task, adapter: Any) -> Rival:
     torch.manual_seed(0)
     config = LlamaConfig(

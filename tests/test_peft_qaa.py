@@ -743,6 +743,16 @@ def test_the_tiny_preset_has_a_share_of_thousandths_of_a_percent(make, total, tr
     assert 100 * trainable / before <= limit
 
 
+@pytest.mark.parametrize(("make", "trainable"), [(smollm2_135m, 114_720), (gpt_neo_1_3b, 411_840)])
+def test_the_compact_preset_has_less_than_the_papers_share_of_parameters(make, trainable):
+    base = make()
+    before = sum(p.numel() for p in base.parameters())
+    model = get_peft_model(base, QaaConfig.preset("compact"))
+    assert model.get_nb_trainable_parameters()[0] == trainable
+    assert 100 * trainable / before <= 0.09
+    assert all(layer.supports_lora_conversion() for layer in layers_of(model))
+
+
 def test_the_default_preset_is_linear_standardised_and_without_a_constant():
     config = QaaConfig.preset("default", n_layers=2, target_modules=["v_proj"])
     assert (config.readout, config.n_layers, config.target_modules) == ("state[:10]", 2, {"v_proj"})
@@ -751,7 +761,7 @@ def test_the_default_preset_is_linear_standardised_and_without_a_constant():
     assert layers_of(model)[0].supports_lora_conversion()
     angles, up = 2 * 5 * 3, 10 * 12
     assert model.get_nb_trainable_parameters()[0] == 2 * (angles + up)
-    with pytest.raises(ValueError, match="expected a preset among paper, default, tiny, received 'papre'"):
+    with pytest.raises(ValueError, match="expected a preset among paper, default, compact, tiny, received 'papre'"):
         QaaConfig.preset("papre")
 
 

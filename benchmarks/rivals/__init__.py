@@ -65,6 +65,7 @@ RIVALS = {
     "SQUARE, MLP behind 16 factors": Entry("yardstick", "own", "square", "scaled_mlp"),
     "fine-tuning, QAA paper": Entry("yardstick", "own", "finetune", "qaa_paper"),
     "fine-tuning, QAA default": Entry("yardstick", "own", "finetune", "qaa_default"),
+    "fine-tuning, QAA compact": Entry("yardstick", "own", "finetune", "qaa_compact"),
     "fine-tuning, LoRA r = 8": Entry("yardstick", "own", "finetune", "lora"),
 }
 

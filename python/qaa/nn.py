@@ -179,7 +179,7 @@ class Adapter:
     def _folded(
         up: Tensor, bias: Tensor | None, whitening: Whitening, mix: Tensor | None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """V', c' and M' with ``V g + c = V' M' f(u) + c'``; costs O(d_out K), or O((d_out + K) r) with a mix.
+        """V', c' and M' with ``V g + c = V' M' f(u) + c'``; costs as many operations as V, or V and M, have numbers.
 
         ``V' = V diag(r)`` and ``c' = c - V' m`` without one, else ``M' = M diag(r)`` and ``c' = c - V M' m``.
         """
