@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -18,10 +19,14 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
+import psutil
+import torch
+
 from compare_tiny import write_data, write_model
 from qaa.cli import main
 from qaa.compare import run, sources
 from qaa.compare.config import CompareError
+from qaa.compare.ranks import Claims, Ranks
 
 MEASURED = ("created", "command", "out", "cache", "origin", "peak_memory_bytes")  # and every number of seconds
 
@@ -64,6 +69,15 @@ def comparable(out: Path) -> Any:
 def start(config: Path, out: Path, **options: Any) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "qaa", "compare", "--config", str(config), "--out", str(out)]
     return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, **options)
+
+
+def launch(config: Path, out: Path) -> subprocess.Popen[str]:
+    """The same under ``accelerate launch``, in two processes (multi_gpu is its word for them; there need be no GPU)."""
+    options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", *options.split(), "--main_process_port", "0"]
+    command = [*launcher, "-m", "qaa", "compare", "--config", str(config), "--out", str(out)]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
 def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
@@ -116,6 +130,91 @@ def test_sigterm_ends_parent_and_child_in_a_sentence(undisturbed: tuple[Path, An
     assert "Traceback" not in said
     with run._alone(tmp_path):  # nobody is left
         pass
+
+
+def test_two_processes_share_the_work(undisturbed: tuple[Path, Any], tmp_path: Path) -> None:
+    config, expected = undisturbed
+    process = launch(config, tmp_path)
+    shown, said = process.communicate(timeout=550)
+    assert process.returncode == 0, said
+    begun = re.findall(r"^\[(\d)/3\] .*, process [01]$", said, re.MULTILINE)
+    assert sorted(begun) == ["1", "2", "3"]  # each once
+    assert shown.count("report: ") == 1
+    assert comparable(tmp_path) == expected
+
+
+def test_a_process_that_dies_ends_the_others_and_the_run_continues(
+    undisturbed: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, expected = undisturbed
+    process = launch(config, tmp_path)
+    wait_for(has_begun(tmp_path, "lora-seed0"), process)
+    ranks = {child.environ().get("RANK"): child for child in psutil.Process(process.pid).children()}
+    ranks["1"].kill()
+    _, said = process.communicate(timeout=200)
+    assert process.returncode == 1
+    assert said.count("qaa compare: terminated; the same command continues") == 1
+    assert not (tmp_path / "results.json").exists()
+    capsys.readouterr()
+    assert main(["compare", "--config", str(config), "--out", str(tmp_path)]) == 0
+    assert "[1/3] untouched: done before" in capsys.readouterr().err
+    assert comparable(tmp_path) == expected
+
+
+def test_a_claim_ends_with_its_holder(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; from qaa.compare.ranks import Claims\n"
+        "with Claims(Path(sys.argv[1])).claim(3): print('held', flush=True); sys.stdin.read()\n"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "claims")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+        claims = Claims(tmp_path / "claims")
+        with claims.claim(3) as is_ours:
+            assert not is_ours
+        with claims.claim(4) as is_ours:
+            assert is_ours
+        holder.kill()
+        with claims.claim(3, wait=True) as is_ours:
+            assert is_ours
+
+
+def test_trainings_know_nothing_of_the_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "TORCHELASTIC_RUN_ID", "ACCELERATE_MIXED_PRECISION")
+    for name, value in zip(names, ("0", "1", "0", "127.0.0.1", "none", "bf16"), strict=True):
+        monkeypatch.setenv(name, value)
+    assert Ranks.join() == Ranks(0, 1, 0)
+    assert not any(name in os.environ for name in names)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(
+        CompareError, match=r"expected the variables of torchrun or accelerate launch, received: .*MASTER"
+    ):
+        Ranks.join()
+
+
+@pytest.mark.parametrize(
+    ("device", "local", "visible", "expected"),
+    [("cuda", 2, "5,6,7", "7"), ("cuda", 4, None, "1"), ("cuda:1", 0, "5,6,7", "6"), ("cpu", 1, "5,6,7", "5,6,7")],
+)
+def test_a_training_sees_one_gpu(
+    device: str, local: int, visible: str | None, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible or "")
+    assert Ranks(local, 8, local).see_one_gpu(device) == device.partition(":")[0]
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == expected
+
+
+def test_processes_that_wait_learn_that_there_will_be_nothing() -> None:
+    store = torch.distributed.HashStore()
+    Ranks(0, 2, 0, store).announce({"a": 1})
+    assert Ranks(1, 2, 1, store).announced() == {"a": 1}
+    Ranks(0, 2, 0, store).announce(None)
+    with pytest.raises(
+        CompareError, match="expected process 0 to prepare the comparison, received its end in process 1"
+    ):
+        Ranks(1, 2, 1, store).announced()
 
 
 def test_a_full_disk_is_a_sentence_and_loses_nothing(

@@ -133,6 +133,7 @@ def _main(arguments: Sequence[str] | None) -> int:
         return 0
     if options["noise"] == []:
         options["noise"] = True
+    speaks = os.environ.get("RANK", "0") == "0"  # of the processes of a launcher, which ends all of them
     try:
         chosen = settings(**options)
         missing = [package for module, package in _NEEDED.items() if importlib.util.find_spec(module) is None]
@@ -147,11 +148,15 @@ def _main(arguments: Sequence[str] | None) -> int:
         print(f"qaa {command}: {error}", file=sys.stderr)
         return 2
     except _Terminated:
-        print(f"qaa {command}: terminated; the same command continues", file=sys.stderr)
+        if speaks:
+            print(f"qaa {command}: terminated; the same command continues", file=sys.stderr)
         return 143
     except KeyboardInterrupt:
-        print(f"qaa {command}: interrupted; the same command continues", file=sys.stderr)
+        if speaks:
+            print(f"qaa {command}: interrupted; the same command continues", file=sys.stderr)
         return 130
+    if report is None:  # another process has it
+        return 0
     from .compare.report import table
 
     print(table(report))

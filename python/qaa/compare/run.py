@@ -10,7 +10,7 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Any
 
 from . import sources
 from .config import UNTOUCHED, CompareError, Settings
+from .ranks import PAUSE, Ranks
 
 _PACKAGE = Path(__file__).resolve().parent.parent
 _PROTOCOL = ("data.py", "models.py", "methods.py", "training.py")  # a change in these changes every run
@@ -28,18 +29,21 @@ _LARGEST_HIDDEN_FILE = 16 << 30  # bytes; beyond, the lower layers are computed 
 _LARGEST_DIFFERENCE = 1e-3  # nats per token that stored states may change a loss by
 
 
-def compare(chosen: Settings, command: Sequence[str] | None = None) -> dict[str, Any]:
+def compare(chosen: Settings, command: Sequence[str] | None = None) -> dict[str, Any] | None:
     """Runs the comparison and writes everything below ``chosen.out``; returns the content of ``results.json``.
+
+    Of several processes (:mod:`.ranks`) the first one writes and returns, and the others return None.
 
     Raises:
         CompareError: a request that cannot be met, before anything is trained where that can be known.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    ranks = Ranks.join()
     out, cache = _writable(Path(chosen.out)), _writable(Path(chosen.cache))
-    with _alone(out):
+    with _alone(out) if ranks.rank == 0 else nullcontext():
         try:
-            return _compare(chosen, out, cache, command)
+            return _compare(chosen, out, cache, command, ranks)
         except OSError as error:
             # a full disk, a folder that vanished: what is finished is in its files
             where = f" at {error.filename}" if error.filename else ""
@@ -48,71 +52,35 @@ def compare(chosen: Settings, command: Sequence[str] | None = None) -> dict[str,
             ) from None
 
 
-def _compare(chosen: Settings, out: Path, cache: Path, command: Sequence[str] | None) -> dict[str, Any]:
+def _compare(
+    chosen: Settings, out: Path, cache: Path, command: Sequence[str] | None, ranks: Ranks
+) -> dict[str, Any] | None:
     began = time.perf_counter()
-    found = _resolve(chosen, cache)
-    if not any(source.origin.startswith("hub ") for source in found.values()):
-        os.environ["HF_HUB_OFFLINE"] = "1"  # nothing below may wait for a hub that does not answer
-    prepared = time.perf_counter()
+    if ranks.rank > 0:
+        job, facts, base, os.environ["HF_HUB_OFFLINE"] = ranks.announced()
+        _sweeps(_Results(job, facts, base, ranks), out)
+        return None
+    try:
+        found = _resolve(chosen, cache)
+        if not any(source.origin.startswith("hub ") for source in found.values()):
+            os.environ["HF_HUB_OFFLINE"] = "1"  # nothing below may wait for a hub that does not answer
+        prepared = time.perf_counter()
+        job, facts = _prepare(chosen, found, cache, out)
+        base = _fingerprint(job, found)
+    except BaseException:
+        ranks.announce(None)
+        raise
+    ranks.announce((job, facts, base, os.environ.get("HF_HUB_OFFLINE", "")))
+    once = _Results(job, facts, base, ranks)
+    results, rates, losses = _sweeps(once, out)
 
-    from .methods import row
-    from .noise import evaluate_noise, has_noise
-    from .training import run, run_untouched, tune
-
-    job, facts = _prepare(chosen, found, cache, out)
     work = out / "work"
-    base = _fingerprint(job, found)
-    results: dict[tuple[str, int], dict[str, Any]] = {}
-    rates: dict[str, dict[str, Any]] = {}
-    searched = {name: len(row(chosen, name).method.learning_rates) > 1 for name in chosen.methods}
-    noisy = [name for name in chosen.methods if chosen.noise and has_noise(row(chosen, name))]
-    losses: dict[str, list[list[float]]] = {name: [] for name in noisy}
-    total = 1 + sum(searched.values()) + (len(chosen.methods) + len(noisy)) * len(chosen.seeds)
-    jobs = iter(range(1, total + 1))
-    spent: list[float] = []
-
-    def once(name: str, print_: str, function: Any, *arguments: Any) -> dict[str, Any]:
-        """The stored result ``name`` if its fingerprint is ``print_``, else a new one from a process of its own."""
-        path = work / f"{name}.json"
-        heading = f"[{next(jobs)}/{total}] {name}"
-        stored = _read(path)
-        if stored is not None and stored.get("fingerprint") == print_ and {"result", "wall_seconds"} <= stored.keys():
-            _say(f"{heading}: done before")
-            spent.append(stored["wall_seconds"])
-            return dict(stored["result"])
-        _say(heading)
-        nonlocal job
-        if facts["hidden_path"] and job.hidden is None:
-            job = _with_hidden_states(job, facts, base)
-        started = time.perf_counter()
-        result = _in_process(function, job, *arguments, log=work / f"{name}.log")
-        spent.append(time.perf_counter() - started)
-        sources.write_json(path, {"fingerprint": print_, "wall_seconds": spent[-1], "result": result})
-        return dict(result)
-
-    results[UNTOUCHED, 0] = once(UNTOUCHED, base, run_untouched)
-    for name in chosen.methods:
-        own = _digest(base, *_row_parts(row(chosen, name)))
-        if searched[name]:
-            rates[name] = once(f"{name}-rate", own, tune, name, chosen.seeds[0])
-        else:
-            rates[name] = {"rate": row(chosen, name).method.learning_rates[0], "grid": [], "at_edge": False}
-        for seed in chosen.seeds:
-            folder = str(out / "adapters" / f"{name}-seed{seed}")
-            print_ = _digest(own, str(seed), repr(rates[name]["rate"]))
-            results[name, seed] = once(f"{name}-seed{seed}", print_, run, name, seed, rates[name]["rate"], folder)
-            if name in noisy:
-                how = chosen.noise, chosen.trajectories
-                print_ = _digest(print_, repr(how), sources.file_hash(_PACKAGE / "compare" / "noise.py"))
-                found_losses = once(f"{name}-seed{seed}-noise", print_, evaluate_noise, name, seed, folder, *how)
-                losses[name].append(found_losses["test_losses"])
-
     stored = _read(work / "hidden.json")
     if stored is not None and stored["fingerprint"] == base and stored["worst"] <= _LARGEST_DIFFERENCE:
         facts.update(stored_states=True, stored_states_seconds=stored["seconds"])
     if chosen.generate:
         _say("scoring the answers")
-    wall = {"preparing": prepared - began, "runs": sum(spent), "this_call": 0.0}
+    wall = {"preparing": prepared - began, "runs": once.seconds(), "this_call": 0.0}
     report = _summary(chosen, found, facts, results, rates, command)
     if chosen.noise:
         report["noise"] = {"probabilities": list(chosen.noise), "trajectories": chosen.trajectories, "rows": losses}
@@ -125,6 +93,125 @@ def _compare(chosen: Settings, out: Path, cache: Path, command: Sequence[str] | 
     if facts["hidden_path"]:
         Path(facts["hidden_path"]).unlink(missing_ok=True)
     return report
+
+
+class _Results:
+    """Results in files, each from a process of its own, made once and by one of the ranks."""
+
+    def __init__(self, job: Any, facts: dict[str, Any], base: str, ranks: Ranks) -> None:
+        self.job, self.facts, self.base, self.ranks = (
+            replace(job, device=ranks.see_one_gpu(job.device)),
+            facts,
+            base,
+            ranks,
+        )
+        self._work = Path(job.splits).parent
+        self._names = list(_names(job.settings))
+        self._claims = ranks.claims(self._work / ".claims")
+        self._found: dict[str, dict[str, Any]] = {}
+
+    def __call__(self, name: str, print_: str, function: Any, *arguments: Any) -> dict[str, Any] | None:
+        """The stored result ``name`` if its fingerprint is ``print_``, else a new one; None while a rank is at it."""
+        if name not in self._found:
+            with self._claims.claim(self._names.index(name)) as is_ours:
+                if not is_ours:
+                    return None
+                self._found[name] = self._stored(name, print_) or self._new(name, print_, function, arguments)
+        return dict(self._found[name]["result"])
+
+    def seconds(self) -> float:
+        """What all results took."""
+        return float(sum(stored["wall_seconds"] for stored in self._found.values()))
+
+    def _stored(self, name: str, print_: str) -> dict[str, Any] | None:
+        stored = _read(self._work / f"{name}.json")
+        if stored is None or stored.get("fingerprint") != print_ or not {"result", "wall_seconds"} <= stored.keys():
+            return None
+        if self.ranks.rank == 0:
+            _say(f"{self._heading(name)}: done{' before' if self.ranks.world == 1 else ''}")
+        return stored
+
+    def _new(self, name: str, print_: str, function: Any, arguments: tuple[Any, ...]) -> dict[str, Any]:
+        _say(self._heading(name) + (f", process {self.ranks.rank}" if self.ranks.world > 1 else ""))
+        if self.facts["hidden_path"] and self.job.hidden is None:
+            with self._claims.claim(len(self._names), wait=True):
+                self.job = _with_hidden_states(self.job, self.facts, self.base)
+        started = time.perf_counter()
+        result = _in_process(function, self.job, *arguments, log=self._work / f"{name}.log")
+        stored = {"fingerprint": print_, "wall_seconds": time.perf_counter() - started, "result": result}
+        sources.write_json(self._work / f"{name}.json", stored)
+        return stored
+
+    def _heading(self, name: str) -> str:
+        return f"[{self._names.index(name) + 1}/{len(self._names)}] {name}"
+
+
+def _names(chosen: Settings) -> Iterator[str]:
+    """Of all results, in the order in which a single process makes them."""
+    yield UNTOUCHED
+    for name in chosen.methods:
+        if _is_searched(chosen, name):
+            yield f"{name}-rate"
+        for seed in chosen.seeds:
+            yield f"{name}-seed{seed}"
+            if _is_noisy(chosen, name):
+                yield f"{name}-seed{seed}-noise"
+
+
+def _is_searched(chosen: Settings, name: str) -> bool:
+    from .methods import row
+
+    return len(row(chosen, name).method.learning_rates) > 1
+
+
+def _is_noisy(chosen: Settings, name: str) -> bool:
+    from .methods import row
+    from .noise import has_noise
+
+    return bool(chosen.noise) and has_noise(row(chosen, name))
+
+
+_Runs = dict[tuple[str, int], dict[str, Any]]
+_Rates = dict[str, dict[str, Any]]
+_Losses = dict[str, list[list[float]]]
+
+
+def _sweeps(once: _Results, out: Path) -> tuple[_Runs, _Rates, _Losses]:
+    """Goes through all results until each is there: runs, learning rates, and losses under noise."""
+    while (found := _sweep(once, out)) is None:
+        time.sleep(PAUSE)
+    return found
+
+
+def _sweep(once: _Results, out: Path) -> tuple[_Runs, _Rates, _Losses] | None:
+    """Takes what is there and makes what can be made now; None if something is missing at the end."""
+    from .methods import row
+    from .noise import evaluate_noise
+    from .training import run, run_untouched, tune
+
+    chosen: Settings = once.job.settings
+    runs: dict[tuple[str, int], Any] = {(UNTOUCHED, 0): once(UNTOUCHED, once.base, run_untouched)}
+    rates: dict[str, Any] = {}
+    losses: dict[str, list[Any]] = {name: [] for name in chosen.methods if _is_noisy(chosen, name)}
+    for name in chosen.methods:
+        own = _digest(once.base, *_row_parts(row(chosen, name)))
+        if _is_searched(chosen, name):
+            rates[name] = once(f"{name}-rate", own, tune, name, chosen.seeds[0])
+        else:
+            rates[name] = {"rate": row(chosen, name).method.learning_rates[0], "grid": [], "at_edge": False}
+        if rates[name] is None:
+            continue
+        for seed in chosen.seeds:
+            folder = str(out / "adapters" / f"{name}-seed{seed}")
+            print_ = _digest(own, str(seed), repr(rates[name]["rate"]))
+            runs[name, seed] = once(f"{name}-seed{seed}", print_, run, name, seed, rates[name]["rate"], folder)
+            if name in losses and runs[name, seed] is not None:
+                how = chosen.noise, chosen.trajectories
+                print_ = _digest(print_, repr(how), sources.file_hash(_PACKAGE / "compare" / "noise.py"))
+                found = once(f"{name}-seed{seed}-noise", print_, evaluate_noise, name, seed, folder, *how)
+                losses[name].append(found and found["test_losses"])
+    is_complete = None not in (*runs.values(), *rates.values(), *(loss for some in losses.values() for loss in some))
+    return (runs, rates, losses) if is_complete else None
 
 
 def _say(text: str) -> None:
@@ -247,7 +334,9 @@ def _with_hidden_states(job: Any, facts: dict[str, Any], base: str) -> Any:
     note = path.with_suffix(".json")
     stored = _read(note)
     size = path.stat().st_size if path.exists() else None
-    if stored is None or stored["fingerprint"] != base or size is None or size != stored.get("bytes", size):
+    is_there = size is not None and stored is not None and size == stored.get("bytes", size)
+    is_useless = stored is not None and stored["worst"] > _LARGEST_DIFFERENCE
+    if stored is None or stored["fingerprint"] != base or not (is_there or is_useless):
         _say(f"computing what enters layer {job.first}, once for all methods")
         seconds, worst = _in_process(cache_hidden_states, job, path, log=path.with_suffix(".log"))
         stored = {"fingerprint": base, "seconds": seconds, "worst": worst, "bytes": path.stat().st_size}
