@@ -51,9 +51,10 @@ study: $(VENV)/.compare
 study-small: $(VENV)/.compare
 	$(BIN)/qaa compare --config docs/study/small.yaml
 
-# PEFT's tests are in its sdist, of which `make test` runs a part.
+# PEFT's tests are in its sdist, of which `make test` runs a part; torchao stays out of the environment.
 test: $(VENV)/.dev
 	$(BIN)/python tests/peft_suite.py --fetch
+	$(BIN)/python tests/peft_quantized.py --fetch
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses auto --dist loadfile --durations 40
 
 docs: $(VENV)/.dev

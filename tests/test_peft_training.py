@@ -15,6 +15,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+import peft_quantized
 import peft_suite
 import qaa
 from qaa.nn import DenseCircuit, QuantumLayer
@@ -29,9 +30,9 @@ CONFIGS = {
 }
 
 
-def run(*command: str) -> str:
+def run(*command: str, **variables: str) -> str:
     """The output of a program, which has to succeed."""
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **variables}
     result = subprocess.run(
         command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
     )
@@ -71,6 +72,15 @@ def test_pefts_own_tests_pass() -> None:
     files = ("test_custom_models.py", "test_decoder_models.py")
     selection = "(QAA and MLP and 4) or test_mixed_adapter_batches or (TestDecoderModels and random-Llama)"
     assert peft_suite.run(*files, "-k", selection, "--maxfail=20") == 0
+
+
+def test_adapters_train_on_quantised_weights(tmp_path: Path) -> None:
+    if not peft_quantized.PACKAGES.is_dir():
+        pytest.skip(f"torchao is not in {peft_quantized.PACKAGES}: python tests/peft_quantized.py --fetch")
+    path = os.pathsep.join([os.environ.get("PYTHONPATH", ""), str(peft_quantized.PACKAGES)])
+    skip = {"TORCHAO_FORCE_SKIP_LOADING_SO_FILES": "1"}
+    output = run(sys.executable, str(HERE / "peft_quantized.py"), str(tmp_path), PYTHONPATH=path, **skip)
+    assert "torchao int8: 3 adapters as on dequantised weights" in output
 
 
 def test_trl_trains_an_adapter(tmp_path: Path) -> None:
