@@ -6,9 +6,11 @@ STUDY ?= alpaca toolcalls lowrank-alpaca lowrank-toolcalls
 OUTPUT ?= reports/compare
 
 BIN := $(VENV)/bin
-SOURCES := $(shell find csrc python -type f -not -name '*.pyc' -not -name '*.so') CMakeLists.txt pyproject.toml constraints.txt
+UV := 0.13.9
+LOCK := --quiet --universal --python-version 3.10 --generate-hashes --no-annotate --no-emit-package torch -c constraints.txt
+SOURCES := $(shell find csrc python -type f -not -name '*.pyc' -not -name '*.so') cmake/* CMakeLists.txt pyproject.toml
 
-.PHONY: help compare study study-small test peft-suite docs gpu-check cuda-evidence bench bench-environments bench-plots lint stubs clean
+.PHONY: help compare study study-small test peft-suite docs gpu-check cuda-evidence bench bench-environments bench-plots lint lock audit stubs clean
 help:
 	@echo "make compare   train QAA, LoRA, SoRA, Prefix and full fine-tuning on a real LLM; report in $(OUTPUT)"
 	@echo "make study     the tables of docs/study, two tasks: two to four hours; make study-small: two rows, one seed"
@@ -21,21 +23,41 @@ help:
 	@echo "make bench-environments   environments for simulators that do not fit into the project's own"
 	@echo "make bench-plots          cost per state against wires, layers and batch; figures in reports/bench"
 	@echo "make lint      ruff and mypy"
+	@echo "make lock      versions and hashes of packages, into requirements/; make audit: what is known against them"
 
-# torch comes first and alone: it is no build requirement, and the constraint keeps every later step from replacing it.
-$(VENV)/.torch: constraints.txt
+# Packages have the versions and hashes of requirements/, except torch, whose builds differ from machine to machine; no
+# later step resolves anything.
+HASHED := --quiet --require-hashes --no-deps --no-build-isolation
+
+$(VENV)/.build: requirements/build.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement $<
+	touch $@
+
+$(VENV)/.compare-packages $(VENV)/.dev-packages: $(VENV)/.%-packages: requirements/%.txt constraints.txt $(VENV)/.build
+	$(BIN)/python -m pip install $(HASHED) --requirement $<
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	touch $@
 
-$(VENV)/.compare: $(VENV)/.torch $(SOURCES)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[compare]'
-	touch $@
+# An environment for development serves the comparison as well.
+$(VENV)/.compare $(VENV)/.dev: $(VENV)/.%: $(VENV)/.%-packages $(SOURCES)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation .
+	touch $(VENV)/.compare-packages $(VENV)/.compare $@
 
-$(VENV)/.dev: $(VENV)/.torch $(SOURCES)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt '.[dev]'
-	touch $@ $(VENV)/.compare
+# Newer versions: rm requirements/*.txt, and again.
+lock:
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install --quiet uv==$(UV)
+	build/lock/bin/uv pip compile $(LOCK) --group build -o requirements/build.txt
+	build/lock/bin/uv pip compile $(LOCK) --extra dev -c requirements/build.txt -o requirements/dev.txt pyproject.toml
+	build/lock/bin/uv pip compile $(LOCK) --extra compare -c requirements/dev.txt -o requirements/compare.txt pyproject.toml
+
+# What is known against the locked versions, and torch's; asks an advisory service, and fails without an answer.
+audit:
+	$(PYTHON) -m venv build/audit
+	build/audit/bin/python -m pip install --quiet pip-audit
+	for file in requirements/build.txt requirements/dev.txt constraints.txt; do \
+	  build/audit/bin/pip-audit --strict --no-deps --disable-pip --requirement $$file || exit 1; done
 
 compare: $(VENV)/.compare
 	$(BIN)/qaa compare --budget $(BUDGET) --out $(OUTPUT)
