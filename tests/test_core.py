@@ -69,13 +69,15 @@ def build(folder: Path, *options: str) -> Path:
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="cmake is not installed")
 def test_the_core_runs_without_python(cases: Path, tmp_path: Path) -> None:
     """With the address and undefined-behaviour sanitizers watching, and with a baseline of sixteen lanes and four wires
-    a pass, as AVX-512 has them, so that these are run on every machine."""
+    a pass, as AVX-512 has them, so that these are run on every machine. Null pointers and ends of objects are left to
+    the address sanitizer, which sees them as well and compiles faster."""
     program = build(
         tmp_path,
         "-DQAA_OPTIMIZE=-O1",
         "-DQAA_AVX512=OFF",
         "-DQAA_BASELINE_SHAPE=64;4;3",
-        "-DCMAKE_CXX_FLAGS=-fsanitize=address,undefined -fno-sanitize-recover=all",
+        "-DCMAKE_CXX_FLAGS_RELEASE=-O1 -DNDEBUG",
+        "-DCMAKE_CXX_FLAGS=-fsanitize=address,undefined -fno-sanitize-recover=all -fno-sanitize=null,object-size",
     )
     for isa in ("baseline", "avx2", "neon"):
         result = subprocess.run([program, cases], env={"QAA_ISA": isa}, capture_output=True, text=True)

@@ -28,6 +28,7 @@ from qaa.compare import run, sources
 from qaa.compare.config import CompareError
 from qaa.compare.ranks import Claims, Ranks
 
+KILLS = int(os.environ.get("QAA_KILLS", "1"))  # more than one by hand: longer rows, killed at random moments
 MEASURED = ("created", "command", "out", "cache", "origin", "peak_memory_bytes")  # and every number of seconds
 
 
@@ -36,8 +37,9 @@ def setting_up(folder: Path) -> Path:
     config = {
         "model": str(write_model(folder / "model")), "data": str(write_data(folder / "data.json")), "budget": "smoke",
         "source": "local", "cache": str(folder / "cache"), "train_examples": 24, "validation_examples": 12,
-        "test_examples": 12, "max_tokens": 80, "layers": 2, "steps": 6, "tuning_steps": 1, "evaluations": 2,
-        "batch_size": 4, "generate": False, "seeds": [0], "methods": ["lora", "qaa"],
+        "test_examples": 12, "max_tokens": 80, "layers": 2, "steps": 6 if KILLS == 1 else 40,
+        "tuning_steps": 1, "evaluations": 2 if KILLS == 1 else 20, "batch_size": 4, "generate": False,
+        "seeds": [0] if KILLS == 1 else [0, 1], "methods": ["lora", "qaa"],
         "variants": {name: {"learning_rates": [1e-3]} for name in ("lora", "qaa")},
     }  # fmt: skip
     path = folder / "compare.yaml"
@@ -81,7 +83,7 @@ def launch(config: Path, out: Path) -> subprocess.Popen[str]:
 
 
 def wait_for(condition: Any, process: subprocess.Popen[str]) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not condition() and process.poll() is None:
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -92,25 +94,41 @@ def has_begun(out: Path, job: str) -> Any:
     return lambda: (out / "adapters" / job).exists()
 
 
+def row_at_work(out: Path, since: float) -> str | None:
+    """The row that has evaluated its model since then, and has no result yet."""
+    for best in sorted((out / "adapters").glob("*/best.part")):
+        with contextlib.suppress(FileNotFoundError):
+            if best.stat().st_mtime > since and not (out / "work" / f"{best.parent.name}.json").exists():
+                return best.parent.name
+    return None
+
+
 def test_a_killed_run_continues_to_the_same_results(undisturbed: tuple[Path, Any], tmp_path: Path) -> None:
     """Killed while it trains, with its temporary files lying about, and continued; QAA_KILLS asks for more kills."""
     config, expected = undisturbed
-    kills, generator = int(os.environ.get("QAA_KILLS", "1")), random.Random(0)
-    for kill in range(kills):
+    report = json.loads((config.parent / "out" / "results.json").read_text("utf-8"))
+    seconds = max(row["train_seconds"] for row in report["methods"])
+    generator, killed = random.Random(0), []
+    for kill in range(KILLS):
+        began = time.time()
         process = start(config, tmp_path)
-        if kills == 1:
+        if KILLS == 1:
             wait_for(has_begun(tmp_path, "qaa-seed0"), process)
-        else:
+        else:  # some rows end before
+            wait_for(lambda began=began: row_at_work(tmp_path, began), process)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(generator.uniform(0, float(os.environ["QAA_KILL_WITHIN"])))
+                process.wait(generator.uniform(0, 1.2 * seconds))
+        row = row_at_work(tmp_path, began)
         process.kill()
         process.communicate()
-        finished = (
-            [path.name for path in (tmp_path / "work").glob("*-seed*.json")] if (tmp_path / "work").exists() else []
-        )
-        print(f"kill {kill + 1}: exit {process.returncode}, finished {sorted(finished)}")
+        if process.returncode == -signal.SIGKILL:
+            killed.append(row)
         for path in (tmp_path / "work").glob("*.json"):
             json.loads(path.read_text("utf-8"))  # whole
+        print(f"kill {kill + 1}: exit {process.returncode}, {time.time() - began:.1f} s after the start, in {row}")
+    assert killed
+    if KILLS > 1:
+        assert len(set(killed) - {None}) > 1 and sum(row is not None for row in killed) > KILLS / 2
     assert main(["compare", "--config", str(config), "--out", str(tmp_path)]) == 0
     assert comparable(tmp_path) == expected
 
