@@ -99,12 +99,8 @@ class _Results:
     """Results in files, each from a process of its own, made once and by one of the ranks."""
 
     def __init__(self, job: Any, facts: dict[str, Any], base: str, ranks: Ranks) -> None:
-        self.job, self.facts, self.base, self.ranks = (
-            replace(job, device=ranks.see_one_gpu(job.device)),
-            facts,
-            base,
-            ranks,
-        )
+        self.facts, self.base, self.ranks = facts, base, ranks
+        self.job = replace(job, device=ranks.see_one_gpu(job.device))
         self._work = Path(job.splits).parent
         self._names = list(_names(job.settings))
         self._claims = ranks.claims(self._work / ".claims")
