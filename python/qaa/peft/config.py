@@ -283,9 +283,9 @@ class QaaConfig(PeftConfig):
         ``"default"``: the real parts of 10 amplitudes of the input with scaled channels, standardised; linear in x and
         without a constant, so that it merges and exports as a LoRA of rank 10 that any server of LoRAs can serve. Call
         :func:`qaa.peft.calibrate` before training, or add ``calibration="first_batch"``.
-        ``"compact"``: 64 such amplitudes and V of rank 4, ``4 * (64 + d_out) + 4 * n * 3`` numbers per layer: 0.085 % of
-        SmolLM2-135M and 0.031 % of GPT-Neo-1.3B on q and v. It exports as a LoRA of rank 4, and wants layers of more
-        than 32 inputs. Calibrate it as well.
+        ``"compact"``: 64 such amplitudes and V of rank 4, ``4 * (64 + d_out) + 4 * n * 3`` numbers per layer: 0.085 %
+        of SmolLM2-135M and 0.031 % of GPT-Neo-1.3B on q and v. It exports as a LoRA of rank 4, and wants layers of
+        more than 32 inputs. Calibrate it as well.
         ``"tiny"``: 16 such amplitudes, two layers and a random up-projection of which 16 gains are trained,
         ``16 + 2 * n * 3`` numbers per layer: 0.0034 % of SmolLM2-135M on q and v. Calibrate it as well.
 
