@@ -147,14 +147,12 @@ class Adapter:
         """
         if not self.is_linear:
             raise ValueError(f"expected the readout 'state', which is linear in x, received {str(self.readout)!r}")
-        if mix is not None and mix.requires_grad and torch.is_grad_enabled():
-            return self._rows(theta, mix)
-        is_trained = theta.requires_grad and torch.is_grad_enabled()
-        if is_trained or not ops._is_plain(theta) or not (mix is None or ops._is_plain(mix)):
+        asked = (theta,) if mix is None else (theta, mix)
+        is_trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in asked)
+        if is_trained or not ops._is_plain(*asked):
             return self._rows(theta, mix)
         # Generation, and training with frozen angles, ask for the same rows over and over: comparing some hundred
         # numbers takes microseconds, the rows some hundred times as long.
-        asked = (theta,) if mix is None else (theta, mix)
         known = self._known_rows.get("last")
         if known is None or not _are_equal(known[0], asked):
             with torch.inference_mode(False), torch.no_grad():  # training may use these tensors later
