@@ -237,7 +237,7 @@ class Adapter:
         """``base + delta(x, ...)`` in the dtype of ``base``; with ``in_place`` it may be written over ``base``."""
         up, bias, mix = self._folded(up, bias, whitening, mix)
         features = self.features(theta, x, whitening, mix)
-        return ops.project(base, features, up, bias, self.scaling, in_place=in_place)
+        return ops._add_projection(base, features, up, bias, self.scaling, in_place)
 
     def low_rank(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -27,6 +27,8 @@ _SCALARS = {
     torch.float32: _core.Scalar.float32,
     torch.float64: _core.Scalar.float64,
 }
+
+_PAIRS = {torch.complex64: _core.Scalar.float32, torch.complex128: _core.Scalar.float64}  # real and imaginary part
 
 
 def quantum_features(
@@ -222,7 +224,13 @@ def mixed_rows(circuit: Circuit, theta: Tensor, mix: Tensor, *, width: int | Non
     readout = f"state[:{size if width is None else width}]"
     if torch.compiler.is_compiling():
         return torch.ops.qaa.forward(-theta, mix, _adjoint_text(circuit, readout)).real
-    return quantum_features(_adjoint(circuit), -theta, mix, readout, normalize=False).real
+    what = program(_adjoint(circuit), readout, False)
+    _check_theta(what, theta)
+    _check_x(what, mix)
+    _check_together(theta, "mix", mix)
+    if _is_plain(theta, mix):
+        return _MixedRows.apply(theta, mix, what)
+    return torch.ops.qaa.forward(-theta, mix, str(what)).real
 
 
 @lru_cache(maxsize=256)
@@ -269,6 +277,11 @@ def project(
         tensor([[1.0000, 1.5000, 2.0000],
                 [1.0000, 1.5000, 2.0000]])
     """
+    _check_projection(base, features, up, bias, scale)
+    return _add_projection(base, features, up, bias, float(scale), in_place)
+
+
+def _check_projection(base: Tensor, features: Tensor, up: Tensor, bias: Tensor | None, scale: float) -> None:
     if isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"expected scale to be a number, received {type(scale).__name__}")
     tensors = [("base", base), ("features", features), ("up", up)] + ([] if bias is None else [("bias", bias)])
@@ -285,17 +298,23 @@ def project(
             raise ValueError(f"expected {name} of shape {expected[name]}, received {tuple(tensor.shape)}")
     if bias is not None and tuple(bias.shape) != (up.shape[0],):
         raise ValueError(f"expected bias of shape {(up.shape[0],)}, received {tuple(bias.shape)}")
-    all_tensors = [tensor for _, tensor in tensors]
-    same = len({t.dtype for t in all_tensors}) == 1 and base.dtype in (torch.float32, torch.float64)
-    if not same or any(t.device.type not in ("cpu", "meta") for t in all_tensors):
+
+
+def _add_projection(
+    base: Tensor, features: Tensor, up: Tensor, bias: Tensor | None, scale: float, in_place: bool
+) -> Tensor:
+    """:func:`project` of tensors that fit together."""
+    tensors = (base, features, up) if bias is None else (base, features, up, bias)
+    dtype = base.dtype
+    of_kernel = dtype in (torch.float32, torch.float64) and all(t.dtype == dtype for t in tensors)
+    if not of_kernel or not all(t.is_cpu or t.is_meta for t in tensors):
         weight = up.to(features.dtype)
         delta = torch.nn.functional.linear(features, weight, None if bias is None else bias.to(features.dtype))
-        return (base + scale * delta).to(base.dtype)
+        return (base + scale * delta).to(dtype)
     flat = features.reshape(-1, features.shape[-1])
-    if _is_plain(*all_tensors):
-        return _Project.apply(base, flat, up, bias, float(scale), in_place and _may_write_over(base))
-    out = torch.ops.qaa.project(base.reshape(-1, base.shape[-1]), flat, up, bias, float(scale))
-    return out.reshape(base.shape)
+    if _is_plain(*tensors):
+        return _Project.apply(base, flat, up, bias, scale, in_place and _may_write_over(base))
+    return torch.ops.qaa.project(base.reshape(-1, base.shape[-1]), flat, up, bias, scale).reshape(base.shape)
 
 
 @torch.compiler.assume_constant_result
@@ -354,7 +373,7 @@ def _is_plain(*tensors: Tensor) -> bool:
         if transform.key() == torch._C._functorch.TransformType.Jvp:  # torch would take an op's tangent to be zero
             raise RuntimeError("expected reverse mode, received torch.func.jvp: the kernels have no forward mode")
         return False
-    return all(type(t) in (Tensor, torch.nn.Parameter) and t.device.type in ("cpu", "cuda") for t in tensors)
+    return all(type(t) in (Tensor, torch.nn.Parameter) and (t.is_cpu or t.is_cuda) for t in tensors)
 
 
 # ------------------------------------------------------------------------------------------------ calls of the core
@@ -367,10 +386,8 @@ def _feature_dtype(what: Program, dtype: torch.dtype) -> torch.dtype:
 
 
 def _readable(t: Tensor) -> Tensor:
-    """A real matrix with adjacent numbers in each row; copies only where that is needed."""
-    if t.is_complex():
-        t = torch.view_as_real(t.resolve_conj()).flatten(-2)
-    t = t.resolve_neg()
+    """A matrix with adjacent numbers in each row; copies only where that is needed."""
+    t = t.resolve_conj().resolve_neg()
     return t if t.stride(1) == 1 or t.size(1) <= 1 else t.contiguous()
 
 
@@ -378,7 +395,10 @@ _Layout = tuple[int, int, int, int, _core.Scalar]  # address, rows, columns, row
 
 
 def _layout(t: Tensor) -> _Layout:
-    return t.data_ptr(), t.size(0), t.size(1), t.stride(0), _SCALARS[t.dtype]
+    (rows, columns), stride = t.shape, t.stride(0)
+    if t.dtype in _PAIRS:
+        return t.data_ptr(), rows, 2 * columns, 2 * stride, _PAIRS[t.dtype]
+    return t.data_ptr(), rows, columns, stride, _SCALARS[t.dtype]
 
 
 def _angles(theta: Tensor) -> Tensor:
@@ -391,8 +411,7 @@ def _angles(theta: Tensor) -> Tensor:
 def _forward(what: Program, theta: Tensor, x: Tensor) -> Tensor:
     angles, x = _angles(theta), _readable(x)
     features = torch.empty(x.shape[0], what.n_outputs, dtype=_feature_dtype(what, x.dtype), device=x.device)
-    out = torch.view_as_real(features).flatten(-2) if what.is_complex else features
-    matrices = _core.ConstMatrix(*_layout(x)), _core.Matrix(*_layout(out))
+    matrices = _core.ConstMatrix(*_layout(x)), _core.Matrix(*_layout(features))
     if x.is_cuda:
         with torch.cuda.device(x.device):
             program, description = _on_device(str(what), x.device)
@@ -536,7 +555,13 @@ def _project_backward(
 # raises an error, while once_differentiable would let a constant incoming gradient through with a silent zero.
 
 
-class _Features(torch.autograd.Function):
+class _Function(torch.autograd.function._SingleLevelFunction):
+    """``torch.autograd.Function`` without its search for torch.func's transforms, which :func:`_is_plain` has made."""
+
+    apply: ClassVar[Any]
+
+
+class _Features(_Function):
     @staticmethod
     def forward(ctx: Any, theta: Tensor, x: Tensor, what: Program) -> Tensor:
         ctx.save_for_backward(theta, x)
@@ -586,7 +611,7 @@ def _doubles(t: Tensor) -> Any:
     return t.detach().to("cpu", torch.float64).resolve_neg().numpy()
 
 
-class _Rows(torch.autograd.Function):
+class _Rows(_Function):
     @staticmethod
     def forward(ctx: Any, theta: Tensor, what: Program, width: int, real: bool) -> Tensor:
         ctx.save_for_backward(theta)
@@ -601,7 +626,27 @@ class _Rows(torch.autograd.Function):
         return _rows_backward(ctx.what, theta, grad, ctx.real), None, None, None
 
 
-class _Project(torch.autograd.Function):
+class _MixedRows(_Function):
+    """Real parts of the amplitudes of an adjoint circuit; its angles are those of the circuit, negative."""
+
+    @staticmethod
+    def forward(ctx: Any, theta: Tensor, mix: Tensor, what: Program) -> Tensor:
+        ctx.save_for_backward(theta, mix)
+        ctx.what = what
+        return _forward(what, -theta, mix).real.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        theta, mix = ctx.saved_tensors
+        grad = grad.to(_feature_dtype(ctx.what, mix.dtype))
+        if torch.is_grad_enabled():
+            grad_theta, grad_mix = torch.ops.qaa.backward(-theta, mix, grad, str(ctx.what))
+        else:
+            grad_theta, grad_mix = _backward(ctx.what, -theta, mix, grad)
+        return grad_theta.neg_(), grad_mix, None
+
+
+class _Project(_Function):
     @staticmethod
     def forward(
         ctx: Any, base: Tensor, features: Tensor, up: Tensor, bias: Tensor | None, scale: float, in_place: bool
