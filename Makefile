@@ -77,7 +77,7 @@ study-small: $(VENV)/.compare
 test: $(VENV)/.dev
 	$(BIN)/python tests/peft_suite.py --fetch
 	$(BIN)/python tests/peft_quantized.py --fetch
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses auto --dist loadfile --durations 40
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 40
 
 docs: $(VENV)/.dev
 	$(BIN)/python -m sphinx -q -W --keep-going -b html docs build/docs
