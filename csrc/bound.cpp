@@ -39,18 +39,17 @@ RotatePass<T> rotate_pass(const Pass& pass, const std::vector<double>& angles, b
 
 // A diagonal, its real and imaginary parts apart so that compilers vectorize what is done with it.
 struct Diagonal {
-  std::vector<double> re, im;
-  explicit Diagonal(std::size_t size) : re(size, 1.0), im(size, 0.0) {}
+  double *re, *im;
 };
 
 // product[b] = product over j of the phase of slot j, or its conjugate where bit j of b is set.
-void multiply_out(const Stage& stage, const Tree& tree, const double* theta, Diagonal& product) {
+void multiply_out(const Stage& stage, const Tree& tree, const double* theta, const Diagonal& product) {
   auto phase_of = [&](std::uint32_t slot) -> std::complex<double> {
     return slot == Tree::unused ? 1.0 : std::polar(1.0, -stage.phases[slot].angle.value(theta) / 2);
   };
   const std::size_t n_wires = tree.slots.size() - 1;
   const std::complex<double> all = phase_of(tree.slots[n_wires]);
-  double *re = product.re.data(), *im = product.im.data();
+  double *re = product.re, *im = product.im;
   re[0] = all.real();
   im[0] = all.imag();
   for (std::size_t j = 0; j < n_wires; ++j) {
@@ -68,8 +67,7 @@ void multiply_out(const Stage& stage, const Tree& tree, const double* theta, Dia
 }
 
 // The diagonal of a stage at every index.
-void fill(const Stage& stage, const double* theta, Diagonal& table, Diagonal& product) {
-  const std::size_t size = table.re.size();
+void fill(const Stage& stage, std::size_t size, const double* theta, const Diagonal& table, const Diagonal& product) {
   for (std::size_t i = 0; i < stage.constant.size(); ++i) {
     table.re[i] = stage.constant[i].real();
     table.im[i] = stage.constant[i].imag();
@@ -89,8 +87,7 @@ void fill(const Stage& stage, const double* theta, Diagonal& table, Diagonal& pr
 
 // Real parts, then imaginary parts.
 template <class T>
-void store(T* out, const Diagonal& table, double scale, bool conjugate) {
-  const std::size_t size = table.re.size();
+void store(T* out, std::size_t size, const Diagonal& table, double scale, bool conjugate) {
   const double imaginary = conjugate ? -scale : scale;
   for (std::size_t i = 0; i < size; ++i) out[i] = T(scale * table.re[i]);
   for (std::size_t i = 0; i < size; ++i) out[size + i] = T(imaginary * table.im[i]);
@@ -112,6 +109,10 @@ double coefficient(const Term& term, const std::vector<std::complex<double>>& ab
   return value;
 }
 
+std::size_t n_diagonals(const Plan& plan) {
+  return std::size_t(std::ranges::count_if(plan.stages, &Stage::is_diagonal));
+}
+
 void add_to(double* grad_theta, const Angle& angle, double derivative) {
   for (const AngleTerm& term : angle.terms) grad_theta[term.parameter] += term.coefficient * derivative;
 }
@@ -119,22 +120,28 @@ void add_to(double* grad_theta, const Angle& angle, double derivative) {
 }  // namespace
 
 template <class T>
-BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta) : plan_(plan) {
+BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta, bool with_adjoint)
+    : plan_(plan), tables_((with_adjoint ? 4 : 2) * plan.n_amplitudes() * n_diagonals(plan)) {
   const std::size_t n_stages = plan.stages.size(), size = plan.n_amplitudes();
-  std::size_t n_passes = 0, n_trees = plan.trees.size(), n_tables = 0;
+  std::size_t n_passes = 0, n_trees = plan.trees.size();
   for (const Stage& stage : plan.stages) {
     n_passes += stage.rotate.size() + stage.unwind.size();
     n_trees += stage.trees.size();
-    n_tables += stage.is_diagonal();
   }
   stages_.resize(n_stages);
   passes_.reserve(n_passes);
   trees_.reserve(n_trees);
-  tables_.resize(4 * size * n_tables);
   T* next_table = tables_.data();
   // The diagonals are computed once and stored twice, with the scales owed in either direction.
-  std::vector<Diagonal> diagonals(n_stages, Diagonal(0));
-  Diagonal product(n_tables > 0 ? size : 0);
+  Spare<double> numbers(2 * size * (n_diagonals(plan) + 1));
+  std::vector<Diagonal> diagonals(n_stages);
+  double* next_diagonal = numbers.data();
+  auto take_diagonal = [&] {
+    const Diagonal taken{next_diagonal, next_diagonal + size};
+    next_diagonal += 2 * size;
+    return taken;
+  };
+  const Diagonal product = take_diagonal();
   std::vector<double> angles;
 
   auto stage_angles = [&](const Stage& stage) {
@@ -159,11 +166,11 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta) : p
     complex |= !stage.real;
     out.first_slot = slot;
     if (stage.is_diagonal()) {
-      diagonals[s] = Diagonal(size);
-      fill(stage, theta, diagonals[s], product);
+      diagonals[s] = take_diagonal();
+      fill(stage, size, theta, diagonals[s], product);
       out.re = next_table;
       out.im = next_table + size;
-      store(next_table, diagonals[s], scale, false);
+      store(next_table, size, diagonals[s], scale, false);
       next_table += 2 * size;
       scale = 1;
       out.trees = add_trees(stage.trees);
@@ -183,14 +190,14 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta) : p
     }
   }
   bound_.scale = T(scale);
-  for (std::size_t s = n_stages; s-- > 0;) {
+  for (std::size_t s = with_adjoint ? n_stages : 0; s-- > 0;) {
     const Stage& stage = plan.stages[s];
     BoundStage<T>& out = stages_[s];
     if (stage.is_diagonal()) {
       out.back_re = next_table;
       out.back_im = next_table + size;
       out.overlap_scale = scale * scale;
-      store(next_table, diagonals[s], scale, true);
+      store(next_table, size, diagonals[s], scale, true);
       next_table += 2 * size;
       scale = 1;
     } else {

@@ -9,6 +9,8 @@
 #pragma once
 
 #include <memory>
+#include <utility>
+#include <vector>
 
 #include "plan.h"
 
@@ -102,11 +104,32 @@ struct BoundPlan {
   std::uint32_t first_term_slot;  // the derivative with respect to each term's coefficient
 };
 
-// Owns what a BoundPlan points to. The plan must outlive it.
+// A vector that a thread keeps from call to call while it is small: memory that is freed goes back to the system, and
+// comes again as fresh pages, which cost as much as filling it.
+template <class T>
+class Spare {
+ public:
+  explicit Spare(std::size_t size) : vector_(std::move(kept())) { vector_.resize(size); }
+  ~Spare() {
+    constexpr std::size_t most = std::size_t{1} << 20;
+    if (vector_.capacity() * sizeof(T) <= most) kept() = std::move(vector_);
+  }
+  Spare(const Spare&) = delete;
+  T* data() { return vector_.data(); }
+
+ private:
+  static std::vector<T>& kept() {
+    thread_local std::vector<T> vector;
+    return vector;
+  }
+  std::vector<T> vector_;
+};
+
+// Owns what a BoundPlan points to, with the adjoint's part of it or without. The plan must outlive it.
 template <class T>
 class BoundPlanStorage {
  public:
-  BoundPlanStorage(const Plan& plan, const double* theta);
+  BoundPlanStorage(const Plan& plan, const double* theta, bool with_adjoint);
   const BoundPlan<T>& bound() const { return bound_; }
   // theta's gradient from the derivatives with respect to slots.
   void chain_rule(const double* slots, double* grad_theta) const;
@@ -116,7 +139,7 @@ class BoundPlanStorage {
   BoundPlan<T> bound_{};
   std::vector<BoundStage<T>> stages_;
   std::vector<RotatePass<T>> passes_;
-  std::vector<T> tables_;
+  Spare<T> tables_;
   std::vector<SumTree> trees_;
   std::vector<FlipPass> flips_;  // flips, then chains
   std::vector<CorrelationPass> correlations_;
