@@ -128,6 +128,9 @@ class Circuit:
                     f"received {gate.name} with {gate.parameters}"
                 )
         object.__setattr__(self, "_hash", hash((self.n_wires, self.gates, self.parameter_shape)))
+        shape = "x".join(map(str, self.parameter_shape))
+        text = "; ".join([f"wires {self.n_wires}", f"theta {shape}", *map(str, self.gates)])
+        object.__setattr__(self, "_text", text)
 
     def __hash__(self) -> int:  # computed once: circuits are keys of the plan cache, on every call
         return self._hash  # type: ignore[attr-defined, no-any-return]
@@ -141,8 +144,7 @@ class Circuit:
         return math.prod(self.parameter_shape)
 
     def __str__(self) -> str:
-        shape = "x".join(map(str, self.parameter_shape))
-        return "; ".join([f"wires {self.n_wires}", f"theta {shape}", *map(str, self.gates)])
+        return self._text  # type: ignore[attr-defined, no-any-return]
 
     def adjoint(self) -> Circuit:
         r"""The circuit V with :math:`U(\theta)^\dagger = V(-\theta)`: the gates backwards, in terms of the same angles.

@@ -275,10 +275,9 @@ def is_private_result(layer: nn.Module) -> bool:
     A plain linear layer saves its input for the backward pass and not its output; a hook, or a ``forward`` that was
     put in place of its own, may keep that.
     """
-    if type(layer) is not nn.Linear or "forward" in vars(layer):
+    if type(layer) is not nn.Linear or "forward" in layer.__dict__:
         return False
-    everywhere = vars(nn.modules.module)
-    return not any(getattr(layer, name) or everywhere["_global" + name] for name in _HOOKS)
+    return not any(getattr(layer, name) or getattr(nn.modules.module, "_global" + name) for name in _HOOKS)
 
 
 class QuantumLayer(nn.Module):

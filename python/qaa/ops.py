@@ -223,7 +223,7 @@ def mixed_rows(circuit: Circuit, theta: Tensor, mix: Tensor, *, width: int | Non
         check_count("width", width, size)
     readout = f"state[:{size if width is None else width}]"
     if torch.compiler.is_compiling():
-        return torch.ops.qaa.forward(-theta, mix, _adjoint_text(circuit, readout)).real
+        return torch.ops.qaa.forward(-theta, mix, _text(circuit, readout, False, adjoint=True)).real
     what = program(_adjoint(circuit), readout, False)
     _check_theta(what, theta)
     _check_x(what, mix)
@@ -317,14 +317,17 @@ def _add_projection(
     return torch.ops.qaa.project(base.reshape(-1, base.shape[-1]), flat, up, bias, scale).reshape(base.shape)
 
 
-@torch.compiler.assume_constant_result
-def _text(circuit: Circuit, readout: str | Sequence[str] | Readout, normalize: bool) -> str:
-    return str(program(circuit, readout, normalize))
+def _text(circuit: Circuit, readout: str | Sequence[str] | Readout, normalize: bool, *, adjoint: bool = False) -> str:
+    """The program's text while a graph is traced: to torch before 2.12 strings are constants, dataclasses are not."""
+    if isinstance(readout, Readout):
+        readout = readout.paulis if readout.kind == "expval" else str(readout)
+    return _constant_text(str(circuit), readout, normalize, adjoint)
 
 
 @torch.compiler.assume_constant_result
-def _adjoint_text(circuit: Circuit, readout: str) -> str:
-    return str(program(_adjoint(circuit), readout, False))
+def _constant_text(circuit: str, readout: str | Sequence[str], normalize: bool, adjoint: bool) -> str:
+    parsed = Circuit.parse(circuit)
+    return str(program(_adjoint(parsed) if adjoint else parsed, readout, normalize))
 
 
 # ------------------------------------------------------------------------------------------------ checks
