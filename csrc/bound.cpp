@@ -40,6 +40,7 @@ RotatePass<T> rotate_pass(const Pass& pass, const std::vector<double>& angles, b
 // A diagonal, its real and imaginary parts apart so that compilers vectorize what is done with it.
 struct Diagonal {
   double *re, *im;
+  std::size_t size;
 };
 
 // product[b] = product over j of the phase of slot j, or its conjugate where bit j of b is set.
@@ -67,7 +68,7 @@ void multiply_out(const Stage& stage, const Tree& tree, const double* theta, con
 }
 
 // The diagonal of a stage at every index.
-void fill(const Stage& stage, std::size_t size, const double* theta, const Diagonal& table, const Diagonal& product) {
+void fill(const Stage& stage, const double* theta, const Diagonal& table, const Diagonal& product) {
   for (std::size_t i = 0; i < stage.constant.size(); ++i) {
     table.re[i] = stage.constant[i].real();
     table.im[i] = stage.constant[i].imag();
@@ -75,7 +76,7 @@ void fill(const Stage& stage, std::size_t size, const double* theta, const Diago
   for (const Tree& tree : stage.trees) {
     multiply_out(stage, tree, theta, product);
     const bool first = &tree == &stage.trees.front() && stage.constant.empty();
-    for (std::size_t b = 0; b < size; ++b) {
+    for (std::size_t b = 0; b < table.size; ++b) {
       const double re = product.re[b], im = product.im[b];
       double &to_re = table.re[tree.order[b]], &to_im = table.im[tree.order[b]];
       const double new_re = first ? re : to_re * re - to_im * im;
@@ -87,7 +88,8 @@ void fill(const Stage& stage, std::size_t size, const double* theta, const Diago
 
 // Real parts, then imaginary parts.
 template <class T>
-void store(T* out, std::size_t size, const Diagonal& table, double scale, bool conjugate) {
+void store(T* out, const Diagonal& table, double scale, bool conjugate) {
+  const std::size_t size = table.size;
   const double imaginary = conjugate ? -scale : scale;
   for (std::size_t i = 0; i < size; ++i) out[i] = T(scale * table.re[i]);
   for (std::size_t i = 0; i < size; ++i) out[size + i] = T(imaginary * table.im[i]);
@@ -137,7 +139,7 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta, boo
   std::vector<Diagonal> diagonals(n_stages);
   double* next_diagonal = numbers.data();
   auto take_diagonal = [&] {
-    const Diagonal taken{next_diagonal, next_diagonal + size};
+    const Diagonal taken{next_diagonal, next_diagonal + size, size};
     next_diagonal += 2 * size;
     return taken;
   };
@@ -167,10 +169,10 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta, boo
     out.first_slot = slot;
     if (stage.is_diagonal()) {
       diagonals[s] = take_diagonal();
-      fill(stage, size, theta, diagonals[s], product);
+      fill(stage, theta, diagonals[s], product);
       out.re = next_table;
       out.im = next_table + size;
-      store(next_table, size, diagonals[s], scale, false);
+      store(next_table, diagonals[s], scale, false);
       next_table += 2 * size;
       scale = 1;
       out.trees = add_trees(stage.trees);
@@ -197,7 +199,7 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta, boo
       out.back_re = next_table;
       out.back_im = next_table + size;
       out.overlap_scale = scale * scale;
-      store(next_table, size, diagonals[s], scale, true);
+      store(next_table, diagonals[s], scale, true);
       next_table += 2 * size;
       scale = 1;
     } else {

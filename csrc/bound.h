@@ -104,8 +104,8 @@ struct BoundPlan {
   std::uint32_t first_term_slot;  // the derivative with respect to each term's coefficient
 };
 
-// A vector that a thread keeps from call to call while it is small: memory that is freed goes back to the system, and
-// comes again as fresh pages, which cost as much as filling it.
+// A vector that a thread keeps from call to call while it is small, as plans may be of any depth: memory that is freed
+// goes back to the system and comes again as fresh pages, which cost as much as filling it.
 template <class T>
 class Spare {
  public:
