@@ -199,6 +199,21 @@ def test_a_frozen_circuit_keeps_its_angles_and_still_saves_them(tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("fields", [{"train_circuit": False}, {"scale_channels": True, "standardize_features": True}])
+def test_what_is_frozen_stays_frozen_when_peft_casts_adapters_of_half_precision(dtype, fields):
+    def trained(model):
+        return {name: parameter.dtype for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    expected = trained(adapted(random_config(STATE, **fields)))
+    model = adapted(random_config(STATE, **fields), llama().to(dtype))
+    assert trained(model) == expected and set(expected.values()) == {torch.float32}
+    model.add_adapter("second", random_config(STATE, **fields))
+    assert trained(model) == expected
+    model.set_adapter("second")
+    assert trained(model) == {name.replace("default", "second"): torch.float32 for name in expected}
+
+
 # -------------------------------------------------------------------------------------- which layers are adapted
 
 

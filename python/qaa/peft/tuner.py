@@ -256,6 +256,16 @@ class AdditiveModel(BaseTuner):
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT puts new parameters in place of those that it casts; those of frozen ones stay frozen here."""
+        layers = [module for module in self.modules() if isinstance(module, AdditiveLayer)]
+        containers = [getattr(layer, name) for layer in layers for name in layer.adapter_layer_names]
+        containers = [c for c in containers if adapter_name in c]
+        required = [c[adapter_name].requires_grad for c in containers]
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for container, requires_grad in zip(containers, required, strict=True):
+            container[adapter_name].requires_grad_(requires_grad)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Passes ``adapter_names``, one adapter for each row of the batch, to the layers of this method."""
