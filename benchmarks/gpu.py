@@ -1,17 +1,19 @@
-"""``make gpu-check``: all that only a GPU can tell. The tests on it, compute-sanitizer, then times by CUDA events.
+"""``make gpu-check``: all that only a GPU can tell. Tests on it, compute-sanitizer, the kernels' times, training steps.
 
-Times are of the default circuit at the sizes of LLM layers, in bfloat16: the kernels, the same in plain torch (each
-layer of RY two small matrix products, as ``benchmarks/rivals/torch_by_hand.py`` has it), and LoRA r = 8.
+Times are medians of CUDA events around one call, each after a flush of the second-level cache. A layer's times are those
+of a replayed CUDA graph, so that nothing waits for Python; a training step's are of PEFT models as users run them.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import gc
 import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,25 +25,46 @@ import qaa.ops
 from benchmarks.rivals.differentiable import pad_and_normalize
 from benchmarks.rivals.torch_by_hand import Circuit
 
-SIZES = [(10, 768), (11, 2048), (12, 4096), (13, 8192)]  # wires, width
+LAYERS = [(10, 768), (11, 2048), (12, 4096), (13, 8192)]  # wires, width
 TOKENS = 8192
 GOALS = {"forward": 60.0, "forward + adjoint": 250.0}  # microseconds at 11 wires on an H100
+#: hidden size, intermediate size, layers, heads, key-value heads, vocabulary; and sequences of a batch and their length
+MODELS = {
+    "SmolLM2-135M": ((576, 1536, 30, 9, 3, 49152), (8, 1024)),
+    "Llama-3.2-1B": ((2048, 8192, 16, 32, 8, 128256), (4, 1024)),
+    "Llama-3.1-8B": ((4096, 14336, 32, 32, 8, 128256), (4, 1024)),
+}
+SECTIONS = ("tests", "sanitizer", "layers", "training")
 
 
-def microseconds(call: Callable[[], Any], repeats: int = 30) -> float:
+def microseconds(call: Callable[[], Any], repeats: int = 30, warmup: int = 5) -> float:
     """The median time of a call on the GPU; a flush of the second-level cache comes before each."""
     flush = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     times: list[float] = []
-    for repeat in range(repeats + 5):
+    for repeat in range(repeats + warmup):
         flush.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         call()
         end.record()
         torch.cuda.synchronize()
-        if repeat >= 5:
+        if repeat >= warmup:
             times.append(1000 * start.elapsed_time(end))
     return sorted(times)[len(times) // 2]
+
+
+def graphed(call: Callable[[], Any]) -> Callable[[], None]:
+    """The call's work on the GPU, without the time that Python takes to ask for it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
 
 
 def directions(function: Callable[..., Tensor], *leaves: Tensor) -> dict[str, float]:
@@ -55,10 +78,10 @@ def directions(function: Callable[..., Tensor], *leaves: Tensor) -> dict[str, fl
     def step() -> None:
         torch.autograd.grad(function(*leaves), leaves, grad)
 
-    return {"forward": microseconds(forward), "forward + adjoint": microseconds(step)}
+    return {"forward": microseconds(graphed(forward)), "forward + adjoint": microseconds(graphed(step))}
 
 
-def measure(n_wires: int, width: int) -> dict[str, dict[str, float]]:
+def layer(n_wires: int, width: int) -> dict[str, dict[str, float]]:
     """Times of qaa, plain torch and LoRA for one layer's width."""
     circuit = qaa.ansatz("ring", n_wires)
     by_hand = Circuit(n_wires)
@@ -76,28 +99,98 @@ def measure(n_wires: int, width: int) -> dict[str, dict[str, float]]:
     return {
         "qaa": directions(lambda theta, x: qaa.ops.quantum_features(circuit, theta, x), theta, x),
         "torch, two matrix products a layer": directions(in_torch, theta, x),
+        "the same, compiled": directions(torch.compile(in_torch, dynamic=False), theta, x),
         "LoRA r = 8": directions(lambda x, down, up: x @ down.T @ up.T, x, down, up),
     }
 
 
-def sanitize() -> dict[str, str]:
-    """Verdicts of compute-sanitizer over a few tests; empty where it is not installed."""
+def training(name: str) -> dict[str, dict[str, float]]:
+    """Milliseconds of a training step, and GiB at its peak, of a model of random bfloat16 weights and each adapter.
+
+    AdamW, autocast to bfloat16, adapters on q and v in float32, as the Trainer has it with ``bf16=True``. Methods take
+    turns, so that a drift of the clock meets all of them.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from qaa.peft import QaaConfig
+
+    sizes, (n_sequences, length) = MODELS[name]
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    config = LlamaConfig(**dict(zip((*keys, "vocab_size"), sizes, strict=True)), tie_word_embeddings=True)
+    targets = ["q_proj", "v_proj"]
+    methods = {"LoRA r = 8": LoraConfig(r=8, target_modules=targets)}
+    methods |= {form: QaaConfig.preset(form, target_modules=targets) for form in ("compact", "default", "paper")}
+    tokens = torch.randint(config.vocab_size, (n_sequences, length), device="cuda")
+    with torch.device("cuda"), default_dtype(torch.bfloat16):
+        torch.manual_seed(0)
+        base = LlamaForCausalLM(config)
+    rounds: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
+    for turn in range(2):
+        for method, adapter in methods.items():
+            model = get_peft_model(base, adapter).train()
+            trained = [p for p in model.parameters() if p.requires_grad]
+            optimizer = torch.optim.AdamW(trained, lr=1e-3)
+
+            def step(model: Any = model, optimizer: Any = optimizer) -> None:
+                optimizer.zero_grad()
+                with torch.autocast("cuda", torch.bfloat16):
+                    loss = model(input_ids=tokens, labels=tokens).loss
+                loss.backward()
+                optimizer.step()
+
+            step()
+            torch.cuda.reset_peak_memory_stats()
+            time = microseconds(step, repeats=7, warmup=2) / 1000
+            rounds[method].append(
+                {
+                    "milliseconds": time,
+                    "GiB": torch.cuda.max_memory_allocated() / 2**30,
+                    "trainable": sum(p.numel() for p in trained),
+                }
+            )
+            base = model.unload()
+            del model, trained, optimizer, step
+            gc.collect()
+    return {method: {key: min(r[key] for r in results) for key in results[0]} for method, results in rounds.items()}
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def tests() -> str:
+    """Whether the tests that need a GPU pass."""
+    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/test_cuda.py"], check=False)
+    return "passed" if done.returncode == 0 else f"exit status {done.returncode}"
+
+
+def sanitizer() -> dict[str, str] | str:
+    """Verdicts of compute-sanitizer over a few tests."""
     if shutil.which("compute-sanitizer") is None:
-        return {}
+        return "not installed"
     chosen = "(test_against_the_oracle and float32 and (6 or 9 or 10 or 11)) or extreme or empty"
-    verdicts = {}
-    for tool in ("memcheck", "racecheck", "initcheck"):
-        checked = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
+    running = {}
+    for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
+        checked = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", "--kernel-name", "kns=qaa"]
         tests = [sys.executable, "-m", "pytest", "-q", "tests/test_cuda.py", "-k", chosen]
-        done = subprocess.run([*checked, *tests], check=False)
-        verdicts[tool] = "clean" if done.returncode == 0 else f"exit status {done.returncode}"
-    return verdicts
+        running[tool] = subprocess.Popen([*checked, *tests])
+    verdicts = {tool: process.wait() for tool, process in running.items()}
+    return {tool: "clean" if status == 0 else f"exit status {status}" for tool, status in verdicts.items()}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="benchmarks.gpu", description="Checks and times the CUDA kernels.")
     parser.add_argument("--output", type=Path, default=Path("reports/gpu/results.json"))
-    output: Path = parser.parse_args().output
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    arguments = parser.parse_args()
     if not torch.cuda.is_available() or not qaa.cuda.is_available():
         seen = "with" if torch.cuda.is_available() else "without"
         built = "with" if qaa.cuda.is_built() else "without"
@@ -107,26 +200,42 @@ def main() -> int:
             file=sys.stderr,
         )
         return 1
-    tests = subprocess.run([sys.executable, "-m", "pytest", "-q", "tests/test_cuda.py"], check=False).returncode
-    verdicts = sanitize()
-    results: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "torch": torch.__version__,
-        "tokens": TOKENS,
-        "tests": "passed" if tests == 0 else f"exit status {tests}",
-        "sanitizer": verdicts or "not installed",
-        "microseconds": {},
-    }
-    print(f"\n{results['device']}, {TOKENS} tokens in bfloat16, microseconds")
-    for n_wires, width in SIZES:
-        times = results["microseconds"][f"n = {n_wires}, d = {width}"] = measure(n_wires, width)
-        for name, of_direction in times.items():
-            cells = "".join(f"{direction:>20} {value:9.1f}" for direction, value in of_direction.items())
-            print(f"n = {n_wires:2}, d = {width:5}  {name:36}{cells}")
-    print("goals at n = 11 on an H100:", ", ".join(f"{name} at most {goal:.0f}" for name, goal in GOALS.items()))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=2) + "\n")
-    return 0 if tests == 0 and all(verdict == "clean" for verdict in verdicts.values()) else 1
+    results: dict[str, Any] = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "tokens": TOKENS}
+
+    def note(section: str, value: Any) -> None:
+        """Written at once, so that nothing is lost if a later section fails."""
+        results[section] = value
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(results, indent=2) + "\n")
+
+    if "tests" in arguments.sections:
+        note("tests", tests())
+    if "sanitizer" in arguments.sections:
+        note("sanitizer", sanitizer())
+    if "layers" in arguments.sections:
+        print(f"\n{results['device']}, {TOKENS} tokens in bfloat16, microseconds", flush=True)
+        layers: dict[str, Any] = {}
+        for n_wires, width in LAYERS:
+            times = layers[f"n = {n_wires}, d = {width}"] = layer(n_wires, width)
+            note("microseconds", layers)
+            for name, of_direction in times.items():
+                cells = "".join(f"{direction:>20} {value:9.1f}" for direction, value in of_direction.items())
+                print(f"n = {n_wires:2}, d = {width:5}  {name:36}{cells}", flush=True)
+        print("goals at n = 11 on an H100:", ", ".join(f"{name} at most {goal:.0f}" for name, goal in GOALS.items()))
+    if "training" in arguments.sections:
+        steps: dict[str, Any] = {}
+        for name in arguments.models:
+            print(f"\n{name}'s shape, {' x '.join(map(str, MODELS[name][1]))} tokens, a training step", flush=True)
+            steps[name] = training(name)
+            note("training", steps)
+            reference = steps[name]["LoRA r = 8"]["milliseconds"]
+            for method, of in steps[name].items():
+                ratio = of["milliseconds"] / reference
+                cells = f"{of['milliseconds']:9.2f} ms {ratio:6.3f} x LoRA {of['GiB']:7.2f} GiB"
+                print(f"{method:12}{cells} {of['trainable']:10,} trainable", flush=True)
+    verdicts = results.get("sanitizer", {})
+    is_clean = verdicts == "not installed" or all(verdict == "clean" for verdict in verdicts.values())
+    return 0 if results.get("tests", "passed") == "passed" and is_clean else 1
 
 
 if __name__ == "__main__":

@@ -29,8 +29,21 @@ set(CMAKE_CUDA_STANDARD_REQUIRED ON)
 set(CMAKE_CUDA_RUNTIME_LIBRARY Static)  # so that a machine without CUDA can load the module
 enable_language(CUDA)
 
-add_library(qaa_cuda OBJECT csrc/cuda/program.cpp csrc/cuda/launch.cu)
-target_include_directories(qaa_cuda PRIVATE csrc)
+# The kernels' source as text, for compilers at run time: one file, without includes.
+set(headers csrc/basic.h csrc/cuda/layout.h csrc/cuda/portable.cuh csrc/cuda/kernels.cuh)
+set(text "")
+foreach(header IN LISTS headers)
+  file(READ ${header} content)
+  string(REGEX REPLACE "#(include \"|pragma once)[^\n]*" "" content "${content}")
+  string(APPEND text "${content}")
+endforeach()
+set_property(DIRECTORY APPEND PROPERTY CMAKE_CONFIGURE_DEPENDS ${headers})
+file(CONFIGURE OUTPUT kernel_headers.cpp @ONLY CONTENT
+  "#include \"cuda.h\"\n\nconst char* qaa::cuda::kernel_headers() {\n  return R\"qaa(@text@)qaa\";\n}\n")
+
+add_library(qaa_cuda OBJECT csrc/cuda/program.cpp csrc/cuda/specialize.cpp csrc/cuda/launch.cu
+  ${PROJECT_BINARY_DIR}/kernel_headers.cpp)
+target_include_directories(qaa_cuda PRIVATE csrc csrc/cuda)
 target_compile_options(qaa_cuda PRIVATE
   $<$<COMPILE_LANGUAGE:CXX>:-Wall -Wextra>
   "$<$<COMPILE_LANGUAGE:CUDA>:-O3;-Werror=all-warnings;--threads=0;-Xcompiler=-Wall,-Wextra>")

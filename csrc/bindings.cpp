@@ -158,22 +158,26 @@ py::bytes description_of(const cuda::Program& program) {
 
 void run_cuda_forward(const cuda::Program& program, std::uintptr_t description, std::uintptr_t theta,
                       Scalar theta_scalar, const ConstMatrix& x, const Matrix& features, std::uintptr_t workspace,
-                      std::uintptr_t stream) {
+                      std::uintptr_t stream, std::uintptr_t kernel) {
   without_gil([&] {
     auto pointer = [](std::uintptr_t address) { return reinterpret_cast<void*>(address); };
     cuda::forward({program, pointer(description), pointer(theta), theta_scalar, x, features, pointer(workspace),
-                   pointer(stream)});
+                   pointer(stream), pointer(kernel)});
   });
 }
 
 void run_cuda_backward(const cuda::Program& program, std::uintptr_t description, std::uintptr_t theta,
                        Scalar theta_scalar, const ConstMatrix& x, const ConstMatrix& grad, std::uintptr_t grad_theta,
-                       const Matrix& grad_x, std::uintptr_t workspace, std::uintptr_t stream) {
+                       const Matrix& grad_x, std::uintptr_t workspace, std::uintptr_t stream, std::uintptr_t kernel) {
   without_gil([&] {
     auto pointer = [](std::uintptr_t address) { return reinterpret_cast<void*>(address); };
     cuda::backward({program, pointer(description), pointer(theta), theta_scalar, x, grad, pointer(grad_theta), grad_x,
-                    pointer(workspace), pointer(stream)});
+                    pointer(workspace), pointer(stream), pointer(kernel)});
   });
+}
+
+std::uintptr_t load_cuda_kernel(const std::string& image) {
+  return reinterpret_cast<std::uintptr_t>(cuda::load_kernel(image.data()));
 }
 
 }  // namespace
@@ -233,19 +237,28 @@ PYBIND11_MODULE(_core, m) {
         py::arg("scale"), py::arg("grad_features"), py::arg("grad_up"), py::arg("grad_bias"), py::arg("threads"),
         "The adjoint of project in one pass over grad; releases the GIL.");
   py::class_<cuda::Program>(m, "CudaProgram", "A plan as the CUDA kernels read it.")
-      .def(py::init<const Plan&>(), py::arg("plan"), py::keep_alive<1, 2>())
+      .def(py::init<const Plan&, bool>(), py::arg("plan"), py::arg("is_known") = false, py::keep_alive<1, 2>(),
+           "With is_known, for kernels that are compiled for this circuit alone.")
+      .def_static("can_be_known", &cuda::Program::can_be_known, py::arg("plan"),
+                  "Whether kernels can be compiled for this circuit alone.")
+      .def("known_source", &cuda::known_source, py::arg("scalar"), py::arg("backward"),
+           "What follows kernel_headers() in the source of such a kernel; empty where there is none.")
       .def_property_readonly("description", &description_of, "Bytes that a call wants in device memory.")
       .def("workspace_bytes", &cuda::workspace_bytes, py::arg("rows"), py::arg("scalar"), py::arg("backward"),
            "Scratch memory of a call on the current device.");
   m.def("cuda_is_built", &cuda::is_built, "Whether this build has CUDA kernels.");
   m.def("cuda_is_available", &cuda::is_available, "Whether it has, and there is a driver with a device.");
+  m.def("cuda_kernel_headers", [] { return std::string(cuda::kernel_headers()); },
+        "The source of the kernels without what one circuit makes of them, for a compiler at run time.");
+  m.def("cuda_load_kernel", &load_cuda_kernel, py::arg("image"), "A kernel from its machine code, as an address.");
   m.def("cuda_forward", &run_cuda_forward, py::arg("program"), py::arg("description_address"),
         py::arg("theta_address"), py::arg("theta_scalar"), py::arg("x"), py::arg("features"),
-        py::arg("workspace_address"), py::arg("stream"),
+        py::arg("workspace_address"), py::arg("stream"), py::arg("kernel") = 0,
         "As forward, on the current device and asynchronous on the stream.");
   m.def("cuda_backward", &run_cuda_backward, py::arg("program"), py::arg("description_address"),
         py::arg("theta_address"), py::arg("theta_scalar"), py::arg("x"), py::arg("grad"),
         py::arg("grad_theta_address"), py::arg("grad_x"), py::arg("workspace_address"), py::arg("stream"),
+        py::arg("kernel") = 0,
         "As backward, on the current device and asynchronous on the stream.");
   m.def("xla_handlers", [] {
     const char* kind = "xla._CUSTOM_CALL_TARGET";  // the name under which jax.ffi takes a function

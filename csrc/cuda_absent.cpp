@@ -15,9 +15,15 @@ namespace {
 
 bool is_built() { return false; }
 bool is_available() { return false; }
-Program::Program(const Plan& of) : plan(of) { refuse(); }
+Program::Program(const Plan& of, bool) : plan(of) { refuse(); }
+bool Program::can_be_known(const Plan&) { return false; }
 std::size_t workspace_bytes(const Program&, std::int64_t, Scalar, bool) { refuse(); }
 void forward(const ForwardCall&) { refuse(); }
 void backward(const BackwardCall&) { refuse(); }
+std::string known_source(const Program&, Scalar, bool) { refuse(); }
+Scalar known_features(const Program&, Scalar) { refuse(); }
+std::string constants_of(const Program&, Scalar, std::uint32_t, std::uint32_t, bool) { refuse(); }
+const char* kernel_headers() { refuse(); }
+const void* load_kernel(const void*) { refuse(); }
 
 }  // namespace qaa::cuda

@@ -10,13 +10,12 @@
 #include <string>
 #include <vector>
 
+#include "basic.h"
+
 // What a shared library of the core lets others see.
 #define QAA_API __attribute__((visibility("default")))
 
 namespace qaa {
-
-// An amplitude's index, or a set of index bits. Wire w of n is bit n-1-w: wire 0 is the most significant bit.
-using Index = std::uint32_t;
 
 // One gate of a circuit. The names and their numbers of wires and parameters are the table of gates.h: X Y Z H S T
 // RX RY RZ PhaseShift Rot CNOT CZ SWAP CRX CRY CRZ.
@@ -26,9 +25,6 @@ struct GateCall {
   std::vector<std::uint32_t> parameters;  // entries of theta
 };
 
-enum class ReadoutKind : std::uint8_t { expval, probs, state };
-
-// What is computed from the final state phi: <phi| P_k |phi> (expval), |phi_b|^2 (probs) or phi_b (state).
 struct ReadoutSpec {
   ReadoutKind kind = ReadoutKind::expval;
   std::uint32_t n_outputs = 0;      // Pauli strings, or the first so many of b
@@ -48,12 +44,6 @@ struct PlanOptions {
   int unwind_radix = 2;  // wires per pass of the adjoint, which holds two states
 };
 
-// angle = constant + sum of coefficient * theta[parameter]
-struct AngleTerm {
-  std::uint32_t parameter;
-  double coefficient;
-  bool operator==(const AngleTerm&) const = default;
-};
 struct Angle {
   double constant = 0;
   std::vector<AngleTerm> terms;

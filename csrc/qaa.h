@@ -21,30 +21,12 @@
 // No function here knows of Python or of any framework.
 #pragma once
 
-#include <cstddef>
-#include <cstdint>
 #include <string_view>
 
+#include "basic.h"
 #include "plan.h"
 
 namespace qaa {
-
-// How numbers are stored. Arithmetic is float64 for float64, else float32.
-enum class Scalar : std::uint8_t { float16, bfloat16, float32, float64 };
-
-// `rows` vectors of `columns` adjacent numbers; row r starts at data + r * row_stride numbers. Data must be aligned to
-// one number. row_stride may be anything for an input, 0 and negative values included; rows of an output must not
-// overlap.
-struct Matrix {
-  void* data = nullptr;
-  std::int64_t rows = 0, columns = 0, row_stride = 0;
-  Scalar scalar = Scalar::float32;
-};
-struct ConstMatrix {
-  const void* data = nullptr;
-  std::int64_t rows = 0, columns = 0, row_stride = 0;
-  Scalar scalar = Scalar::float32;
-};
 
 // features[r] = readout of U(theta) applied to the state that x[r], padded with zeros, is (or is normalized to).
 //   plan      from compile()

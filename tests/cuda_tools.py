@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
 import subprocess
@@ -48,7 +49,8 @@ def link(objects: list[Path], target: Path, sanitizer: str = "plain") -> Path:
 
 def compile_hosts(folder: Path) -> list[Path]:
     """Object files of everything that a library of tests/cuda/driver.cpp needs but the kernels."""
-    sources = ("csrc/plan.cpp", "csrc/cuda/program.cpp", "tests/cuda/driver.cpp", "tests/cuda/emulator.cpp")
+    sources = ["csrc/plan.cpp", "csrc/cuda/program.cpp", "csrc/cuda/specialize.cpp"]
+    sources += ["tests/cuda/driver.cpp", "tests/cuda/emulator.cpp"]
     return [compile_emulated(ROOT / source, folder / f"{Path(source).stem}.o") for source in sources]
 
 
@@ -56,6 +58,18 @@ def link_kernels(hosts: list[Path], folder: Path, sanitizer: str = "plain") -> P
     """The library whose kernels run on the emulated device."""
     kernels = compile_emulated(ROOT / "csrc/cuda/launch.cu", hosts[0].with_name(f"{sanitizer}.o"), sanitizer)
     return link([*hosts, kernels], folder / f"{sanitizer}.so", sanitizer)
+
+
+def compile_known(source: str, library: Path, folder: Path) -> Path:
+    """A library with the kernel of one circuit, for calls of the library with all others; made once."""
+    target = folder / f"{hashlib.sha256(source.encode()).hexdigest()}.so"
+    if not target.exists():
+        text = target.with_suffix(".cpp")
+        text.write_text(f'#include "kernels.cuh"\n{source}')
+        object_file = compile_emulated(text, target.with_suffix(".o"))
+        result = run([COMPILER, "-shared", object_file, library, "-o", target])
+        assert result.returncode == 0, result.stderr[-3000:]
+    return target
 
 
 def link_traced(hosts: list[Path], folder: Path) -> Path:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+import cuda_tools
 from qaa.circuit import Readout
 from strategies import Array, Problem, random_circuit, random_problem
 from test_kernels import assert_accurate
@@ -40,9 +41,11 @@ class Device:
     """A library of tests/cuda/driver.cpp. Its "device" memory is that of NumPy."""
 
     def __init__(self, library: Path) -> None:
+        self._path = library
         self._library = ctypes.CDLL(str(library))
         self._library.qaa_plan.restype = ctypes.c_void_p
-        self._library.qaa_error.restype = self._library.qaa_emulator_launches.restype = ctypes.c_char_p
+        for name in ("qaa_error", "qaa_emulator_launches", "qaa_known_source"):
+            getattr(self._library, name).restype = ctypes.c_char_p
 
     def schedule(self, seed: int, shared_bytes: int = SHARED_BYTES) -> None:
         """Chooses the schedule of all launches from now on, and the shared memory of a block."""
@@ -54,12 +57,23 @@ class Device:
         lines = self._library.qaa_emulator_launches().decode().splitlines()
         return {Launch(kernel, int(threads), int(shared)) for kernel, threads, shared in (x.split("\t") for x in lines)}
 
-    def solve(self, problem: Problem, dtype: Any, without: str = "", padding: int = 0, offset: int = 0) -> Results:
+    def solve(
+        self,
+        problem: Problem,
+        dtype: Any,
+        without: str = "",
+        padding: int = 0,
+        offset: int = 0,
+        known: Path | None = None,
+    ) -> Results:
         """The results for rows of ``dtype``, ``padding`` numbers apart; nothing between them may change.
 
-        The first row starts ``offset`` numbers after a 256-byte boundary. ``without`` names rewrites of the plan.
+        The first row starts ``offset`` numbers after a 256-byte boundary. ``without`` names rewrites of the plan. With a
+        folder ``known``, by kernels that are compiled for this circuit alone, in that folder.
         """
         plan = self._plan(problem, without)
+        if known is not None:
+            self._library.qaa_use_kernels(plan, *self._known_kernels(plan, DTYPES.index(np.dtype(dtype)), known))
         is_double = dtype == np.float64
         theta = np.ascontiguousarray(problem.theta, np.float64 if is_double else np.float32)
         x = Rows(problem.x, dtype, padding, offset)
@@ -95,6 +109,13 @@ class Device:
         )
         assert plan, self._library.qaa_error().decode()
         return ctypes.c_void_p(plan)
+
+    def _known_kernels(self, plan: ctypes.c_void_p, scalar: int, folder: Path) -> Iterator[ctypes.c_void_p]:
+        for backward in (0, 1):
+            source = self._library.qaa_known_source(plan, scalar, backward).decode()
+            assert source, "expected a circuit that can have kernels of its own"
+            library = ctypes.CDLL(str(cuda_tools.compile_known(source, self._path, folder)))
+            yield ctypes.cast(library.qaa_known_kernel, ctypes.c_void_p)
 
     def _run(self, function: str, *arguments: Any) -> None:
         words = (ctypes.c_int64(a) if isinstance(a, int) else a for a in arguments)

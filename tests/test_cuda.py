@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-import oracle
 import qaa
 import strategies
+from emulated import rounded
 from qaa import _core
+from test_kernels import assert_accurate
 
 torch = pytest.importorskip("torch")
 import qaa.ops  # noqa: E402
 
 gpu = pytest.mark.skipif(not qaa.cuda.is_available() or not torch.cuda.is_available(), reason="needs a GPU")
 
-#: Relative error of one rounding in the narrowest type on the way, and how many of those an answer may be off.
-ROUNDING = {torch.float64: 2**-52, torch.float32: 2**-23, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-ROUNDINGS = 64
+DTYPES = {
+    torch.float64: np.float64,
+    torch.float32: np.float32,
+    torch.bfloat16: ml_dtypes.bfloat16,
+    torch.float16: np.float16,
+}
 
 
 # ------------------------------------------------------------------------------------------------ without a GPU
@@ -66,31 +72,63 @@ def run(problem: strategies.Problem, dtype: Any, x: Any = None) -> tuple[Any, An
 
 
 def assert_right(problem: strategies.Problem, dtype: Any) -> None:
-    features, grad_theta, grad_x = run(problem, dtype)
-    x = torch.tensor(problem.x).to(dtype).double().numpy()
-    grad = torch.tensor(problem.grad).to(features.dtype).to(torch.complex128 if features.is_complex() else torch.double)
-    expected = oracle.features(problem.circuit, problem.theta, x, problem.readout, normalize=problem.normalize)
-    expected_theta, expected_x = oracle.vjp(
-        problem.circuit, problem.theta, x, grad.numpy(), problem.readout, normalize=problem.normalize
-    )
-    for name, value, wanted in (
-        ("features", features, expected),
-        ("grad_theta", grad_theta, expected_theta),
-        ("grad_x", grad_x, expected_x),
-    ):
-        error = np.max(np.abs(value.cpu().to(torch.complex128).numpy() - wanted), initial=0)
-        allowed = ROUNDINGS * ROUNDING[dtype] * max(1.0, np.max(np.abs(wanted), initial=0))
-        assert error <= allowed, f"{name} off by {error:.1e}, allowed {allowed:.1e}: {problem}"
+    """As close to the oracle as the CPU core has to be."""
+    number = DTYPES[dtype]
+    problem = rounded(problem, number)
+    results = [t.cpu() if t.is_complex() else t.cpu().double() for t in run(problem, dtype)]
+    storage = number if np.dtype(number).itemsize == 2 else None
+    assert_accurate(problem, tuple(t.numpy() for t in results), problem.theta.dtype, storage)
+
+
+@pytest.fixture
+def build_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The kernels of the build, and none that are compiled for one circuit."""
+    monkeypatch.setenv("QAA_CUDA_COMPILE", "0")
+    qaa.ops._on_device.cache_clear()
+    yield
+    qaa.ops._on_device.cache_clear()
 
 
 @gpu
-@pytest.mark.parametrize("dtype", list(ROUNDING), ids=str)
+@pytest.mark.usefixtures("build_alone")
+@pytest.mark.parametrize("dtype", list(DTYPES), ids=str)
 @pytest.mark.parametrize("readout", ["z", "probs", "state", None])
 @pytest.mark.parametrize("n_wires", range(1, 15))
 def test_against_the_oracle(n_wires: int, readout: str | None, dtype: Any) -> None:
     rng = np.random.default_rng(n_wires)
     circuit = strategies.random_circuit(rng, n_wires, 24)
     assert_right(strategies.random_problem(rng, circuit, readout, batch=37 if n_wires < 12 else 3), dtype)
+
+
+@gpu
+@pytest.mark.skipif(qaa.cuda.compiler() is None, reason="needs NVRTC")
+@pytest.mark.parametrize(
+    ("n_wires", "readout", "dtype"),
+    [
+        (9, None, torch.float16),
+        (10, "z", torch.bfloat16),
+        (10, "state", torch.float32),
+        (11, "probs", torch.float32),
+        (11, None, torch.bfloat16),
+        (12, "z", torch.float32),
+        (13, "z", torch.bfloat16),
+    ],
+)
+def test_kernels_of_one_circuit(n_wires: int, readout: str | None, dtype: Any) -> None:
+    """Any gates, and the default circuit with angles at half turns; more rows than are worked on at once, and few."""
+    rng = np.random.default_rng(n_wires)
+    assert_right(strategies.random_problem(rng, strategies.random_circuit(rng, n_wires, 12), readout, batch=3), dtype)
+    problem = strategies.random_problem(rng, qaa.ansatz("ring", n_wires), readout, batch=700)
+    assert_right(problem, dtype)
+    problem.theta.flat[::4] = np.pi
+    assert_right(problem, dtype)
+    kernels = [known[2] for known in map(_known, (problem,), (dtype,))]
+    assert all(kernels), "expected a kernel for this circuit alone"
+
+
+def _known(problem: strategies.Problem, dtype: Any) -> Any:
+    what = qaa.program.program(problem.circuit, problem.readout, problem.normalize)
+    return qaa.ops._on_device(str(what), torch.device("cuda", 0), qaa.ops._SCALARS[dtype], True)
 
 
 @gpu

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -87,6 +88,36 @@ def test_the_default_circuit(device: Device, n_wires: int) -> None:
         circuit = ansatz("ring", n_wires, layers)
         for dtype in DTYPES:
             check(device, draw(4, n_wires, "z", circuit=circuit, d=width, batch=7), dtype, SEEDS[:2])
+
+
+# ------------------------------------------------------------------------------------- kernels of one circuit
+
+
+@pytest.mark.parametrize(
+    ("n_wires", "kind", "dtype", "layers"),
+    [
+        (9, "paulis", np.float16, None),
+        (10, "z", ml_dtypes.bfloat16, 1),
+        (10, "z", np.float32, 3),
+        (10, "paulis", np.float32, None),
+        (11, "state", np.float32, 2),
+        (12, "probs", ml_dtypes.bfloat16, None),
+        (13, "z", np.float32, 1),
+    ],
+)
+def test_kernels_of_one_circuit(
+    device: Device, tmp_path: Path, n_wires: int, kind: str, dtype: Any, layers: int | None
+) -> None:
+    """The circuit as constants: default circuits, and any gates; with angles at and near half turns, which no tangent has."""
+    options = {} if layers is None else {"circuit": ansatz("ring", n_wires, layers)}
+    for batch in (9, 2):  # more rows than a block has, and fewer
+        problem = draw(9, n_wires, kind, batch=batch, **options)
+        check(device, problem, dtype, SEEDS[:3], known=tmp_path, padding=batch % 4, offset=8 * (batch % 2))
+    steep = problem.theta.copy()
+    steep.flat[::3] = np.pi
+    steep.flat[1::7] = np.pi + 1e-3
+    check(device, replace(problem, theta=steep), dtype, SEEDS[:1], known=tmp_path)
+    assert {launch.kernel for launch in device.launches()} >= {"qaa_known_kernel"}
 
 
 # ------------------------------------------------------------------------------------- rows and memory

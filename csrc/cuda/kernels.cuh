@@ -1,26 +1,23 @@
 // The kernels: rows in, features or gradients out, states in shared memory in between.
 //
 // A state is an array of numbers for its real parts and one for its imaginary parts. A pass goes over all of it: each
-// thread loads a tile of 16 amplitudes (see program.h), works on it in registers and stores it where it was; then the
-// threads of the state wait for each other. Up to 9 wires a warp holds one or several whole states and waits for itself
-// alone; above, a block holds one state. States that do not fit into shared memory lie in the caller's workspace.
+// thread loads a tile of 16 or 32 amplitudes (see layout.h), works on it in registers and stores it where it was; then the
+// threads of the state wait for each other. Up to 9 or 10 wires a warp holds one or several whole states and waits for
+// itself alone; above, a block holds one state. States that do not fit into shared memory lie in the caller's workspace.
 //
 // Addresses are bytes, and every part of one (tile, part of the state, state, warp) has bits of its own, so that one xor
 // moves along any of them.
 #pragma once
 
-#include <cstring>
-#include <type_traits>
-
+#include "layout.h"
 #include "portable.cuh"
-#include "program.h"
-#include "qaa.h"
 
 namespace qaa::cuda {
 
 constexpr std::uint32_t warp_size = 32, whole_warp = ~0u;
 constexpr std::uint32_t max_threads = 256;  // of a block that holds one state
 constexpr std::uint32_t threads_of_whole_warps = 128;  // per block where a warp holds whole states
+constexpr std::uint32_t chain_rule_threads = 512;
 
 // What a block keeps in memory: its states, then sums over a state's threads on their way to whoever needs them.
 //   norms, overlaps  of each warp, where a block holds one state
@@ -34,34 +31,39 @@ struct BlockMemory {
   std::uint32_t width;              // sums of a string that are kept apart: one for each warp of a state or state of a warp
   std::uint32_t n_threads_of_state;
   std::uint32_t shift, unit;        // log2 of the numbers, and of the bytes, from one amplitude to the next
+  std::uint32_t part_bytes;         // of one part of all states of a warp, or of the block
   std::uint32_t bra;                // the part where the bra starts: after the parts of the ket
   std::uint32_t state_bytes;        // of all the states of a warp, or of the block
   std::uint32_t sums;               // in bytes: where the sums start; in numbers from there:
   std::uint32_t overlaps, strings, strings_of_warp, weights, weights_of_warp, slots;
   std::uint32_t bytes;              // all together
-
-  BlockMemory() = default;
-  BlockMemory(const Layout& layout, std::uint32_t number, std::uint32_t warps, bool backward) {
-    const bool in_warp = layout.n_wires <= warp_wires;
-    const std::uint32_t holders = in_warp ? warps : 1;
-    n_warps = warps;
-    shift = in_warp ? 5 - lane_bits(layout.n_wires) : 0;
-    n_states = 1u << shift;
-    width = in_warp ? n_states : warps;
-    n_threads_of_state = in_warp ? layout.n_tiles() : warps * warp_size;
-    unit = shift + (number == 8 ? 3 : 2);
-    bra = layout.ends_complex ? 2 : 1;
-    state_bytes = (bra << backward) << (layout.n_wires + unit);
-    sums = holders * state_bytes;
-    overlaps = warps;
-    strings = 2 * warps;
-    strings_of_warp = width * layout.n_strings;
-    weights = strings + holders * strings_of_warp;
-    weights_of_warp = backward ? n_states * layout.n_strings : 0;
-    slots = weights + holders * weights_of_warp;
-    bytes = sums + (slots + (backward ? layout.n_slots * warps : 0)) * number;
-  }
 };
+
+// Of a block of so many warps, for numbers of so many bytes.
+constexpr QAA_ANYWHERE BlockMemory block_memory(const Layout& layout, std::uint32_t number, std::uint32_t warps,
+                                                bool backward) {
+  const bool in_warp = layout.in_warp();
+  const std::uint32_t holders = in_warp ? warps : 1;
+  BlockMemory m{};
+  m.n_warps = warps;
+  m.shift = in_warp ? warp_bits - layout.lane_bits() : 0;
+  m.n_states = 1u << m.shift;
+  m.width = in_warp ? m.n_states : warps;
+  m.n_threads_of_state = in_warp ? layout.n_tiles() : warps * warp_size;
+  m.unit = m.shift + (number == 8 ? 3 : 2);
+  m.part_bytes = 1u << (layout.n_wires + m.unit);
+  m.bra = layout.ends_complex ? 2 : 1;
+  m.state_bytes = (m.bra << backward) * m.part_bytes;
+  m.sums = holders * m.state_bytes;
+  m.overlaps = warps;
+  m.strings = 2 * warps;
+  m.strings_of_warp = m.width * layout.n_strings;
+  m.weights = m.strings + holders * m.strings_of_warp;
+  m.weights_of_warp = backward ? m.n_states * layout.n_strings : 0;
+  m.slots = m.weights + holders * m.weights_of_warp;
+  m.bytes = m.sums + (m.slots + (backward ? layout.n_slots * warps : 0)) * number;
+  return m;
+}
 
 // Everything that a launch needs. Pointers are to device memory.
 template <class T>
@@ -82,6 +84,24 @@ struct Arguments {
   unsigned char* memory;  // of all blocks, where they do not use shared memory
 };
 
+// Where a kernel has its circuit from: the description on the device, which any circuit may be in. A kernel that is
+// compiled for one circuit has a class of the same form with constants (specialize.cpp).
+struct Described {
+  static constexpr bool is_constant = false;
+  static constexpr bool has_phases = true, has_constants = true;
+  static constexpr std::uint32_t tile_bits = common_tile_bits, n_strings = 0;
+  template <class T>
+  static __device__ __forceinline__ const Layout& layout(const Arguments<T>& a) { return a.layout; }
+  template <class T>
+  static __device__ __forceinline__ const BlockMemory& block(const Arguments<T>& a) { return a.block; }
+  template <class T>
+  static __device__ __forceinline__ const Item* readout_items(const Arguments<T>& a) {
+    return a.layout.items.in(a.description);
+  }
+  static __device__ __forceinline__ Scalar scalar(Scalar given) { return given; }
+  static __device__ __forceinline__ Scalar feature_scalar(Scalar given) { return given; }
+};
+
 // ------------------------------------------------------------------------------------------------ numbers
 
 __device__ __forceinline__ float to_number(float value) { return value; }
@@ -95,13 +115,15 @@ __device__ __forceinline__ Out from_number(double value) {
 }
 template <class Out>
 __device__ __forceinline__ Out from_number(float value) {
-  if constexpr (sizeof(Out) != 2) {
-    return Out(value);
-  } else if constexpr (std::is_same_v<Out, __half>) {
-    return __float2half_rn(value);
-  } else {
-    return __float2bfloat16_rn(value);
-  }
+  return Out(value);
+}
+template <>
+__device__ __forceinline__ __half from_number<__half>(float value) {
+  return __float2half_rn(value);
+}
+template <>
+__device__ __forceinline__ __nv_bfloat16 from_number<__nv_bfloat16>(float value) {
+  return __float2bfloat16_rn(value);
 }
 
 // Calls f with a null pointer to the storage type that goes with the scalar and the kernel's precision.
@@ -152,38 +174,69 @@ __device__ __forceinline__ std::uint32_t opaque(std::uint32_t value) {
   return value;
 }
 
-// The bit that changes on the way to step i of a Gray code over 16 numbers, and the code there.
-constexpr QAA_ANYWHERE std::uint32_t changed_bit(std::uint32_t i) { return i & 1 ? 0 : i & 2 ? 1 : i & 4 ? 2 : 3; }
+// The bit that changes on the way to step i of a Gray code over 32 numbers, and the code there.
+constexpr QAA_ANYWHERE std::uint32_t changed_bit(std::uint32_t i) {
+  return i & 1 ? 0 : i & 2 ? 1 : i & 4 ? 2 : i & 8 ? 3 : 4;
+}
 constexpr QAA_ANYWHERE std::uint32_t gray(std::uint32_t i) { return i ^ (i >> 1); }
 
-// The sums over the lanes of a warp of four values at once: lane 8 k + j has the sum of value k. With `lowest` > 1 the
-// lanes that differ in bits below it are not added up, and j < lowest tells them apart.
-template <class T>
-__device__ __forceinline__ T sum_lanes(const T (&value)[tile_bits], std::uint32_t lane, std::uint32_t lowest) {
-  const bool high = lane & 16, low = lane & 8;
-  T pair[2];
+// The sums over the lanes of a warp of several values at once: lane (32 / count) k + j has the sum of value k. With
+// `lowest` > 1 the lanes that differ in bits below it are not added up, and j < lowest tells them apart. Spoils the values.
+template <std::uint32_t count, std::uint32_t step = warp_size / 2, class T>
+__device__ __forceinline__ T sum_lanes(T* value, std::uint32_t lane, std::uint32_t lowest) {
+  if constexpr (count > 1) {
+    constexpr std::uint32_t half = count / 2;
+    const bool high = lane & step;
 #pragma unroll
-  for (int k = 0; k < 2; ++k) {
-    pair[k] = (high ? value[2 + k] : value[k]) + __shfl_xor_sync(whole_warp, high ? value[k] : value[2 + k], 16);
+    for (std::uint32_t k = 0; k < half; ++k) {
+      const T sent = high ? value[k] : value[half + k], kept = high ? value[half + k] : value[k];
+      value[k] = kept + __shfl_xor_sync(whole_warp, sent, step);
+    }
+    return sum_lanes<half, step / 2>(value, lane, lowest);
+  } else {
+    T sum = value[0];
+#pragma unroll
+    for (std::uint32_t s = step; s > 0; s >>= 1) {
+      if (s >= lowest) sum += __shfl_xor_sync(whole_warp, sum, s);
+    }
+    return sum;
   }
-  T sum = (low ? pair[1] : pair[0]) + __shfl_xor_sync(whole_warp, low ? pair[0] : pair[1], 8);
-  for (std::uint32_t step = 4; step >= lowest; step >>= 1) sum += __shfl_xor_sync(whole_warp, sum, step);
-  return sum;
 }
 
 // ------------------------------------------------------------------------------------------------ a thread at work
 
 enum Part : std::uint32_t { ket_re, ket_im };  // then the parts of the bra, after as many as the ket has
 
-template <class T, bool in_warp, bool in_shared>
+template <class T, bool in_warp, bool in_shared, class Circuit>
 class Worker {
+  static constexpr std::uint32_t tile_bits = Circuit::tile_bits, tile_size = 1u << tile_bits;
+  static constexpr std::uint32_t n_quads = tile_size / 4, group = 4;  // sums that go over a warp together
+
  public:
   __device__ __forceinline__ Worker(const Arguments<T>& a, unsigned char* shared)
-      : a_(a), layout_(a.layout), block_(a.block), warp_(threadIdx.x / warp_size), lane_(threadIdx.x % warp_size) {
+      : a_(a), layout_(Circuit::layout(a)), block_(Circuit::block(a)), warp_(threadIdx.x / warp_size), lane_(threadIdx.x % warp_size) {
     state_ = in_warp ? lane_ & (n_states() - 1) : 0;
     first_tile_ = in_warp ? lane_ >> block_.shift : threadIdx.x;
     memory_ = in_shared ? shared : a.memory + std::size_t{blockIdx.x} * block_.bytes;
+    sums_ = block_.sums;
     origin_ = (in_warp ? warp_ * block_.state_bytes : 0) + state_ * sizeof(T);
+    if constexpr (Circuit::is_constant) {  // addresses are those of the multiprocessor, and an xor changes no other bit
+      const std::uint32_t start = shared_address(shared), part_bytes = block_.part_bytes;
+      sums_ = start;
+      origin_ += (start + block_.bytes - block_.sums + part_bytes - 1) & -part_bytes;
+    }
+  }
+
+  // Asks for what every pass of the circuit reads, so that the first row does not wait for it pass by pass.
+  __device__ __forceinline__ void prefetch() const {
+    constexpr std::uint32_t line = 128;
+    auto ask = [&](const void* start, std::size_t bytes) {
+      const auto* from = static_cast<const unsigned char*>(start);
+      for (std::size_t at = threadIdx.x * line; at < bytes; at += blockDim.x * line) prefetch_line(from + at);
+    };
+    ask(layout_.passes.in(a_.description), layout_.n_circuit_passes * sizeof(Pass));
+    ask(layout_.tiles.in(a_.description), layout_.tiles.size * sizeof(Tile));
+    ask(a_.values, layout_.n_values * sizeof(T));
   }
 
   // Rows are dealt to states: `first_row` is the row of the block's first state.
@@ -208,7 +261,7 @@ class Worker {
   // readout divides.
   __device__ __forceinline__ void embed() {
     T squares = 0;
-    with_storage<T>(a_.x.scalar, [&](auto* storage) { squares = load_row(storage); });
+    with_storage<T>(Circuit::scalar(a_.x.scalar), [&](auto* storage) { squares = load_row(storage); });
     if (layout_.starts_complex) {
       for (Index i = first_tile_; i < n_amplitudes(); i += stride()) at(address(ket_im, i)) = 0;
     }
@@ -226,14 +279,57 @@ class Worker {
 
   // ---------------------------------------------------------------------------------------------- circuit
 
-  __device__ __forceinline__ const Pass* passes() const { return layout_.passes.in(a_.description); }
+  // Passes of the circuit are read from the description for known circuits too: only their masks would be constants, and
+  // the code would grow with the depth until it left the instruction cache.
+  __device__ __forceinline__ void run_circuit() {
+    const Pass* passes = layout_.passes.in(a_.description);
+#pragma unroll 1
+    for (std::uint32_t p = 0; p < layout_.n_circuit_passes; ++p) run(passes[p]);
+  }
+  __device__ __forceinline__ void unwind_circuit() {
+    const Pass* passes = layout_.passes.in(a_.description);
+#pragma unroll 1
+    for (std::uint32_t p = layout_.n_circuit_passes; p-- > 0;) unwind(passes[p]);
+  }
+  // The readout of a known circuit is code without a loop: strings, signs and masks are constants.
+  template <class F>
+  __device__ __forceinline__ void for_readout(F&& f) const {
+    if constexpr (Circuit::is_constant) {
+      unrolled<0>(f);
+    } else {
+      const Pass* passes = layout_.passes.in(a_.description) + layout_.n_circuit_passes;
+      const std::uint32_t n_readout = layout_.passes.size - layout_.n_circuit_passes;
+#pragma unroll 1
+      for (std::uint32_t p = 0; p < n_readout; ++p) f(passes[p], p == 0);
+    }
+  }
+  template <std::uint32_t p, class F>
+  __device__ __forceinline__ void unrolled(F& f) const {
+    if constexpr (p < Circuit::n_readout_passes) {
+      f(Circuit::readout_passes()[p], p == 0);
+      unrolled<p + 1>(f);
+    }
+  }
+
+  template <bool apply>
+  __device__ __forceinline__ void measure_all() {
+    if constexpr (Circuit::is_constant) {
+#pragma unroll
+      for (std::uint32_t s = 0; s < Circuit::n_strings; ++s) kept_strings_[s] = 0;
+    }
+    for_readout([&](const Pass& pass, bool first) { measure<apply>(pass, first); });
+    if constexpr (Circuit::is_constant) {
+      put_kept_strings<apply>();
+      if (apply) wait();
+    }
+  }
 
   __device__ __forceinline__ void run(const Pass& pass) {
     if (pass.kind == PassKind::rotations) {
       rotate(pass);
-    } else if (pass.kind == PassKind::phases) {
+    } else if (Circuit::has_phases && pass.kind == PassKind::phases) {
       turn(pass);
-    } else {
+    } else if (Circuit::has_constants) {
       multiply(pass);
     }
     wait();
@@ -241,9 +337,9 @@ class Worker {
   __device__ __forceinline__ void unwind(const Pass& pass) {
     if (pass.kind == PassKind::rotations) {
       rotate_back(pass);
-    } else if (pass.kind == PassKind::phases) {
+    } else if (Circuit::has_phases && pass.kind == PassKind::phases) {
       turn_back(pass);
-    } else {
+    } else if (Circuit::has_constants) {
       multiply_back(pass);
     }
     wait();
@@ -263,7 +359,7 @@ class Worker {
   }
 
   __device__ __forceinline__ void write_features() {
-    with_storage<T>(a_.features.scalar, [&](auto* storage) {
+    with_storage<T>(Circuit::feature_scalar(a_.features.scalar), [&](auto* storage) {
       if (layout_.readout == ReadoutKind::expval) {
         write_expectations(storage);
       } else {
@@ -292,13 +388,11 @@ class Worker {
   // The bra M ket, where M is the readout weighted by the incoming gradient, over the squared norm.
   __device__ __forceinline__ void start_bra() {
     overlap_ = 0;
-    with_storage<T>(a_.grad.scalar, [&](auto* storage) {
+    with_storage<T>(Circuit::feature_scalar(a_.grad.scalar), [&](auto* storage) {
       if (layout_.readout == ReadoutKind::expval) {
         weigh_strings(storage);
         wait();
-        const Pass* readout = passes() + layout_.n_circuit_passes;
-        const std::uint32_t n_readout = layout_.passes.size - layout_.n_circuit_passes;
-        for (std::uint32_t p = 0; p < n_readout; ++p) measure<true>(readout[p], p == 0);
+        measure_all<true>();
         differentiate_terms(storage);
       } else {
         load_bra(storage);
@@ -315,7 +409,7 @@ class Worker {
       along = squared_ == 0 ? T(0) : overlap / squared_;
     }
     const T outer = layout_.readout == ReadoutKind::state ? rescale_ : 2 * rescale_;
-    with_storage<T>(a_.grad_x.scalar, [&](auto* storage) {
+    with_storage<T>(Circuit::scalar(a_.grad_x.scalar), [&](auto* storage) {
       store_row(storage, a_.grad_x, layout_.inputs, [&](std::uint32_t i) {
         return outer * (at(address(block_.bra, i)) - along * at(address(ket_re, i)));
       });
@@ -323,7 +417,7 @@ class Worker {
   }
 
   // The sum of every slot over the rows of this block.
-  __device__ __forceinline__ void write_slots() const {
+  __device__ __forceinline__ void write_slots() {
     __syncthreads();
     for (std::uint32_t k = threadIdx.x; k < layout_.n_slots; k += blockDim.x) {
       T sum = 0;
@@ -339,12 +433,18 @@ class Worker {
   __device__ __forceinline__ std::uint32_t stride() const { return block_.n_threads_of_state; }
   __device__ __forceinline__ Index n_amplitudes() const { return Index{1} << layout_.n_wires; }
 
-  __device__ __forceinline__ T& at(std::uint32_t address) const { return *reinterpret_cast<T*>(memory_ + address); }
+  __device__ __forceinline__ T& at(std::uint32_t address) const {
+    if constexpr (Circuit::is_constant) {
+      return *static_cast<T*>(at_shared_address(memory_, address));
+    } else {
+      return *reinterpret_cast<T*>(memory_ + address);
+    }
+  }
   __device__ __forceinline__ std::uint32_t address(std::uint32_t part, Index i) const {
-    return origin_ + ((part << layout_.n_wires | i) << block_.unit);
+    return origin_ + ((part << layout_.n_wires) << block_.unit) + (i << block_.unit);
   }
 
-  __device__ __forceinline__ T& sum_at(std::uint32_t number) const { return at(block_.sums + number * sizeof(T)); }
+  __device__ __forceinline__ T& sum_at(std::uint32_t number) const { return at(sums_ + number * sizeof(T)); }
   // The value of a string in one warp of the state, or in one state of the warp.
   __device__ __forceinline__ T& string_sum(std::uint32_t string, std::uint32_t which) const {
     return sum_at(block_.strings + (in_warp ? warp_ * block_.strings_of_warp : 0) + string * block_.width + which);
@@ -354,6 +454,18 @@ class Worker {
   }
   __device__ __forceinline__ T& slot_sum(std::uint32_t slot, std::uint32_t warp) const {
     return sum_at(block_.slots + slot * block_.n_warps + warp);
+  }
+
+  // Whether the state has an imaginary part before a pass of the circuit.
+  __device__ __forceinline__ bool complex_before(const Pass& pass) const {
+    return layout_.ends_complex && pass.complex_before;
+  }
+  // Of a pass of the circuit, and of the readout.
+  __device__ __forceinline__ const Item* items_of(const Pass& pass) const {
+    return layout_.items.in(a_.description) + pass.first_item;
+  }
+  __device__ __forceinline__ const Item* readout_items(const Pass& pass) const {
+    return Circuit::readout_items(a_) + pass.first_item;
   }
 
   // A tile of one pass, and the way through its amplitudes.
@@ -370,8 +482,9 @@ class Worker {
     }
     __device__ __forceinline__ std::uint32_t address(std::uint32_t first, std::uint32_t v) const {
       const std::uint32_t low = (v & 1 ? masks[0] : 0) ^ (v & 2 ? masks[1] : 0);
-      const std::uint32_t high = (v & 4 ? masks[2] : 0) ^ (v & 8 ? masks[3] : 0);
-      return first ^ low ^ high;
+      std::uint32_t high = (v & 4 ? masks[2] : 0) ^ (v & 8 ? masks[3] : 0);
+      if constexpr (tile_bits > 4) high ^= v & 16 ? masks[4] : 0;
+      return first ^ (low ^ high);
     }
     __device__ __forceinline__ Index base() const { return tile & 0xffff; }
     __device__ __forceinline__ bool flipped(std::uint32_t k) const { return (tile >> (16 + k)) & 1; }
@@ -392,7 +505,7 @@ class Worker {
 
   // The address of the same amplitude in another part.
   __device__ __forceinline__ std::uint32_t in_part(std::uint32_t address, std::uint32_t part) const {
-    return address ^ (part << layout_.n_wires << block_.unit);
+    return address + (part << layout_.n_wires << block_.unit);
   }
 
   __device__ __forceinline__ void load(const Place& place, std::uint32_t first, T (&tile)[tile_size]) const {
@@ -496,6 +609,7 @@ class Worker {
   // warp, come here together; a state that is not `extreme` is left as it is.
   __device__ __forceinline__ void rescue(bool extreme) {
     T largest = 0;
+#pragma unroll 1
     for (Index i = first_tile_; i < n_amplitudes(); i += stride()) largest = fmax(largest, fabs(at(address(ket_re, i))));
     largest = max_over_state(largest);
     int exponent = 0;
@@ -507,6 +621,7 @@ class Worker {
     }
     rescale_ = ldexp(T(1), -exponent);
     T squares = 0;
+#pragma unroll 1
     for (Index i = first_tile_; i < n_amplitudes(); i += stride()) {
       T& amplitude = at(address(ket_re, i));
       amplitude *= rescale_;
@@ -518,22 +633,24 @@ class Worker {
 
   // ---------------------------------------------------------------------------------------------- rotations
 
-  // The numbers of a pass: four sines and four cosines; for rotations by no angle near a half turn the cosines are taken
-  // out, the sines are tangents, and a ninth number, which is zero elsewhere, is the product of the cosines.
-  static __device__ __forceinline__ void load_four(const T* from, T (&to)[tile_bits]) {
+  // The numbers of a pass: its sines and cosines; for rotations by no angle near a half turn the cosines are taken out, the
+  // sines are tangents, and one more number, which is zero elsewhere, is the product of the cosines.
+  static __device__ __forceinline__ void load_angles(const T* from, T (&to)[tile_bits]) {
     constexpr std::uint32_t size = Vector<T>::size;
 #pragma unroll
     for (std::uint32_t k = 0; k < tile_bits; k += size) {
       Vector<T> vector;
       vector.load(from + k);
 #pragma unroll
-      for (std::uint32_t e = 0; e < size; ++e) to[k + e] = vector.items[e];
+      for (std::uint32_t e = 0; e < size; ++e) {
+        if (k + e < tile_bits) to[k + e] = vector.items[e];
+      }
     }
   }
   // The sines with the signs that hold for a tile.
   static __device__ __forceinline__ void load_sines(const T* values, const Place& place, bool inverse,
                                                     T (&sine)[tile_bits]) {
-    load_four(values, sine);
+    load_angles(values + sine_values, sine);
 #pragma unroll
     for (std::uint32_t k = 0; k < tile_bits; ++k) sine[k] = negate_if(place.flipped(k) != inverse, sine[k]);
   }
@@ -543,21 +660,21 @@ class Worker {
     const T* values = a_.values + pass.values;
     T sine[tile_bits], cosine[tile_bits];
     load_sines(values, place, inverse, sine);
-    const T scale = values[2 * tile_bits];
+    const T scale = values[scale_value];
     if (scale == 0) {
-      load_four(values + tile_bits, cosine);
-      return rotate_pairs<false>(tile, sine, cosine, pass.n_items);
+      load_angles(values + cosine_values, cosine);
+      return rotate_pairs<false>(tile, sine, cosine);
     }
-    rotate_pairs<true>(tile, sine, cosine, pass.n_items);
+    rotate_pairs<true>(tile, sine, cosine);
 #pragma unroll
     for (std::uint32_t v = 0; v < tile_size; ++v) tile[v] *= scale;
   }
+  // Also by the angles that a pass with fewer rotations leaves at zero: to skip them would move every register.
   template <bool tangent>
   static __device__ __forceinline__ void rotate_pairs(T (&tile)[tile_size], const T (&sine)[tile_bits],
-                                                      const T (&cosine)[tile_bits], std::uint32_t n) {
+                                                      const T (&cosine)[tile_bits]) {
 #pragma unroll
     for (std::uint32_t k = 0; k < tile_bits; ++k) {
-      if (k >= n) continue;
 #pragma unroll
       for (std::uint32_t v = 0; v < tile_size; ++v) {
         if (v >> k & 1) continue;
@@ -570,7 +687,7 @@ class Worker {
 
   __device__ __forceinline__ void rotate(const Pass& pass) {
     for_tiles(pass, [&](const Place& place, std::uint32_t first) {
-      for (std::uint32_t part = 0; part <= pass.complex_before; ++part) {
+      for (std::uint32_t part = 0; part <= complex_before(pass); ++part) {
         T tile[tile_size];
         load(place, in_part(first, part), tile);
         rotate_tile(pass, place, false, tile);
@@ -582,9 +699,9 @@ class Worker {
   // Undoes the rotations on ket and bra. The derivative of each is the sum over pairs of bra_b ket_a - bra_a ket_b,
   // which is the same before and after.
   __device__ __forceinline__ void rotate_back(const Pass& pass) {
-    T derivative[tile_bits] = {};
+    T derivative[Circuit::is_constant ? 8 : group] = {};
     for_tiles(pass, [&](const Place& place, std::uint32_t first) {
-      for (std::uint32_t part = 0; part <= pass.complex_before; ++part) {
+      for (std::uint32_t part = 0; part <= complex_before(pass); ++part) {
         T ket[tile_size], bra[tile_size];
         load(place, in_part(first, part), ket);
         load(place, in_part(first, block_.bra + part), bra);
@@ -606,7 +723,7 @@ class Worker {
         store(place, in_part(first, block_.bra + part), bra);
       }
     });
-    add_to_slots(pass, 0, derivative);
+    add_to_slots<Circuit::is_constant ? 8 : group>(pass, 0, derivative);
   }
 
   // ---------------------------------------------------------------------------------------------- diagonals
@@ -617,10 +734,10 @@ class Worker {
       return {re * other_re - im * other_im, re * other_im + im * other_re};
     }
   };
-  // The diagonal at the 16 amplitudes of a tile: its value at the base comes from a table, and each of the four items
-  // that tell the amplitudes apart turns it on.
+  // The diagonal at the amplitudes of a tile: its value at the base comes from a table, and each of the items that tell the
+  // amplitudes apart turns it on.
   struct Diagonal {
-    Amplitude high[tile_bits];  // for the two higher bits
+    Amplitude high[n_quads];  // for all bits but the two lowest
     T sine[tile_bits], cosine[tile_bits];
     __device__ __forceinline__ Amplitude turned(const Amplitude& a, std::uint32_t k) const {
       return a.times(cosine[k], sine[k]);
@@ -639,11 +756,13 @@ class Worker {
     const T* base = values + turn_values + 2 * t;
     Diagonal out;
     load_sines(values, place, conjugate, out.sine);
-    load_four(values + tile_bits, out.cosine);
+    load_angles(values + cosine_values, out.cosine);
     out.high[0] = {base[0], negate_if(conjugate, base[1])};
-    out.high[1] = out.turned(out.high[0], 2);
-    out.high[2] = out.turned(out.high[0], 3);
-    out.high[3] = out.turned(out.high[2], 2);
+#pragma unroll
+    for (std::uint32_t k = 2; k < tile_bits; ++k) {
+#pragma unroll
+      for (std::uint32_t q = 0; q < 1u << (k - 2); ++q) out.high[q | 1u << (k - 2)] = out.turned(out.high[q], k);
+    }
     return out;
   }
 
@@ -660,13 +779,13 @@ class Worker {
     for_tiles(pass, [&](const Place& place, std::uint32_t first) {
       const Diagonal diagonal = diagonal_of(pass, place, t, false);
 #pragma unroll
-      for (std::uint32_t q = 0; q < 4; ++q) {
+      for (std::uint32_t q = 0; q < n_quads; ++q) {
         Amplitude factor[4];
         diagonal.quad(q, factor);
 #pragma unroll
         for (std::uint32_t v = 0; v < 4; ++v) {
           const std::uint32_t address = place.address(first, 4 * q + v);
-          set(address, get(address, pass.complex_before).times(factor[v].re, factor[v].im), true);
+          set(address, get(address, complex_before(pass)).times(factor[v].re, factor[v].im), true);
         }
       }
       t += stride();
@@ -682,7 +801,7 @@ class Worker {
       const Diagonal diagonal = diagonal_of(pass, place, t, true);
       TileSums sums;
 #pragma unroll
-      for (std::uint32_t q = 0; q < 4; ++q) {
+      for (std::uint32_t q = 0; q < n_quads; ++q) {
         Amplitude factor[4];
         diagonal.quad(q, factor);
         T overlap[4];
@@ -691,12 +810,14 @@ class Worker {
           const std::uint32_t address = place.address(first, 4 * q + v), bra_address = in_part(address, block_.bra);
           const Amplitude ket = get(address, true), bra = get(bra_address, true);
           overlap[v] = bra.re * ket.im - bra.im * ket.re;
-          set(address, ket.times(factor[v].re, factor[v].im), pass.complex_before);
-          set(bra_address, bra.times(factor[v].re, factor[v].im), pass.complex_before);
+          set(address, ket.times(factor[v].re, factor[v].im), complex_before(pass));
+          set(bra_address, bra.times(factor[v].re, factor[v].im), complex_before(pass));
         }
         sums.add(q, overlap);
       }
-      for_sums(pass, place, sums, [&](std::uint32_t k, const T(&value)[tile_bits]) { add_to_slots(pass, k, value); });
+      for_sums(pass, items_of(pass), place, sums, [&](std::uint32_t first, T(&value)[group]) {
+        add_to_slots<group>(pass, first, value);
+      });
       t += stride();
     });
   }
@@ -710,7 +831,7 @@ class Worker {
       if (!pass.complex_after) {
         at(address) *= re;
       } else {
-        const bool reads = conjugate || pass.complex_before, writes = !conjugate || pass.complex_before;
+        const bool reads = conjugate || complex_before(pass), writes = !conjugate || complex_before(pass);
         set(address, get(address, reads).times(re, im), writes);
       }
     });
@@ -729,53 +850,100 @@ class Worker {
 
   // Signed sums of a tile's values, which come four at a time.
   struct TileSums {
-    T difference[tile_bits] = {}, quad[4];
+    T difference[tile_bits] = {}, quad[n_quads];
     __device__ __forceinline__ void add(std::uint32_t q, const T (&value)[4]) {
       const T low = value[0] + value[1], high = value[2] + value[3];
       difference[0] += (value[0] - value[1]) + (value[2] - value[3]);
       difference[1] += low - high;
       quad[q] = low + high;
     }
+    // Those that the quads tell apart; returns the plain sum.
+    __device__ __forceinline__ T finish() {
+#pragma unroll
+      for (std::uint32_t k = 2; k < tile_bits; ++k) {
+        difference[k] = 0;
+#pragma unroll
+        for (std::uint32_t q = 0; q < tile_size >> (k + 1); ++q) {
+          difference[k] += quad[2 * q] - quad[2 * q + 1];
+          quad[q] = quad[2 * q] + quad[2 * q + 1];
+        }
+      }
+      return quad[0];
+    }
   };
 
-  // Calls take(k, sums) with the signed sums for items k to k + 3 of the pass.
+  // Calls take(k, sums) with this thread's signed sums for items k to k + 3 of the pass.
   template <class Take>
-  __device__ __forceinline__ void for_sums(const Pass& pass, const Place& place, TileSums& tile, Take&& take) const {
-    const T low = tile.quad[0] + tile.quad[1], high = tile.quad[2] + tile.quad[3];
-    tile.difference[2] = (tile.quad[0] - tile.quad[1]) + (tile.quad[2] - tile.quad[3]);
-    tile.difference[3] = low - high;
-    T sums[tile_bits];
+  __device__ __forceinline__ void for_sums(const Pass& pass, const Item* items, const Place& place, TileSums& tile,
+                                           Take&& take) const {
+    const T total = tile.finish();
+    T sums[group];
+    // Items beyond the tile's come in groups of their own; those of a known readout in one code without a loop.
 #pragma unroll
-    for (std::uint32_t k = 0; k < tile_bits; ++k) sums[k] = negate_if(place.flipped(k), tile.difference[k]);
-    take(0, sums);
-    const Item* items = layout_.items.in(a_.description) + pass.first_item;
-    for (std::uint32_t first = tile_bits; first < pass.n_items; first += tile_bits) {
+    for (std::uint32_t first = 0; first < tile_bits; first += group) {
+      if (first >= pass.n_items) continue;
 #pragma unroll
-      for (std::uint32_t k = 0; k < tile_bits; ++k) {
-        const bool here = first + k < pass.n_items;
-        sums[k] = here ? negate_if(odd(items[here ? first + k : 0].z & place.base()), low + high) : T(0);
+      for (std::uint32_t j = 0; j < group; ++j) {
+        const std::uint32_t k = first + j;
+        sums[j] = k < tile_bits ? negate_if(place.flipped(k), tile.difference[k < tile_bits ? k : 0]) : T(0);
       }
       take(first, sums);
     }
+    auto others = [&](std::uint32_t first) {
+#pragma unroll
+      for (std::uint32_t j = 0; j < group; ++j) {
+        const bool here = first + j < pass.n_items;
+        sums[j] = here ? negate_if(odd(items[here ? first + j : 0].z & place.base()), total) : T(0);
+      }
+      take(first, sums);
+    };
+    if constexpr (Circuit::is_constant) {
+#pragma unroll
+      for (std::uint32_t first = tile_bits; first < max_items; first += group) {
+        if (first < pass.n_items) others(first);
+      }
+    } else {
+#pragma unroll 1
+      for (std::uint32_t first = tile_bits; first < pass.n_items; first += group) others(first);
+    }
   }
 
-  // This lane's share of four sums: item `first` + lane / 8 of the pass.
-  __device__ __forceinline__ std::uint32_t id_for_lane(const Pass& pass, std::uint32_t first) const {
-    const std::uint32_t k = first + lane_ / 8;
-    return k < pass.n_items ? layout_.items.in(a_.description)[pass.first_item + k].id : unused;
+  // This lane's share of sums over a warp: item `first` + k of the pass.
+  __device__ __forceinline__ std::uint32_t id_for_lane(const Pass& pass, std::uint32_t first, std::uint32_t k) const {
+    return first + k < pass.n_items ? items_of(pass)[first + k].id : unused;
   }
-  __device__ __forceinline__ void add_to_slots(const Pass& pass, std::uint32_t first, const T (&value)[tile_bits]) const {
-    const T sum = sum_lanes(value, lane_, 1);
-    const std::uint32_t slot = id_for_lane(pass, first);
-    if (lane_ % 8 == 0 && slot != unused) slot_sum(slot, warp_) += sum;
+  template <std::uint32_t count>
+  __device__ __forceinline__ void add_to_slots(const Pass& pass, std::uint32_t first, T (&value)[count]) const {
+    constexpr std::uint32_t lanes = warp_size / count;
+    const T sum = sum_lanes<count>(value, lane_, 1);
+    const std::uint32_t slot = id_for_lane(pass, first, lane_ / lanes);
+    if (lane_ % lanes == 0 && slot != unused) slot_sum(slot, warp_) += sum;
   }
-  __device__ __forceinline__ void put_strings(const Pass& pass, std::uint32_t first, const T (&value)[tile_bits],
-                                              bool add) const {
-    const T sum = sum_lanes(value, lane_, n_states());
-    const std::uint32_t string = id_for_lane(pass, first);
+  __device__ __forceinline__ void put_strings(const Pass& pass, std::uint32_t first, T (&value)[group], bool add) const {
+    const T sum = sum_lanes<group>(value, lane_, n_states());
+    const std::uint32_t string = id_for_lane(pass, first, lane_ / 8);
     if (lane_ % 8 >= n_states() || string == unused) return;
     T& total = string_sum(string, in_warp ? state_ : warp_);
     total = add ? total + sum : sum;
+  }
+  // Of a known circuit, whose strings' sums a thread has kept: lane s of a warp gets string s, 32 at a time, and with
+  // `apply` its share of <bra|ket>.
+  template <bool apply>
+  __device__ __forceinline__ void put_kept_strings() {
+    constexpr std::uint32_t n = Circuit::n_strings;
+#pragma unroll
+    for (std::uint32_t first = 0; first < n; first += warp_size) {
+      T values[warp_size];
+#pragma unroll
+      for (std::uint32_t k = 0; k < warp_size; ++k) {
+        values[k] = first + k < n ? kept_strings_[first + k < n ? first + k : 0] : T(0);
+      }
+      const T sum = sum_lanes<warp_size>(values, lane_, 1);
+      if (first + lane_ < n) {
+        string_sum(first + lane_, in_warp ? state_ : warp_) = sum;
+        if constexpr (apply) overlap_ += string_weight(first + lane_) * sum;
+      }
+    }
   }
 
   // ---------------------------------------------------------------------------------------------- strings
@@ -786,12 +954,17 @@ class Worker {
     for (std::uint32_t w = 0; w < block_.n_warps; ++w) value += string_sum(string, w);
     return value;
   }
+  __device__ __forceinline__ void keep_string(const Pass& pass, std::uint32_t item, T value) {
+    if (item >= pass.n_items) return;
+    const std::uint32_t string = readout_items(pass)[item].id;
+    if (string != unused) kept_strings_[string] += value;
+  }
   __device__ __forceinline__ T weight_of(std::uint32_t string) const {
     return string == unused ? T(0) : string_weight(string);
   }
 
   // to[v] = to[0] +- a +- b, with the signs of the bits of v.
-  static __device__ __forceinline__ void spread(T (&to)[4], T a, T b) {
+  static __device__ __forceinline__ void spread(T* to, T a, T b) {
     const T sum = to[0];
     to[0] = sum + a + b;
     to[1] = sum - a + b;
@@ -802,10 +975,10 @@ class Worker {
   template <bool apply>
   __device__ __forceinline__ void measure_z(const Pass& pass, bool first_pass) {
     const bool complex = layout_.ends_complex;
-    const Item* items = layout_.items.in(a_.description) + pass.first_item;
+    const Item* items = readout_items(pass);
     bool first_tile = true;
     for_tiles(pass, [&](const Place& place, std::uint32_t first) {
-      T low[4] = {}, high[4] = {};  // weights: those of amplitude v are low[v & 3] + high[v >> 2]
+      T low[4] = {}, high[n_quads] = {};  // weights: those of amplitude v are low[v & 3] + high[v >> 2]
       if constexpr (apply) {
         for (std::uint32_t k = tile_bits; k < pass.n_items; ++k) {
           high[0] += negate_if(odd(items[k].z & place.base()), weight_of(items[k].id));
@@ -813,10 +986,18 @@ class Worker {
         auto weight = [&](std::uint32_t k) { return negate_if(place.flipped(k), weight_of(items[k].id)); };
         spread(low, weight(0), weight(1));
         spread(high, weight(2), weight(3));
+        if constexpr (n_quads > 4) {
+          const T last = weight(4);
+#pragma unroll
+          for (std::uint32_t q = 0; q < 4; ++q) {
+            high[4 + q] = high[q] - last;
+            high[q] += last;
+          }
+        }
       }
       TileSums sums;
 #pragma unroll
-      for (std::uint32_t q = 0; q < 4; ++q) {
+      for (std::uint32_t q = 0; q < n_quads; ++q) {
         T square[4];
 #pragma unroll
         for (std::uint32_t v = 0; v < 4; ++v) {
@@ -828,13 +1009,18 @@ class Worker {
             const Amplitude bra = first_pass ? Amplitude{0, 0} : get(bra_address, complex);
             const T weight = high[q] + low[v];
             set(bra_address, {bra.re + weight * ket.re, bra.im + weight * ket.im}, complex);
-            overlap_ += weight * square[v];
+            if constexpr (!Circuit::is_constant) overlap_ += weight * square[v];
           }
         }
         sums.add(q, square);
       }
-      for_sums(pass, place, sums, [&](std::uint32_t k, const T(&value)[tile_bits]) {
-        put_strings(pass, k, value, !first_tile);
+      for_sums(pass, items, place, sums, [&](std::uint32_t first, T(&value)[group]) {
+        if constexpr (Circuit::is_constant) {
+#pragma unroll
+          for (std::uint32_t k = 0; k < group; ++k) keep_string(pass, first + k, value[k]);
+        } else {
+          put_strings(pass, first, value, !first_tile);
+        }
       });
       first_tile = false;
     });
@@ -861,36 +1047,41 @@ class Worker {
     }
     return sum;
   }
-  // to[v] += weight sign(v) from(v ^ (1 << k))
+  // to[v] += (weight a sign a(v) + weight b sign b(v)) from(v ^ (1 << k))
   template <class From>
-  static __device__ __forceinline__ void add_flipped(std::uint32_t k, const Signs& signs, T weight, From&& from,
-                                                     T (&to)[tile_size]) {
+  static __device__ __forceinline__ void add_flipped(std::uint32_t k, const Signs& signs_a, T weight_a,
+                                                     const Signs& signs_b, T weight_b, From&& from, T (&to)[tile_size]) {
 #pragma unroll
     for (std::uint32_t i = 0; i < tile_size; ++i) {
-      if (i > 0) weight *= signs.change[changed_bit(i)];
-      to[gray(i)] += weight * from(gray(i) ^ 1u << k);
+      if (i > 0) {
+        weight_a *= signs_a.change[changed_bit(i)];
+        weight_b *= signs_b.change[changed_bit(i)];
+      }
+      to[gray(i)] += (weight_a + weight_b) * from(gray(i) ^ 1u << k);
     }
   }
 
   template <bool apply>
   __device__ __forceinline__ void measure_x(const Pass& pass, bool first_pass) {
     const bool complex = layout_.ends_complex;
-    const Item* items = layout_.items.in(a_.description) + pass.first_item;
-    T total[tile_bits] = {};
+    const Item* items = readout_items(pass);
+    constexpr std::uint32_t n_strings_of_pass = strings_of_mask * tile_bits;
+    T total[n_strings_of_pass] = {};
     for_tiles(pass, [&](const Place& place, std::uint32_t first) {
       for (std::uint32_t part = 0; part <= std::uint32_t(complex); ++part) {
         T own[tile_size];
         load(place, in_part(first, part), own);
+        auto same = [&](std::uint32_t v) { return own[v]; };
         // Strings that read Im are rare: they take the other part from where it lies.
         auto other = [&](std::uint32_t v) { return at(place.address(in_part(first, part ^ 1), v)); };
 #pragma unroll
-        for (std::uint32_t k = 0; k < tile_bits; ++k) {
-          if (k >= pass.n_items) continue;
-          const Signs signs(pass.signs[k]);
-          if (!(pass.mirrored >> k & 1)) {
-            total[k] += negate_if(place.flipped(k), pair_sum(k, signs, own, [&](std::uint32_t v) { return own[v]; }));
+        for (std::uint32_t s = 0; s < n_strings_of_pass; ++s) {
+          if (s >= pass.n_items || items[s].id == unused) continue;
+          const Signs signs(pass.signs[s]);
+          if (!(pass.mirrored >> s & 1)) {
+            total[s] += negate_if(place.flipped(s), pair_sum(s / strings_of_mask, signs, own, same));
           } else if (complex) {
-            total[k] += negate_if(place.flipped(k) != (part == 1), pair_sum(k, signs, own, other));
+            total[s] += negate_if(place.flipped(s) != (part == 1), pair_sum(s / strings_of_mask, signs, own, other));
           }
         }
         if constexpr (apply) {
@@ -899,13 +1090,18 @@ class Worker {
           place.each(first_bra, [&](std::uint32_t v, std::uint32_t address) { bra[v] = first_pass ? T(0) : at(address); });
 #pragma unroll
           for (std::uint32_t k = 0; k < tile_bits; ++k) {
-            if (k >= pass.n_items) continue;
-            const Signs signs(pass.signs[k]);
-            const T weight = negate_if(place.flipped(k), weight_of(items[k].id));
-            if (!(pass.mirrored >> k & 1)) {
-              add_flipped(k, signs, weight, [&](std::uint32_t v) { return own[v]; }, bra);
-            } else if (complex) {
-              add_flipped(k, signs, negate_if(part == 1, weight), other, bra);
+            const std::uint32_t a = strings_of_mask * k, b = a + 1;
+            if (a >= pass.n_items) continue;
+            const Signs signs_a(pass.signs[a]), signs_b(pass.signs[b]);
+            const bool imaginary_a = pass.mirrored >> a & 1, imaginary_b = pass.mirrored >> b & 1;
+            const T weight_a = negate_if(place.flipped(a), weight_of(items[a].id));
+            const T weight_b = negate_if(place.flipped(b), weight_of(items[b].id));
+            if (!imaginary_a || !imaginary_b) {
+              add_flipped(k, signs_a, imaginary_a ? T(0) : weight_a, signs_b, imaginary_b ? T(0) : weight_b, same, bra);
+            }
+            if (complex && (imaginary_a || imaginary_b)) {
+              add_flipped(k, signs_a, imaginary_a ? negate_if(part == 1, weight_a) : T(0), signs_b,
+                          imaginary_b ? negate_if(part == 1, weight_b) : T(0), other, bra);
             }
           }
           store(place, first_bra, bra);
@@ -913,14 +1109,26 @@ class Worker {
       }
     });
 #pragma unroll
-    for (std::uint32_t k = 0; k < tile_bits; ++k) total[k] *= 2;
-    if constexpr (apply) {
+    for (std::uint32_t s = 0; s < n_strings_of_pass; ++s) total[s] *= 2;
+    if constexpr (apply && !Circuit::is_constant) {
 #pragma unroll
-      for (std::uint32_t k = 0; k < tile_bits; ++k) {
-        if (k < pass.n_items) overlap_ += weight_of(items[k].id) * total[k];
+      for (std::uint32_t s = 0; s < n_strings_of_pass; ++s) {
+        if (s < pass.n_items) overlap_ += weight_of(items[s].id) * total[s];
       }
     }
-    put_strings(pass, 0, total, false);
+#pragma unroll
+    for (std::uint32_t first = 0; first < n_strings_of_pass; first += group) {
+      if (first >= pass.n_items) continue;
+      T value[group];
+#pragma unroll
+      for (std::uint32_t k = 0; k < group; ++k) value[k] = first + k < n_strings_of_pass ? total[first + k] : T(0);
+      if constexpr (Circuit::is_constant) {
+#pragma unroll
+        for (std::uint32_t k = 0; k < group; ++k) keep_string(pass, first + k, value[k]);
+      } else {
+        put_strings(pass, first, value, false);
+      }
+    }
   }
 
   // features[output] = sum over the output's terms of coefficient * value of the string.
@@ -1024,6 +1232,8 @@ class Worker {
   T rescale_ = 1;        // the power of two that the row was multiplied by
   T inverse_ = 1;        // 1 / squared norm, or 1 / norm for the state itself; zero for a zero row
   T overlap_ = 0;        // this thread's share of Re <bra|ket>
+  std::uint32_t sums_;   // the address of the sums
+  T kept_strings_[Circuit::n_strings + 1];  // of a known circuit: this thread's shares of the strings
 };
 
 // ------------------------------------------------------------------------------------------------ kernels
@@ -1034,48 +1244,56 @@ constexpr std::uint32_t threads = in_warp ? threads_of_whole_warps : max_threads
 // can be resident then.
 template <class T, bool in_warp, bool in_shared, bool backward>
 constexpr std::uint32_t registers = sizeof(T) == 8 ? 255
-                                    : !backward    ? (in_warp ? 96 : 80)
-                                                   : (in_warp ? 168 : in_shared ? 128 : 255);
+                                    : !backward    ? (!in_shared ? 128 : in_warp ? 96 : 80)
+                                                   : !in_shared ? 255 : (in_warp ? 168 : 128);
 template <class T, bool in_warp, bool in_shared, bool backward>
 constexpr std::uint32_t blocks = 65536 / (registers<T, in_warp, in_shared, backward> * threads<in_warp>);
 
-template <class T, bool in_warp, bool in_shared>
-__global__ void __launch_bounds__(threads<in_warp>, blocks<T, in_warp, in_shared, false>) forward_kernel(
-    const __grid_constant__ Arguments<T> a) {
-  QAA_DYNAMIC_SHARED(unsigned char, shared);
-  Worker<T, in_warp, in_shared> worker(a, shared);
-  const Pass* passes = worker.passes();
+template <class T, bool in_warp, bool in_shared, class Circuit>
+__device__ __forceinline__ void run_forward(const Arguments<T>& a, unsigned char* shared) {
+  Worker<T, in_warp, in_shared, Circuit> worker(a, shared);
+  worker.prefetch();
   const std::int64_t rows_per_block = worker.rows_per_block();
   for (std::int64_t row = blockIdx.x * rows_per_block; row < a.x.rows; row += gridDim.x * rows_per_block) {
     worker.start(row);
     worker.embed();
-    for (std::uint32_t p = 0; p < a.layout.n_circuit_passes; ++p) worker.run(passes[p]);
-    for (std::uint32_t p = a.layout.n_circuit_passes; p < a.layout.passes.size; ++p) {
-      worker.template measure<false>(passes[p], false);
-    }
+    worker.run_circuit();
+    worker.template measure_all<false>();
     worker.write_features();
     worker.wait();
   }
 }
 
-template <class T, bool in_warp, bool in_shared>
-__global__ void __launch_bounds__(threads<in_warp>, blocks<T, in_warp, in_shared, true>) backward_kernel(
-    const __grid_constant__ Arguments<T> a) {
-  QAA_DYNAMIC_SHARED(unsigned char, shared);
-  Worker<T, in_warp, in_shared> worker(a, shared);
-  const Pass* passes = worker.passes();
+template <class T, bool in_warp, bool in_shared, class Circuit>
+__device__ __forceinline__ void run_backward(const Arguments<T>& a, unsigned char* shared) {
+  Worker<T, in_warp, in_shared, Circuit> worker(a, shared);
+  worker.prefetch();
   const std::int64_t rows_per_block = worker.rows_per_block();
   worker.clear_slots();
   for (std::int64_t row = blockIdx.x * rows_per_block; row < a.x.rows; row += gridDim.x * rows_per_block) {
     worker.start(row);
     worker.embed();
-    for (std::uint32_t p = 0; p < a.layout.n_circuit_passes; ++p) worker.run(passes[p]);
+    worker.run_circuit();
     worker.start_bra();
-    for (std::uint32_t p = a.layout.n_circuit_passes; p-- > 0;) worker.unwind(passes[p]);
+    worker.unwind_circuit();
     if (a.grad_x.data != nullptr) worker.write_grad_x();
     worker.wait();
   }
   worker.write_slots();
+}
+
+template <class T, bool in_warp, bool in_shared>
+__global__ void __launch_bounds__(threads<in_warp>, blocks<T, in_warp, in_shared, false>)
+    forward_kernel(const __grid_constant__ Arguments<T> a) {
+  QAA_DYNAMIC_SHARED(unsigned char, shared);
+  run_forward<T, in_warp, in_shared, Described>(a, shared);
+}
+
+template <class T, bool in_warp, bool in_shared>
+__global__ void __launch_bounds__(threads<in_warp>, blocks<T, in_warp, in_shared, true>)
+    backward_kernel(const __grid_constant__ Arguments<T> a) {
+  QAA_DYNAMIC_SHARED(unsigned char, shared);
+  run_backward<T, in_warp, in_shared, Described>(a, shared);
 }
 
 // ------------------------------------------------------------------------------------------------ angles
@@ -1123,7 +1341,9 @@ __device__ double coefficient_of(const Arguments<T>& a, std::uint32_t t, std::ui
   return value;
 }
 
-constexpr double min_cosine = 1.0 / 64;  // below it a pass keeps its cosines
+// Below it a pass keeps its cosines. Taking them out costs no accuracy, only range: five angles make numbers 3e20 times as
+// large before they are paid back.
+constexpr double min_cosine = 1.0 / 8192;
 
 // The numbers that the circuit's kernels read, from the angles: one block for every pass of the circuit, and one for the
 // readout and the chain rule. The only place where float32 kernels compute in double precision.
@@ -1147,14 +1367,14 @@ __global__ void __launch_bounds__(threads_of_whole_warps) bind_kernel(const __gr
   const Item* items = layout.items.in(a.description) + pass.first_item;
   values += pass.values;
   if (pass.kind == PassKind::constants) {
-    const auto* constants = reinterpret_cast<const double*>(layout.constants.in(a.description) + pass.first_item);
+    const auto* constants = &layout.constants.in(a.description)[pass.first_item].re;
     for (std::uint32_t k = threadIdx.x; k < 2u << layout.n_wires; k += blockDim.x) values[k] = T(constants[k]);
     return;
   }
   // A rotation turns by half its angle; from one amplitude to its partner a phase turns by all of it.
   const bool phases = pass.kind == PassKind::phases;
-  QAA_SHARED(double, cosines, tile_bits);
-  const std::uint32_t bit = threadIdx.x;
+  QAA_SHARED(double, cosines, max_tile_bits);
+  const std::uint32_t bit = threadIdx.x, tile_bits = layout.tile_bits;
   double own_sine = 0, own_cosine = 1;
   if (bit < tile_bits) {
     if (bit < pass.n_items && items[bit].angle != unused) {
@@ -1166,9 +1386,9 @@ __global__ void __launch_bounds__(threads_of_whole_warps) bind_kernel(const __gr
   if (bit < tile_bits) {
     double scale = phases ? 0 : 1;
     for (std::uint32_t k = 0; k < tile_bits; ++k) scale = fabs(cosines[k]) >= min_cosine ? scale * cosines[k] : 0;
-    values[bit] = T(scale != 0 ? own_sine / own_cosine : own_sine);
-    values[tile_bits + bit] = T(own_cosine);
-    if (bit == 0) values[2 * tile_bits] = T(scale);
+    values[sine_values + bit] = T(scale != 0 ? own_sine / own_cosine : own_sine);
+    values[cosine_values + bit] = T(own_cosine);
+    if (bit == 0) values[scale_value] = T(scale);
   }
   if (!phases) return;
   QAA_SHARED(double, angles, max_items);
@@ -1188,22 +1408,31 @@ __global__ void __launch_bounds__(threads_of_whole_warps) bind_kernel(const __gr
   }
 }
 
-// grad_theta[p]: the sum over parameter p's slots and over the blocks, one block of threads for each parameter. Every
-// sum has a fixed order.
+// grad_theta[p]: the sum over parameter p's slots and over the blocks, one block of threads for each parameter. Groups of
+// threads share out the slots, and a group's threads the blocks; every sum has a fixed order.
 template <class T>
-__global__ void __launch_bounds__(threads_of_whole_warps) chain_rule_kernel(const __grid_constant__ Arguments<T> a) {
+__global__ void __launch_bounds__(chain_rule_threads) chain_rule_kernel(const __grid_constant__ Arguments<T> a) {
+  constexpr std::uint32_t n_groups = 4, group_threads = chain_rule_threads / n_groups, at_once = 8;
   const Layout& layout = a.layout;
   const std::uint32_t* first = layout.first_contribution.in(a.description) + blockIdx.x;
   const Contribution* contributions = layout.contributions.in(a.description);
   T sum = 0;
-  for (std::uint32_t c = first[0]; c < first[1]; ++c) {
+  for (std::uint32_t c = first[0] + threadIdx.x / group_threads; c < first[1]; c += n_groups) {
     const T* partial = a.partial + std::size_t{contributions[c].slot} * a.n_blocks;
     T of_slot = 0;
-    for (std::uint32_t b = threadIdx.x; b < a.n_blocks; b += blockDim.x) of_slot += partial[b];
+    for (std::uint32_t b = threadIdx.x % group_threads; b < a.n_blocks; b += at_once * group_threads) {
+      T some[at_once];
+#pragma unroll
+      for (std::uint32_t k = 0; k < at_once; ++k) {
+        some[k] = b + k * group_threads < a.n_blocks ? partial[b + k * group_threads] : T(0);
+      }
+#pragma unroll
+      for (std::uint32_t k = 0; k < at_once; ++k) of_slot += some[k];
+    }
     sum += a.values[layout.contribution_values + c] * of_slot;
   }
   for (std::uint32_t step = warp_size / 2; step > 0; step /= 2) sum += __shfl_xor_sync(whole_warp, sum, step);
-  QAA_SHARED(T, of_warps, threads_of_whole_warps / warp_size);
+  QAA_SHARED(T, of_warps, chain_rule_threads / warp_size);
   if (threadIdx.x % warp_size == 0) of_warps[threadIdx.x / warp_size] = sum;
   __syncthreads();
   if (threadIdx.x != 0) return;

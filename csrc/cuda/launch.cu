@@ -14,11 +14,36 @@ void check(cudaError_t error, const char* what) {
   throw std::runtime_error(std::string("expected CUDA to ") + what + ", received: " + cudaGetErrorString(error));
 }
 
-int shared_memory_limit() {
-  int device = 0, limit = 0;
+int of_device(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
   check(cudaGetDevice(&device), "name the current device");
-  check(cudaDeviceGetAttribute(&limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "describe the device");
-  return limit;
+  check(cudaDeviceGetAttribute(&value, attribute, device), "describe the device");
+  return value;
+}
+
+// As cudaKernel_t, which the runtime's calls take in place of a function.
+const void* load_function(const void* image, const char* name) {
+#ifdef QAA_CUDA_EMULATED
+  static_cast<void>(name);
+  return image;
+#else
+  cudaLibrary_t library;
+  cudaKernel_t kernel;
+  check(cudaLibraryLoadData(&library, image, nullptr, nullptr, 0, nullptr, nullptr, 0), "load a kernel");
+  check(cudaLibraryGetKernel(&kernel, library, name), "find a kernel");
+  return reinterpret_cast<const void*>(kernel);
+#endif
+}
+
+std::uint32_t warps_of_block(const Layout& layout) {
+  const std::uint32_t wanted = layout.in_warp() ? threads_of_whole_warps : layout.n_tiles();
+  return (wanted < max_threads ? wanted : max_threads) / warp_size;
+}
+// Blocks of a kernel for one circuit that a multiprocessor is to hold at once: at most 96 registers a thread going forward,
+// 168 for the adjoint.
+std::uint32_t resident_blocks(const Layout& layout, bool backward) {
+  const std::uint32_t blocks = (backward ? 12 : 20) / warps_of_block(layout);
+  return blocks < 1 ? 1 : blocks;
 }
 
 // How a call is spread over the device, and the workspace's parts in bytes from its start.
@@ -39,23 +64,28 @@ constexpr std::int64_t max_blocks = QAA_MAX_BLOCKS, max_blocks_with_workspace = 
 constexpr std::uint32_t modest_shared_bytes = 48 << 10;
 
 template <class T>
-Shape shape_of(const Layout& layout, std::int64_t rows, bool backward) {
+Shape shape_of(const Program& program, std::int64_t rows, bool backward) {
+  const Layout& layout = program.layout;
   Shape s{};
-  s.in_warp = layout.n_wires <= warp_wires;
-  std::uint32_t n_warps =
-      (s.in_warp ? threads_of_whole_warps : std::min(layout.n_tiles(), max_threads)) / warp_size;
-  auto measured = [&] { return BlockMemory(layout, sizeof(T), n_warps, backward); };
+  s.in_warp = layout.in_warp();
+  std::uint32_t n_warps = warps_of_block(layout);
+  auto measured = [&] { return block_memory(layout, sizeof(T), n_warps, backward); };
   s.block = measured();
-  while (s.in_warp && n_warps > 1 && s.block.bytes > modest_shared_bytes) {
+  while (s.in_warp && n_warps > 1 && s.block.bytes > modest_shared_bytes && !program.is_known) {
     n_warps /= 2;
     s.block = measured();
   }
-  s.in_shared = s.block.bytes <= std::uint32_t(shared_memory_limit());
+  if (program.is_known) s.block.bytes += s.block.part_bytes;  // so that states can start at a multiple of it
+  s.in_shared = s.block.bytes <= std::uint32_t(of_device(cudaDevAttrMaxSharedMemoryPerBlockOptin));
   if (!s.in_shared) s.block.bytes = (s.block.bytes + 255) / 256 * 256;
   const std::int64_t rows_per_block = s.in_warp ? n_warps * s.block.n_states : 1;
   s.n_threads = n_warps * warp_size;
-  s.n_blocks = std::uint32_t(std::min((rows + rows_per_block - 1) / rows_per_block,
-                                      s.in_shared ? max_blocks : max_blocks_with_workspace));
+  std::int64_t most = s.in_shared ? max_blocks : max_blocks_with_workspace;
+  if (program.is_known) {
+    const int resident = of_device(cudaDevAttrMultiProcessorCount) * int(resident_blocks(layout, backward));
+    most = std::min<std::int64_t>(most, resident);
+  }
+  s.n_blocks = std::uint32_t(std::min((rows + rows_per_block - 1) / rows_per_block, most));
   auto take = [&](std::size_t bytes) {
     const std::size_t at = s.workspace_bytes;
     s.workspace_bytes += (bytes + 255) / 256 * 256;
@@ -85,7 +115,7 @@ Arguments<T> arguments(const Call& call, const Shape& shape) {
 }
 
 template <class T>
-using Kernel = void (*)(const Arguments<T>);
+using Kernels = void (*[2][2])(const Arguments<T>);
 
 template <class T>
 void bind(const Arguments<T>& a, void* workspace, cudaStream_t stream) {
@@ -94,43 +124,57 @@ void bind(const Arguments<T>& a, void* workspace, cudaStream_t stream) {
   check(cudaGetLastError(), "compute a circuit's tables");
 }
 
+// `kernels` are those for any circuit, by whether a warp holds states and whether they are in shared memory; `known` is one
+// for this circuit, or null.
 template <class T>
-void launch(Kernel<T> kernel, const Arguments<T>& a, const Shape& shape, cudaStream_t stream) {
+void launch(const Kernels<T>& kernels, const void* known, const Arguments<T>& a, const Shape& shape, cudaStream_t stream) {
+  const void* kernel = known != nullptr ? known : reinterpret_cast<const void*>(kernels[shape.in_warp][shape.in_shared]);
   const std::uint32_t shared_bytes = shape.in_shared ? shape.block.bytes : 0;
   if (shared_bytes > modest_shared_bytes) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
           "give a block more shared memory");
   }
-  QAA_LAUNCH(kernel, shape.n_blocks, shape.n_threads, shared_bytes, stream, a);
-  check(cudaGetLastError(), "run a circuit");
+  check(launch_function(kernel, shape.n_blocks, shape.n_threads, shared_bytes, stream, a), "run a circuit");
+}
+
+// A kernel for one circuit fits its program alone, and features of one type.
+void check_kernel(const Program& program, const void* kernel, Scalar rows, Scalar features, const Shape& shape) {
+  if ((kernel != nullptr) != program.is_known || (program.is_known && !shape.in_shared)) {
+    throw std::invalid_argument("expected a program for one circuit together with its kernel, received one without the other");
+  }
+  if (program.is_known && features != known_features(program, rows)) {
+    throw std::invalid_argument("expected features of the type that the kernel was compiled for, received another");
+  }
 }
 
 template <class T>
 void forward_as(const ForwardCall& call) {
-  const Shape shape = shape_of<T>(call.program.layout, call.x.rows, false);
+  const Shape shape = shape_of<T>(call.program, call.x.rows, false);
+  check_kernel(call.program, call.kernel, call.x.scalar, call.features.scalar, shape);
   const auto stream = static_cast<cudaStream_t>(call.stream);
   Arguments<T> a = arguments<T>(call, shape);
   a.features = call.features;
   bind(a, call.workspace, stream);
-  static constexpr Kernel<T> kernels[2][2] = {{forward_kernel<T, false, false>, forward_kernel<T, false, true>},
-                                              {forward_kernel<T, true, false>, forward_kernel<T, true, true>}};
-  launch(kernels[shape.in_warp][shape.in_shared], a, shape, stream);
+  static constexpr Kernels<T> kernels = {{forward_kernel<T, false, false>, forward_kernel<T, false, true>},
+                                         {forward_kernel<T, true, false>, forward_kernel<T, true, true>}};
+  launch<T>(kernels, call.kernel, a, shape, stream);
 }
 
 template <class T>
 void backward_as(const BackwardCall& call) {
-  const Shape shape = shape_of<T>(call.program.layout, call.x.rows, true);
+  const Shape shape = shape_of<T>(call.program, call.x.rows, true);
+  check_kernel(call.program, call.kernel, call.x.scalar, call.grad.scalar, shape);
   const auto stream = static_cast<cudaStream_t>(call.stream);
   Arguments<T> a = arguments<T>(call, shape);
   a.grad = call.grad;
   a.grad_theta = call.grad_theta;
   a.grad_x = call.grad_x;
   bind(a, call.workspace, stream);
-  static constexpr Kernel<T> kernels[2][2] = {{backward_kernel<T, false, false>, backward_kernel<T, false, true>},
-                                              {backward_kernel<T, true, false>, backward_kernel<T, true, true>}};
-  if (shape.n_blocks > 0) launch(kernels[shape.in_warp][shape.in_shared], a, shape, stream);
+  static constexpr Kernels<T> kernels = {{backward_kernel<T, false, false>, backward_kernel<T, false, true>},
+                                         {backward_kernel<T, true, false>, backward_kernel<T, true, true>}};
+  if (shape.n_blocks > 0) launch<T>(kernels, call.kernel, a, shape, stream);
   if (a.layout.n_parameters == 0) return;
-  QAA_LAUNCH(chain_rule_kernel<T>, a.layout.n_parameters, threads_of_whole_warps, 0, stream, a);
+  QAA_LAUNCH(chain_rule_kernel<T>, a.layout.n_parameters, chain_rule_threads, 0, stream, a);
   check(cudaGetLastError(), "add up the gradient of the angles");
 }
 
@@ -151,9 +195,16 @@ bool is_available() {
 }
 
 std::size_t workspace_bytes(const Program& program, std::int64_t rows, Scalar scalar, bool backward) {
-  return scalar == Scalar::float64 ? shape_of<double>(program.layout, rows, backward).workspace_bytes
-                                   : shape_of<float>(program.layout, rows, backward).workspace_bytes;
+  return scalar == Scalar::float64 ? shape_of<double>(program, rows, backward).workspace_bytes
+                                   : shape_of<float>(program, rows, backward).workspace_bytes;
 }
+
+std::string known_source(const Program& program, Scalar scalar, bool backward) {
+  if (!program.is_known || scalar == Scalar::float64 || !shape_of<float>(program, 1, backward).in_shared) return {};
+  return constants_of(program, scalar, warps_of_block(program.layout), resident_blocks(program.layout, backward), backward);
+}
+
+const void* load_kernel(const void* image) { return load_function(image, "qaa_known_kernel"); }
 
 void forward(const ForwardCall& call) {
   check_forward(call.program.plan, call.x, call.features);

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 #include <utility>
 
 namespace qaa::cuda {
@@ -83,8 +85,10 @@ std::vector<Index> lane_basis(const std::vector<Index>& masks, std::uint32_t n, 
 
 class Builder {
  public:
-  Builder(const Plan& plan, Program& program) : plan_(plan), layout_(program.layout), bytes_(program.description) {
-    layout_.n_wires = std::max(plan.n_wires, min_wires);
+  Builder(const Plan& plan, std::uint32_t tile_bits, Program& program)
+      : plan_(plan), tile_bits_(tile_bits), layout_(program.layout), bytes_(program.description) {
+    layout_.tile_bits = tile_bits;
+    layout_.n_wires = std::max(plan.n_wires, tile_bits + 2);
     layout_.normalize = plan.normalize;
     layout_.readout = plan.readout;
     layout_.n_columns = plan.n_columns();
@@ -146,7 +150,7 @@ class Builder {
     pass.first_item = std::uint32_t(items_.size());
     const std::size_t n_own = masks.size();
     Span span(masks);
-    for (std::uint32_t bit = layout_.n_wires; masks.size() < tile_bits; --bit) {
+    for (std::uint32_t bit = layout_.n_wires; masks.size() < tile_bits_; --bit) {
       Index mask = Index{1} << (bit - 1);
       // Rotations and phases must not tell amplitudes apart by a mask that is not theirs.
       if (kind != PassKind::x_strings) {
@@ -158,12 +162,13 @@ class Builder {
     }
     std::ranges::copy(masks, pass.masks);
     pass.tiles = std::uint32_t(tiles_.size());
-    const std::vector<Index> basis = lane_basis(masks, layout_.n_wires, lane_bits(layout_.n_wires));
+    const std::vector<Index> basis = lane_basis(masks, layout_.n_wires, layout_.lane_bits());
     for (Index t = 0; t < n_tiles(); ++t) {
       Tile tile = 0;
       for (std::uint32_t j = 0; j < basis.size(); ++j) tile ^= (t >> j) & 1 ? basis[j] : 0;
       const Index base = tile;
-      for (std::size_t k = 0; k < std::min<std::size_t>(items.size(), tile_bits); ++k) {
+      const std::size_t n_marked = kind == PassKind::x_strings ? strings_of_mask * tile_bits_ : tile_bits_;
+      for (std::size_t k = 0; k < std::min(items.size(), n_marked); ++k) {
         tile |= Tile{parity(items[k].z & base)} << (16 + k);
       }
       tiles_.push_back(tile);
@@ -173,8 +178,8 @@ class Builder {
     pass.complex_after = after;
     if (kind == PassKind::x_strings) {
       for (std::size_t k = 0; k < items.size(); ++k) {
-        for (std::uint32_t m = 0; m < tile_bits; ++m) pass.signs[k] |= Index{parity(items[k].z & masks[m])} << m;
-        pass.mirrored |= Index{parity(items[k].z & masks[k])} << k;
+        for (std::uint32_t m = 0; m < tile_bits_; ++m) pass.signs[k] |= Index{parity(items[k].z & masks[m])} << m;
+        pass.mirrored |= Index{parity(items[k].z & masks[k / strings_of_mask])} << k;
       }
     }
     items_.insert(items_.end(), items.begin(), items.end());
@@ -189,15 +194,15 @@ class Builder {
     std::vector<Index> masks;
     for (std::uint32_t j = 0; j <= plan_.n_wires; ++j) {
       const bool plain_sum = j == plan_.n_wires;
-      if (plain_sum) items.resize(std::max<std::size_t>(items.size(), tile_bits), Item{0, unused, unused});
+      if (plain_sum) items.resize(std::max<std::size_t>(items.size(), tile_bits_), Item{0, unused, unused});
       if (tree.slots[j] != Tree::unused) {
         items.push_back(make_item(tree.slots[j]));
-      } else if (j < tile_bits) {
+      } else if (j < tile_bits_) {
         items.push_back({0, unused, unused});
       }
-      if (j < std::min(tile_bits, plan_.n_wires)) masks.push_back(tree.order[Index{1} << j]);
+      if (j < std::min(tile_bits_, plan_.n_wires)) masks.push_back(tree.order[Index{1} << j]);
     }
-    for (std::uint32_t bit = plan_.n_wires; masks.size() < tile_bits; ++bit) masks.push_back(Index{1} << bit);
+    for (std::uint32_t bit = plan_.n_wires; masks.size() < tile_bits_; ++bit) masks.push_back(Index{1} << bit);
     add_pass(kind, items, std::move(masks), n_values, before, after);
   }
 
@@ -205,10 +210,10 @@ class Builder {
     const std::uint32_t first_slot = n_slots_;
     if (!stage.is_diagonal()) {
       n_slots_ += std::uint32_t(stage.rotations.size());
-      for (std::size_t first = 0; first < stage.rotations.size(); first += tile_bits) {
+      for (std::size_t first = 0; first < stage.rotations.size(); first += tile_bits_) {
         std::vector<Item> items;
         std::vector<Index> masks;
-        for (std::size_t r = first; r < std::min(stage.rotations.size(), first + tile_bits); ++r) {
+        for (std::size_t r = first; r < std::min(stage.rotations.size(), first + tile_bits_); ++r) {
           const Rotation& rotation = stage.rotations[r];
           items.push_back({rotation.z, add_angle(rotation.angle), first_slot + std::uint32_t(r)});
           note(rotation.angle, first_slot + std::uint32_t(r));
@@ -222,10 +227,10 @@ class Builder {
     const bool after = complex || !stage.real;
     if (!stage.constant.empty()) {
       std::vector<Index> masks;
-      for (std::uint32_t k = 1; k <= tile_bits; ++k) masks.push_back(Index{1} << (layout_.n_wires - k));
+      for (std::uint32_t k = 1; k <= tile_bits_; ++k) masks.push_back(Index{1} << (layout_.n_wires - k));
       add_pass(PassKind::constants, {}, std::move(masks), 2u << layout_.n_wires, complex, after);
       passes_.back().first_item = std::uint32_t(constants_.size());
-      constants_.insert(constants_.end(), stage.constant.begin(), stage.constant.end());
+      for (const std::complex<double>& c : stage.constant) constants_.push_back({c.real(), c.imag()});
       constants_.resize(passes_.back().first_item + (std::size_t{1} << layout_.n_wires));  // padding
       complex = after;
     }
@@ -248,15 +253,21 @@ class Builder {
     for (std::uint32_t s = 0; s < plan_.strings.size(); ++s) {
       if (plan_.strings[s].x != 0) left.push_back(s);
     }
+    // Strings with one x read the same pairs of amplitudes: two of them lie side by side.
     while (!left.empty()) {
       std::vector<std::uint32_t> rest;
       std::vector<Item> items;
       std::vector<Index> masks;
       Span span;
       for (const std::uint32_t s : left) {
-        if (items.size() < tile_bits && span.extend(plan_.strings[s].x)) {
-          items.push_back({plan_.strings[s].z, unused, s});
-          masks.push_back(plan_.strings[s].x);
+        const auto [x, z] = plan_.strings[s];
+        const auto known = std::size_t(std::ranges::find(masks, x) - masks.begin());
+        if (known < masks.size() && items[strings_of_mask * known + 1].id == unused) {
+          items[strings_of_mask * known + 1] = {z, unused, s};
+        } else if (known == masks.size() && masks.size() < tile_bits_ && span.extend(x)) {
+          masks.push_back(x);
+          items.push_back({z, unused, s});
+          items.push_back({0, unused, unused});
         } else {
           rest.push_back(s);
         }
@@ -354,7 +365,7 @@ class Builder {
   RowMap row_map(const std::vector<std::uint32_t>& image, std::uint32_t first, std::uint32_t n_bits) {
     RowMap map{};
     std::copy_n(image.begin(), 3, map.next);
-    const std::uint32_t lanes = lane_bits(layout_.n_wires);
+    const std::uint32_t lanes = layout_.lane_bits();
     for (std::uint32_t width = 1; width <= 3; ++width) {
       std::vector<std::uint32_t> order, others;
       Span banks;
@@ -392,6 +403,7 @@ class Builder {
   }
 
   const Plan& plan_;
+  const std::uint32_t tile_bits_;
   Layout& layout_;
   std::vector<unsigned char>& bytes_;
   std::uint32_t n_values_ = 0, n_slots_ = 0;
@@ -400,12 +412,23 @@ class Builder {
   std::vector<Item> items_;
   std::vector<BoundAngle> angles_;
   std::vector<AngleTerm> angle_terms_;
-  std::vector<std::complex<double>> constants_;
+  std::vector<Complex> constants_;
   std::vector<std::pair<std::uint32_t, Contribution>> by_parameter_;
 };
 
 }  // namespace
 
-Program::Program(const Plan& of) : plan(of) { Builder(plan, *this).build(); }
+Program::Program(const Plan& of, bool is_known) : plan(of), is_known(is_known) {
+  if (is_known && !can_be_known(of)) {
+    throw std::invalid_argument("expected 9 to 13 wires and at most 128 Pauli strings for kernels of one circuit, received " +
+                                std::to_string(of.n_wires) + " and " + std::to_string(of.strings.size()));
+  }
+  Builder(plan, is_known && of.n_wires > 9 ? max_tile_bits : common_tile_bits, *this).build();
+}
+
+// Below, several states would share a warp; above, a thread would have several tiles. Code grows with the strings.
+bool Program::can_be_known(const Plan& plan) {
+  return plan.n_wires >= 9 && plan.n_wires <= 13 && plan.strings.size() <= 128;
+}
 
 }  // namespace qaa::cuda

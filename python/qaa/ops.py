@@ -417,7 +417,7 @@ def _forward(what: Program, theta: Tensor, x: Tensor) -> Tensor:
     matrices = _core.ConstMatrix(*_layout(x)), _core.Matrix(*_layout(features))
     if x.is_cuda:
         with torch.cuda.device(x.device):
-            program, description = _on_device(str(what), x.device)
+            program, description, kernel = _on_device(str(what), x.device, _SCALARS[x.dtype], False)
             workspace = _workspace(program, _layout(x), x.device, backward=False)
             _core.cuda_forward(
                 program,
@@ -427,6 +427,7 @@ def _forward(what: Program, theta: Tensor, x: Tensor) -> Tensor:
                 *matrices,
                 workspace.data_ptr(),
                 torch.cuda.current_stream().cuda_stream,
+                kernel,
             )
     else:
         _core.forward(what.plan, angles.data_ptr(), _SCALARS[angles.dtype], *matrices, torch.get_num_threads())
@@ -444,7 +445,7 @@ def _call_backward(what: Program, theta: Tensor, angles: Tensor, x: _Layout, gra
     matrices = _core.ConstMatrix(*x), _core.ConstMatrix(*_layout(grad))
     if angles.is_cuda:
         with torch.cuda.device(angles.device):
-            program, description = _on_device(str(what), angles.device)
+            program, description, kernel = _on_device(str(what), angles.device, x[4], True)
             workspace = _workspace(program, x, angles.device, backward=True)
             _core.cuda_backward(
                 program,
@@ -456,6 +457,7 @@ def _call_backward(what: Program, theta: Tensor, angles: Tensor, x: _Layout, gra
                 _core.Matrix(*grad_x),
                 workspace.data_ptr(),
                 torch.cuda.current_stream().cuda_stream,
+                kernel,
             )
     else:
         _core.backward(
@@ -470,11 +472,18 @@ def _call_backward(what: Program, theta: Tensor, angles: Tensor, x: _Layout, gra
     return grad_angles if grad_angles.dtype == theta.dtype else grad_angles.to(theta.dtype)
 
 
-@lru_cache(maxsize=256)
-def _on_device(text: str, device: torch.device) -> tuple[_core.CudaProgram, Tensor]:
-    """A program as the CUDA kernels read it, and its description in the device's memory; copied there once."""
-    program = _core.CudaProgram(Program.parse(text).plan)
-    return program, torch.frombuffer(bytearray(program.description), dtype=torch.uint8).to(device)
+@lru_cache(maxsize=1024)
+def _on_device(
+    text: str, device: torch.device, scalar: _core.Scalar, backward: bool
+) -> tuple[_core.CudaProgram, Tensor, int]:
+    """A program as the CUDA kernels read it, its description in the device's memory, and its own kernel if it has one.
+
+    Once for each type of rows and direction. A stream that is being captured gets no kernel that would have to be made.
+    """
+    plan = Program.parse(text).plan
+    known = cuda.known_kernel(plan, scalar, backward, torch.cuda.get_device_capability(device))
+    program, kernel = (_core.CudaProgram(plan), 0) if known is None else known
+    return program, torch.frombuffer(bytearray(program.description), dtype=torch.uint8).to(device), kernel
 
 
 def _workspace(program: _core.CudaProgram, x: _Layout, device: torch.device, backward: bool) -> Tensor:

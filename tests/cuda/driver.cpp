@@ -14,14 +14,25 @@ namespace {
 
 using namespace qaa;
 
-struct Compiled {
-  Plan plan;
+struct OnDevice {
   cuda::Program program;
   std::unique_ptr<unsigned char[]> description;  // a copy of its own, so that a byte beyond its end is an error
-  explicit Compiled(Plan from) : plan(std::move(from)), program(plan) {
+  explicit OnDevice(const Plan& plan, bool is_known) : program(plan, is_known) {
     description.reset(new unsigned char[program.description.size()]);
     std::memcpy(description.get(), program.description.data(), program.description.size());
   }
+};
+
+struct Compiled {
+  Plan plan;
+  OnDevice any;
+  std::unique_ptr<OnDevice> known;  // where there are kernels for this circuit alone
+  const void* kernels[2] = {nullptr, nullptr};
+  std::string source;
+  explicit Compiled(Plan from) : plan(std::move(from)), any(plan, false) {
+    if (cuda::Program::can_be_known(plan)) known = std::make_unique<OnDevice>(plan, true);
+  }
+  const OnDevice& with(const void* kernel) const { return kernel != nullptr ? *known : any; }
 };
 
 thread_local std::string message;
@@ -94,6 +105,22 @@ void* qaa_plan(std::uint32_t n_wires, std::uint32_t n_parameters, const char* ga
   return out;
 }
 
+const char* qaa_known_source(void* plan, int scalar, int backward) {
+  auto& compiled = *static_cast<Compiled*>(plan);
+  compiled.source.clear();
+  guarded([&] {
+    if (compiled.known) compiled.source = cuda::known_source(compiled.known->program, Scalar(scalar), backward != 0);
+  });
+  return compiled.source.c_str();
+}
+
+// From now on this plan's calls run kernels of its own.
+void qaa_use_kernels(void* plan, const void* forward, const void* backward) {
+  auto& compiled = *static_cast<Compiled*>(plan);
+  compiled.kernels[0] = cuda::load_kernel(forward);
+  compiled.kernels[1] = cuda::load_kernel(backward);
+}
+
 void qaa_plan_free(void* plan) { delete static_cast<Compiled*>(plan); }
 
 int qaa_forward(void* plan, const void* theta, int theta_scalar, const void* x, std::int64_t rows,
@@ -101,11 +128,13 @@ int qaa_forward(void* plan, const void* theta, int theta_scalar, const void* x, 
                 int features_scalar) {
   return guarded([&] {
     const auto& compiled = *static_cast<Compiled*>(plan);
-    const Workspace workspace(cuda::workspace_bytes(compiled.program, rows, Scalar(scalar), false));
-    cuda::forward({compiled.program, compiled.description.get(), theta, Scalar(theta_scalar),
+    const void* kernel = compiled.kernels[0];
+    const auto& [program, description] = compiled.with(kernel);
+    const Workspace workspace(cuda::workspace_bytes(program, rows, Scalar(scalar), false));
+    cuda::forward({program, description.get(), theta, Scalar(theta_scalar),
                    {x, rows, columns, stride, Scalar(scalar)},
                    {features, rows, compiled.plan.n_columns(), features_stride, Scalar(features_scalar)},
-                   workspace.get(), nullptr});
+                   workspace.get(), nullptr, kernel});
   });
 }
 
@@ -114,13 +143,15 @@ int qaa_backward(void* plan, const void* theta, int theta_scalar, const void* x,
                  int grad_scalar, void* grad_theta, void* grad_x, std::int64_t grad_x_stride) {
   return guarded([&] {
     const auto& compiled = *static_cast<Compiled*>(plan);
-    const Workspace workspace(cuda::workspace_bytes(compiled.program, rows, Scalar(scalar), true));
-    cuda::backward({compiled.program, compiled.description.get(), theta, Scalar(theta_scalar),
+    const void* kernel = compiled.kernels[1];
+    const auto& [program, description] = compiled.with(kernel);
+    const Workspace workspace(cuda::workspace_bytes(program, rows, Scalar(scalar), true));
+    cuda::backward({program, description.get(), theta, Scalar(theta_scalar),
                     {x, rows, columns, stride, Scalar(scalar)},
                     {grad, rows, compiled.plan.n_columns(), grad_stride, Scalar(grad_scalar)},
                     grad_theta,
                     {grad_x, rows, columns, grad_x_stride, Scalar(scalar)},
-                    workspace.get(), nullptr});
+                    workspace.get(), nullptr, kernel});
   });
 }
 

@@ -25,6 +25,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __noinline__
 #define __align__(n) alignas(n)
 #define __launch_bounds__(...)
 #define __grid_constant__
@@ -81,9 +82,8 @@ cudaError_t allow_shared(const void* kernel, cudaFuncAttribute attribute, int by
 
 }  // namespace emulator
 
-template <class Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int bytes) {
-  return emulator::allow_shared(reinterpret_cast<const void*>(kernel), attribute, bytes);
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int bytes) {
+  return emulator::allow_shared(kernel, attribute, bytes);
 }
 
 // For tests.
@@ -145,6 +145,9 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, std::size_t sh
   launch(Launch{reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, run, &call});
 }
 
+// Shared memory starts at an address that no part of a state is aligned to.
+constexpr unsigned shared_start = 1040;
+
 template <class T>
 T shuffle(const char* name, const Site& site, unsigned mask, T value, unsigned source) {
   static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8));
@@ -156,6 +159,22 @@ T shuffle(const char* name, const Site& site, unsigned mask, T value, unsigned s
 }
 
 }  // namespace emulator
+
+template <class A>
+cudaError_t launch_function(const void* function, unsigned grid, unsigned block, unsigned shared_bytes, cudaStream_t stream,
+                            A argument) {
+  auto* kernel = reinterpret_cast<void (*)(const A)>(const_cast<void*>(function));
+  emulator::launch(kernel, grid, block, shared_bytes, stream, argument);
+  return cudaGetLastError();
+}
+inline void prefetch_line(const void*) {}
+inline unsigned shared_address(const void* pointer) {
+  const auto* start = static_cast<const unsigned char*>(emulator::dynamic_shared());
+  return emulator::shared_start + unsigned(static_cast<const unsigned char*>(pointer) - start);
+}
+inline void* at_shared_address(void* start, unsigned address) {
+  return static_cast<unsigned char*>(start) + (address - emulator::shared_start);
+}
 
 inline void __syncthreads(const emulator::Site& site = emulator::Site::current()) {
   emulator::block_barrier("__syncthreads", site);
