@@ -477,7 +477,9 @@ def test_an_adapted_layer_can_be_traced() -> None:
     layer, x = QAALinear(nn.Linear(12, 5)), torch.randn(3, 12)
     with torch.no_grad():
         layer.up.normal_()
-    torch.testing.assert_close(torch.jit.trace(layer, x, check_trace=False)(x), layer(x))  # type: ignore[no-untyped-call]
+    traced = torch.jit.trace(layer, x, check_trace=False)  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(traced(x), layer(x))
+    torch.jit.save(traced, io.BytesIO())  # nothing in it is a Python function
 
 
 # ------------------------------------------------------------------------------------------------------- whitening
