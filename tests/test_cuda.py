@@ -17,6 +17,7 @@ from qaa import _core
 from test_kernels import assert_accurate
 
 torch = pytest.importorskip("torch")
+import qaa.nn  # noqa: E402
 import qaa.ops  # noqa: E402
 
 gpu = pytest.mark.skipif(not qaa.cuda.is_available() or not torch.cuda.is_available(), reason="needs a GPU")
@@ -201,3 +202,81 @@ def test_an_empty_batch() -> None:
     assert features.shape == (0, 4) and features.is_cuda
     features.sum().backward()
     assert not theta.grad.any()
+
+
+def adapter_step(device: str, dtype: Any, readout: str, r: int | None, with_bias: bool) -> tuple[Any, ...]:
+    """A whitened adapter of a frozen layer: a function of nothing for its output, and what gets a gradient."""
+    adapter = qaa.nn.Adapter.create(72, n_layers=2, readout=readout, scaling=0.7 if with_bias else 1.0)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Any:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(torch.float32).to(device)
+
+    k = adapter.n_features
+    theta, mix = draw(*adapter.circuit.parameter_shape), None if r is None else draw(r, k) / k**0.5
+    x, weight, up, c = draw(2, 9, 72).to(dtype), draw(40, 72).to(dtype) / 8, draw(40, r or k), draw(40)
+    channels, gain = draw(72).abs() + 0.5, draw(k).abs() + 0.5
+    whitening = qaa.nn.Whitening(channels=channels, gain=gain, mean=draw(k) if with_bias else None)
+    leaves = [t.requires_grad_() for t in (x, theta, up, *([] if mix is None else [mix]), *([c] if with_bias else []))]
+
+    def step() -> Any:
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            base = torch.nn.functional.linear(x, weight)
+            return adapter.add_to(base, x, theta, up, c if with_bias else None, whitening, mix, in_place=True)
+
+    return step, leaves
+
+
+@gpu
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("readout", "r"), [("state[:10]", None), ("state[:64]", 4), ("z", None), ("probs[:20]", 3)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_adapters_agree_with_the_cpu_and_never_wait_for_the_gpu(
+    dtype: Any, readout: str, r: int | None, with_bias: bool
+) -> None:
+    results = []
+    for device in ("cpu", "cuda"):
+        step, leaves = adapter_step(device, dtype, readout, r, with_bias)
+        grad = torch.linspace(-1, 1, 720, device=device).reshape(2, 9, 40)
+        step().backward(grad.to(dtype))  # copies the program to the device
+        for leaf in leaves:
+            leaf.grad = None
+        try:
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("error")
+            value = step()
+            value.backward(grad.to(dtype))
+        finally:
+            if device == "cuda":
+                torch.cuda.set_sync_debug_mode("default")
+        results.append([t.detach().cpu().float() for t in (value, *(leaf.grad for leaf in leaves))])
+    allowed = 0.04 if dtype == torch.bfloat16 else 2e-4
+    for ours, expected in zip(results[1], results[0], strict=True):
+        assert (ours - expected).abs().max() <= allowed * expected.abs().max()
+
+
+@gpu
+@pytest.mark.parametrize(("readout", "r"), [("state[:10]", None), ("state[:64]", 4)])
+def test_a_captured_adapter_follows_its_angles(readout: str, r: int | None) -> None:
+    """Rows are made anew in every forward, also where no gradient is asked for."""
+    step, (_, theta, *_) = adapter_step("cuda", torch.bfloat16, readout, r, False)
+    with torch.no_grad():
+        for _ in range(2):
+            step()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        theta.data += 1
+        graph.replay()
+        torch.testing.assert_close(captured, step(), rtol=0, atol=0)
+
+
+@gpu
+def test_products_read_and_write_other_dtypes_in_one_pass() -> None:
+    """What is asked of torch: a product whose result has another dtype than its factors, complex included."""
+    t, columns = torch.randn(5, 8, device="cuda")[:, ::2], torch.randn(4, device="cuda")
+    for source in (torch.float32, torch.bfloat16):
+        for target in (torch.bfloat16, torch.float32, torch.complex64):
+            with torch.no_grad():
+                value = qaa.ops._scaled_once(t.to(source), columns, target)
+            assert value.dtype == target and torch.equal(value, (t.to(source) * columns).to(target))

@@ -7,6 +7,7 @@ import hashlib
 import io
 import itertools
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -333,6 +334,59 @@ def test_known_rows_follow_the_angles():
     assert layer.up.grad.abs().max() > 0
 
 
+def test_a_gpu_makes_rows_anew_instead_of_asking_whether_it_knows_them(monkeypatch):
+    """The answer would be a synchronisation."""
+    adapter, calls = Adapter.create(12, n_layers=2, readout="state[:3]"), []
+    on_gpu = SimpleNamespace(is_cuda=True, requires_grad=False)
+    monkeypatch.setattr(Adapter, "_rows", lambda *args: calls.append(args[1:]))
+    monkeypatch.setattr(torch, "equal", None)
+    for _ in range(2):
+        adapter.down(on_gpu)
+        adapter._down(on_gpu, on_gpu, on_gpu, torch.bfloat16)
+    assert calls == [(on_gpu, None, None, None), (on_gpu, on_gpu, on_gpu, torch.bfloat16)] * 2
+
+
+def test_known_rows_are_those_of_their_factors_and_dtype():
+    adapter, whitening, theta, _, _, x = whitened_adapter("state[:3]", ("channels",))
+    plain = adapter.down(theta)
+    with torch.no_grad():
+        assert torch.equal(adapter.features(theta, x, whitening), x @ (plain * whitening.channels).T)
+        whitening.channels.data.mul_(2)
+        assert torch.equal(adapter.features(theta, x, whitening), x @ (plain * whitening.channels).T)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert adapter.features(theta, x.float(), whitening).dtype == torch.bfloat16
+        assert torch.equal(adapter.features(theta, x), x @ plain.T)
+
+
+@pytest.mark.parametrize("readout", ["z", "probs[:4]", "state[:4]"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_makes_no_difference_between_an_input_and_its_cast(readout, dtype, monkeypatch):
+    """What autocast would cast back is not cast; values and gradients are the same to the bit."""
+    layer, x = layer_and_input(readout)
+    results, casts = [], qaa.ops._is_cast_back
+    for is_cast_back in (casts, lambda *_: False):
+        monkeypatch.setattr(qaa.ops, "_is_cast_back", is_cast_back)
+        leaf = x.to(dtype).requires_grad_()
+        with torch.autocast("cpu", dtype):
+            assert casts(leaf, layer.up.dtype)
+            value = layer(leaf)
+        grad = torch.linspace(-1, 1, value.numel()).reshape(value.shape).to(dtype)
+        trained = [layer.theta, layer.up, *([] if layer.bias is None else [layer.bias])]
+        results.append((value, *torch.autograd.grad(value, (leaf, *trained), grad)))
+    for ours, expected in zip(*results, strict=True):
+        assert ours.dtype == expected.dtype and torch.equal(ours, expected)
+
+
+def test_an_adapter_in_float64_is_that_under_autocast_as_well():
+    layer, x = layer_and_input("state[:4]", dtype=torch.float64)
+    with torch.autocast("cpu", torch.bfloat16):
+        inputs = x.bfloat16()
+        result = layer.adapter.features(layer.theta, inputs.double())
+        assert not qaa.ops._is_cast_back(inputs, layer.up.dtype)
+    assert result.dtype == torch.float64
+    torch.testing.assert_close(result, oracle_features(layer, inputs), rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -423,7 +477,9 @@ def test_an_adapted_layer_can_be_traced() -> None:
     layer, x = QAALinear(nn.Linear(12, 5)), torch.randn(3, 12)
     with torch.no_grad():
         layer.up.normal_()
-    torch.testing.assert_close(torch.jit.trace(layer, x, check_trace=False)(x), layer(x))  # type: ignore[no-untyped-call]
+    traced = torch.jit.trace(layer, x, check_trace=False)  # type: ignore[no-untyped-call]
+    torch.testing.assert_close(traced(x), layer(x))
+    torch.jit.save(traced, io.BytesIO())  # nothing in it is a Python function
 
 
 # ------------------------------------------------------------------------------------------------------- whitening

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import doctest
 import io
+import itertools
 import re
 import shutil
 import subprocess
@@ -170,6 +171,91 @@ def test_mixed_rows_are_combinations_of_rows_with_their_gradients(circuit: Circu
     torch.testing.assert_close(compiled(theta, mix), ops.mixed_rows(circuit, theta, mix))
 
 
+def every_gate() -> Circuit:
+    """Each gate of the table once, between gates that mix all amplitudes."""
+    rng = np.random.default_rng(0)
+    gates, n_parameters = [qaa.Gate("H", w) for w in range(3)], 0
+    for name, (n_wires, parameters) in qaa.circuit.GATES.items():
+        wires = tuple(map(int, rng.permutation(3)[:n_wires]))
+        gates += [qaa.Gate(name, wires, tuple(range(n_parameters, n_parameters + parameters))), qaa.Gate("T", wires[0])]
+        n_parameters += parameters
+    return Circuit(3, tuple(gates), (n_parameters,))
+
+
+@pytest.mark.parametrize("circuit", [every_gate(), CIRCUIT, MIXED], ids=["every gate", "ring", "mixed"])
+def test_the_transposed_circuit_is_the_transposed_unitary_of_the_same_angles(circuit: Circuit) -> None:
+    theta = angles(circuit)
+    transposed = oracle.unitary(ops._transposed(circuit), theta.numpy())
+    np.testing.assert_allclose(transposed, oracle.unitary(circuit, theta.numpy()).T, atol=1e-13)
+    # rows on a GPU come from it
+    for k, width, real in ((3, 8, True), (8, 5, False), (1, 6, True)):
+        what = qaa.program.program(circuit, f"state[:{k}]", False)
+        rows = ops._rows_of_transposed(what, theta, width, real)
+        torch.testing.assert_close(rows, ops._rows(what, theta, width, real), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("theta_dtype", [torch.float32, torch.float64], ids=str)
+def test_rows_with_factors_of_their_columns_are_rows_times_these_factors(theta_dtype: Any, dtype: Any) -> None:
+    """In one pass, and to the bit what a product and a cast give."""
+    theta = angles(MIXED, theta_dtype).requires_grad_()
+    mix, columns = vectors(2, 5, dtype=theta_dtype).requires_grad_(), vectors(6, dtype=theta_dtype)
+    for plain, fused, leaves in (
+        (
+            amplitude_rows(MIXED, theta, 5, width=6, real=True),
+            ops._amplitude_rows(MIXED, theta, 5, 6, True, columns, dtype),
+            (theta,),
+        ),
+        (
+            ops.mixed_rows(MIXED, theta, mix, width=6),
+            ops._mixed_rows(MIXED, theta, mix, 6, columns, dtype),
+            (theta, mix),
+        ),
+    ):
+        expected = (plain * columns).to(dtype or theta_dtype)
+        assert fused.dtype == expected.dtype and torch.equal(fused, expected)
+        assert fused.is_contiguous() and not fused._is_view()
+        for ours, theirs in zip(gradients(fused, *leaves), gradients(expected, *leaves), strict=True):
+            if dtype == torch.float64 != theta_dtype:  # where the product is the wider one
+                torch.testing.assert_close(ours, theirs)
+            else:
+                assert torch.equal(ours, theirs)
+
+
+def test_gradcheck_of_rows_with_factors_and_second_derivatives_of_them_are_an_error() -> None:
+    theta, mix, columns = angles(MIXED).requires_grad_(), vectors(2, 5).requires_grad_(), vectors(6)
+    for learned in (False, True):  # factors that want a gradient get one
+        columns.requires_grad_(learned)
+        leaves = (columns,) if learned else ()
+
+        def rows(theta: Any, columns: Any = columns) -> Any:
+            return ops._amplitude_rows(MIXED, theta, 3, 6, True, columns)
+
+        def mixed(theta: Any, mix: Any, columns: Any = columns) -> Any:
+            return ops._mixed_rows(MIXED, theta, mix, 6, columns)
+
+        assert torch.autograd.gradcheck(rows, (theta, *leaves))
+        assert torch.autograd.gradcheck(mixed, (theta, mix, *leaves))
+    columns.requires_grad_(False)
+    for value in (rows(theta, columns), mixed(theta, mix, columns)):
+        (first,) = torch.autograd.grad(value.square().sum(), theta, create_graph=True)
+        with pytest.raises(RuntimeError, match="expected a first derivative"):
+            first.sum().backward()
+
+
+def test_unit_matrices_are_kept_where_they_are_small_and_belong_to_no_mode() -> None:
+    ops._known_units.cache_clear()
+    with torch.inference_mode(), torch.device("meta"):
+        small = ops._units(3, torch.complex64, torch.device("cpu"), with_imaginary=True)
+    assert torch.equal(small, torch.cat([torch.eye(3) * 1j**0, torch.eye(3) * 1j]).to(torch.complex64))
+    assert ops._units(3, torch.complex64, torch.device("cpu"), with_imaginary=True) is small
+    ops._units(300, torch.float32, torch.device("cpu"))
+    assert ops._known_units.cache_info().currsize == 1
+    theta = angles(CIRCUIT, torch.float32).requires_grad_()
+    amplitude_rows(CIRCUIT, theta, 3).abs().sum().backward()  # with units that were made in inference mode
+    assert theta.grad.isfinite().all()
+
+
 # ------------------------------------------------------------------------------------------------------------ project
 
 
@@ -269,7 +355,7 @@ def test_project_in_place_is_the_same_function_written_over_its_base() -> None:
 def test_project_in_place_spares_a_base_that_it_must_not_or_cannot_write_over() -> None:
     base, *others = project_arguments((12,), 5, 6, torch.float32, True)
     expected = project(base, *others)
-    for spared in (base, base.detach().repeat(2, 1)[::2], base.detach().double(), base.detach().T.contiguous().T):
+    for spared in (base, base.detach().repeat(2, 1)[::2], base.detach().T.contiguous().T):
         kept = spared.detach().clone()
         value = project(spared, *others, in_place=True)
         assert torch.equal(spared, kept) and value.dtype == spared.dtype
@@ -333,9 +419,63 @@ def test_project_of_mixed_dtypes_returns_that_of_the_base(weight_dtype: Any, bas
         assert tensor.grad.dtype == tensor.dtype and tensor.grad.shape == tensor.shape
 
 
+def products(
+    base: Any, features: Any, up: Any, bias: Any = None, *, gain: Any = None, scale: float = 1.0, in_place: bool = False
+) -> Any:
+    """What a GPU computes for ``project``."""
+    return ops._Products.apply(base, features, up, bias, gain, scale, features.dtype, in_place)
+
+
+@pytest.mark.parametrize("with_gain", [False, True])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_products_are_project_and_differentiable_twice(with_bias: bool, with_gain: bool) -> None:
+    for rows, k, d_out in PROJECT_SIZES:
+        arguments = project_arguments(rows, k, d_out, torch.float64, with_bias)
+        gain = vectors(k) if with_gain else None
+        for scale in (1.0, -0.3, 0.0):
+            gained = [*arguments[:2], arguments[2] if gain is None else arguments[2] * gain, *arguments[3:]]
+            value, expected = products(*arguments, gain=gain, scale=scale), project(*gained, scale=scale)
+            torch.testing.assert_close(value, expected, rtol=0, atol=1e-12)
+            for ours, theirs in zip(gradients(value, *arguments), gradients(expected, *arguments), strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+            leaf = arguments[0].detach()
+            over = products(leaf, *arguments[1:], gain=gain, scale=scale, in_place=True)
+            assert over.data_ptr() == leaf.data_ptr() and torch.equal(over, value)
+    arguments = project_arguments((2, 3), 4, 5, torch.float64, with_bias)
+    function = partial(products, gain=vectors(4) if with_gain else None, scale=0.7)
+    assert torch.autograd.gradcheck(function, arguments)
+    assert torch.autograd.gradgradcheck(function, arguments)
+
+
+@pytest.mark.parametrize("base_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_project_under_autocast_is_as_accurate_as_the_formula(dtype: Any, base_dtype: Any) -> None:
+    """``base + scale * linear(...)`` rounds up to three times, a product added to its base once, and c once more."""
+    base, features, up, bias = (t.detach() for t in project_arguments((64, 3), 12, 32, torch.float32, True))
+    base, features = base.to(base_dtype), features.to(dtype)
+    for c in (None, bias):
+        exact = project_in_torch(base, features, up.to(dtype), None if c is None else c.to(dtype), scale=0.7)
+        with torch.autocast("cpu", dtype):
+            plain = (base + 0.7 * torch.nn.functional.linear(features, up, c)).to(base_dtype)
+            value = project(base, features, up, c, scale=0.7)
+        assert value.dtype == base_dtype
+        errors = (value - exact).abs(), (plain - exact).abs()
+        assert errors[0].mean() <= 1.01 * errors[1].mean() and errors[0].max() <= 1.5 * errors[1].max()
+
+
+def test_project_in_place_writes_over_a_base_of_another_dtype() -> None:
+    base, *others = project_arguments((3, 4), 5, 6, torch.float32, True)
+    for dtype in (torch.bfloat16, torch.float64):
+        expected = project(base.detach().to(dtype), *others, scale=0.7)
+        over = base.detach().to(dtype)
+        value = project(over, *others, scale=0.7, in_place=True)
+        assert value.data_ptr() == over.data_ptr() and torch.equal(value, expected)
+
+
 def test_project_gives_gradients_only_to_what_wants_them() -> None:
-    for wanted in range(16):
+    for wanted, dtype in itertools.product(range(16), (torch.float32, torch.bfloat16)):
         arguments = [a.detach() for a in project_arguments((4,), 3, 5, torch.float32, True)]
+        arguments[0] = arguments[0].to(dtype)
         for k, argument in enumerate(arguments):
             argument.requires_grad_(bool(wanted >> k & 1))
         value = project(*arguments)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import math
@@ -623,6 +624,61 @@ def test_autocast(readout):
     assert (output.logits.float() - expected).abs().max() < 0.1 * expected.abs().max()
     output.loss.backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
+
+
+def autocast_step(config, x):
+    """One layer in bfloat16 under autocast: its output, the gradients, and how many ops with a kernel that took."""
+    base = nn.Linear(72, 40, bias=False, dtype=torch.bfloat16)
+    torch.manual_seed(0)
+    model = get_peft_model(nn.ModuleDict({"q": base}), config).train()
+    layer = model.base_model.model["q"]
+    base.weight.data.normal_()
+    layer.requires_grad_(False)
+    trained = [p for name, p in layer.named_parameters() if name.split(".")[0] in TRAINED]
+    for tensor in trained:
+        tensor.data.normal_(std=0.3)
+        tensor.requires_grad_(True).grad = torch.zeros_like(tensor)
+    for name in ("qaa_channels", "qaa_gain"):
+        for tensor in getattr(layer, name, nn.ParameterDict()).values():
+            tensor.data.uniform_(0.5, 1.5)
+    leaf = x.bfloat16().requires_grad_()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with torch.autocast("cpu", torch.bfloat16):
+            output = layer(leaf)
+        output.backward(torch.ones_like(output))
+    return output, [leaf.grad, *(p.grad for p in trained)], sum(map(has_kernel, profile.events()))
+
+
+TRAINED = ("lora_A", "lora_B", "qaa_theta", "qaa_up", "qaa_mix", "qaa_bias")
+KERNELS = ("mm", "addmm", "addmm_", "mul", "mul_", "add", "add_", "copy_", "neg", "neg_", "sum", "eye", "cat", "zero_")
+
+
+def has_kernel(event):
+    """Whether it is an op with a kernel on a GPU, and no part of another one."""
+    is_op = event.name.removeprefix("aten::") in KERNELS
+    while is_op and (event := event.cpu_parent) is not None:
+        is_op = event.name.removeprefix("aten::") not in KERNELS
+    return is_op
+
+
+@pytest.mark.parametrize("preset", ["compact", "default"])
+def test_a_step_of_a_linear_preset_takes_no_more_ops_than_one_of_a_lora(preset):
+    """Beside the five kernels of the circuit: on a GPU, small layers wait for launches."""
+    x = torch.randn(8, 72, generator=torch.Generator().manual_seed(0))
+    lora = autocast_step(LoraConfig(r=8, target_modules=["q"]), x)[2]
+    assert autocast_step(QaaConfig.preset(preset, target_modules=["q"]), x)[2] <= lora
+
+
+@pytest.mark.parametrize("preset", ["compact", "default", "paper", "tiny"])
+def test_a_step_under_autocast_agrees_with_one_in_full_precision(preset, monkeypatch):
+    x = torch.randn(8, 72, generator=torch.Generator().manual_seed(0))
+    config = QaaConfig.preset(preset, target_modules=["q"])
+    output, grads, _ = autocast_step(config, x)
+    monkeypatch.setattr(torch, "autocast", lambda *_: contextlib.nullcontext())
+    expected, expected_grads, _ = autocast_step(config, x)
+    for ours, theirs in zip((output, *grads), (expected, *expected_grads), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours.float() - theirs.float()).abs().max() < 0.03 * theirs.float().abs().max()
 
 
 @pytest.mark.parametrize("readout", ["z", STATE])

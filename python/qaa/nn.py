@@ -61,7 +61,7 @@ class Whitening(NamedTuple):
 
 NO_WHITENING = Whitening()
 
-_Rows = tuple[tuple[Tensor, ...], Tensor]  # rows, and before them what they were made from
+_Rows = tuple[tuple[Tensor, ...], torch.dtype | None, Tensor]  # rows, and before them what they were made from
 
 
 @dataclass(frozen=True)
@@ -143,35 +143,46 @@ class Adapter:
     def down(self, theta: Tensor, mix: Tensor | None = None) -> Tensor:
         """``A = Re U(theta)[:K, :in_features]``, or ``M A``, for the ``"state"`` readout.
 
-        ``M A`` costs as many simulated states as M has rows: row by row it is ``Re U^H m``, since m is real.
+        ``M A`` costs as many simulated states as M has rows: row by row it is ``Re U^T m``, since m is real.
         """
         if not self.is_linear:
             raise ValueError(f"expected the readout 'state', which is linear in x, received {str(self.readout)!r}")
-        asked = (theta,) if mix is None else (theta, mix)
+        return self._down(theta, mix)
+
+    def _down(
+        self, theta: Tensor, mix: Tensor | None, channels: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """``A diag(s)``, or ``M A diag(s)``, in ``dtype``."""
+        asked = tuple(tensor for tensor in (theta, mix, channels) if tensor is not None)
         is_trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in asked)
-        if is_trained or not ops._is_plain(*asked):
-            return self._rows(theta, mix)
+        # A GPU has made the rows anew before it can tell the host whether the angles are the same.
+        if is_trained or theta.is_cuda or not ops._is_plain(*asked):
+            return self._rows(theta, mix, channels, dtype)
         # Generation, and training with frozen angles, ask for the same rows over and over: comparing some hundred
         # numbers takes microseconds, the rows some hundred times as long.
         known = self._known_rows.get("last")
-        if known is None or not _are_equal(known[0], asked):
+        if known is None or known[1] != dtype or not _are_equal(known[0], asked):
             with torch.inference_mode(False), torch.no_grad():  # training may use these tensors later
-                known = tuple(tensor.clone() for tensor in asked), self._rows(theta, mix)
+                rows = self._rows(theta, mix, channels, dtype)
+                known = tuple(tensor.clone() for tensor in asked), dtype, rows
             self._known_rows["last"] = known
-        return known[1]
+        return known[2]
 
-    def _rows(self, theta: Tensor, mix: Tensor | None) -> Tensor:
+    def _rows(self, theta: Tensor, mix: Tensor | None, channels: Tensor | None, dtype: torch.dtype | None) -> Tensor:
         if mix is None:
-            return ops.amplitude_rows(self.circuit, theta, self.n_features, width=self.in_features, real=True)
-        return ops.mixed_rows(self.circuit, theta, mix, width=self.in_features)
+            return ops._amplitude_rows(self.circuit, theta, self.n_features, self.in_features, True, channels, dtype)
+        return ops._mixed_rows(self.circuit, theta, mix, self.in_features, channels, dtype)
 
-    def _affine(self, theta: Tensor, whitening: Whitening, mix: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _affine(
+        self, theta: Tensor, whitening: Whitening, mix: Tensor | None, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """``(A', -A' mu)`` with ``A' = A diag(s)``, so that ``A u = A' x - A' mu``; with a mix ``M A`` is A."""
         channels, center = whitening.channels, whitening.center
-        down = self.down(theta, mix)
-        down = down if channels is None else down * channels
-        # as a sum, which autocast leaves in full precision
-        return down, None if center is None else -(down * center).sum(-1)
+        if center is None:
+            return self._down(theta, mix, channels, dtype), None
+        down = self._down(theta, mix, channels)
+        offset = -(down * center).sum(-1)  # as a sum, which autocast leaves in full precision
+        return ops._scaled(down, None, dtype), ops._scaled(offset, None, dtype)
 
     @staticmethod
     def _folded(
@@ -198,8 +209,7 @@ class Adapter:
         ``u = (x - mu) s`` with the whitening's ``center`` and ``channels``; standardisation is not applied here.
         """
         if self.is_linear:
-            down, offset = self._affine(theta, whitening, mix)
-            return F.linear(x, down.to(x.dtype), None if offset is None else offset.to(x.dtype))
+            return F.linear(x, *self._affine(theta, whitening, mix, ops._autocast_dtype(x) or x.dtype))
         channels, center = whitening.channels, whitening.center
         if channels is not None:
             x = x * channels if center is None else torch.addcmul(-center * channels, x, channels)
@@ -220,7 +230,8 @@ class Adapter:
     ) -> Tensor:
         """``s * (V g + c)``, shape ``(..., out_features)``: ``up`` is V, or B with a mix; ``bias`` is c or None."""
         up, bias, mix = self._folded(up, bias, whitening, mix)
-        return F.linear(self.features(theta, x, whitening, mix), up, bias) * self.scaling
+        delta = F.linear(self.features(theta, x, whitening, mix), up, bias)
+        return delta if self.scaling == 1 else delta * self.scaling
 
     def add_to(
         self,
@@ -235,9 +246,12 @@ class Adapter:
         in_place: bool = False,
     ) -> Tensor:
         """``base + delta(x, ...)`` in the dtype of ``base``; with ``in_place`` it may be written over ``base``."""
-        up, bias, mix = self._folded(up, bias, whitening, mix)
+        # a gain of V alone is left to the projection, which multiplies by it while it changes V's dtype
+        gain = whitening.gain if mix is None and whitening.mean is None else None
+        if gain is None:
+            up, bias, mix = self._folded(up, bias, whitening, mix)
         features = self.features(theta, x, whitening, mix)
-        return ops._add_projection(base, features, up, bias, self.scaling, in_place)
+        return ops._add_projection(base, features, up, bias, self.scaling, in_place, gain)
 
     def low_rank(
         self,
@@ -642,7 +656,8 @@ class QAALinear(nn.Module):
         _check_width(x, self.base.in_features)
         result: Tensor = self.base(x)
         in_place = is_private_result(self.base)
-        return self.adapter.add_to(result, x.to(self.up.dtype), self.theta, self.up, self.bias, in_place=in_place)
+        x = x if ops._is_cast_back(x, self.up.dtype) else x.to(self.up.dtype)
+        return self.adapter.add_to(result, x, self.theta, self.up, self.bias, in_place=in_place)
 
 
 def draw_angles(theta: Tensor, name: str) -> Tensor:

@@ -7,6 +7,7 @@ the same code is called through an ``autograd.Function``, which costs a fraction
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -18,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 from qaa import _core, cuda
 from qaa import noise as noisy
 from qaa import shots as estimates
-from qaa.circuit import Circuit, Readout, check_count
+from qaa.circuit import Circuit, Gate, Readout, check_count
 from qaa.program import Program, program
 
 _SCALARS = {
@@ -173,23 +174,36 @@ def amplitude_rows(circuit: Circuit, theta: Tensor, k: int, *, width: int | None
             raise TypeError(f"expected {name} to be an integer, received {type(number).__name__}")
     if k < 1:
         raise ValueError(f"expected k of at least 1, received {k}")
+    return _amplitude_rows(circuit, theta, k, width, real)
+
+
+def _amplitude_rows(
+    circuit: Circuit,
+    theta: Tensor,
+    k: int,
+    width: int | None,
+    real: bool,
+    columns: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """:func:`amplitude_rows`, each column times its factor, in ``dtype``."""
     readout = f"state[:{k}]"
     if torch.compiler.is_compiling():
-        return torch.ops.qaa.rows(theta, _text(circuit, readout, False), width, real)
+        return _scaled(torch.ops.qaa.rows(theta, _text(circuit, readout, False), width, real), columns, dtype)
     what = program(circuit, readout, False)
     _check_theta(what, theta)
     width = 2**circuit.n_wires if width is None else width
     what.check_width(width)
-    if _is_plain(theta):
-        return _Rows.apply(theta, what, width, real)
-    return torch.ops.qaa.rows(theta, str(what), width, real)
+    if _is_plain(theta) and _is_constant(columns):
+        return _Rows.apply(theta, what, width, real, columns, dtype)
+    return _scaled(torch.ops.qaa.rows(theta, str(what), width, real), columns, dtype)
 
 
 def mixed_rows(circuit: Circuit, theta: Tensor, mix: Tensor, *, width: int | None = None) -> Tensor:
     r"""Combinations of the real parts of rows of the circuit's unitary, differentiable in the angles and in ``mix``.
 
     .. math::
-        C = M \, \mathrm{Re}\, U(\theta)_{:k}, \qquad C_j = \mathrm{Re}\, U(\theta)^\dagger \, \mathrm{pad}(m_j)
+        C = M \, \mathrm{Re}\, U(\theta)_{:k}, \qquad C_j = \mathrm{Re}\, U(\theta)^T \, \mathrm{pad}(m_j)
 
     so that the cost is one simulated state for each row m of ``mix``, whatever k is.
 
@@ -221,21 +235,66 @@ def mixed_rows(circuit: Circuit, theta: Tensor, mix: Tensor, *, width: int | Non
         raise ValueError(f"expected mix of shape (r, k) with k from 1 to {size}, received {tuple(mix.shape)}")
     if width is not None:
         check_count("width", width, size)
-    readout = f"state[:{size if width is None else width}]"
+    return _mixed_rows(circuit, theta, mix, size if width is None else width)
+
+
+def _mixed_rows(
+    circuit: Circuit,
+    theta: Tensor,
+    mix: Tensor,
+    width: int,
+    columns: Tensor | None = None,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """:func:`mixed_rows`, each column times its factor, in ``dtype``."""
+    readout = f"state[:{width}]"
     if torch.compiler.is_compiling():
-        return torch.ops.qaa.forward(-theta, mix, _text(circuit, readout, False, adjoint=True)).real
-    what = program(_adjoint(circuit), readout, False)
+        states = torch.ops.qaa.forward(theta, mix, _text(circuit, readout, False, transposed=True))
+        return _scaled(states.real, columns, dtype)
+    what = program(_transposed(circuit), readout, False)
     _check_theta(what, theta)
     _check_x(what, mix)
     _check_together(theta, "mix", mix)
-    if _is_plain(theta, mix):
-        return _MixedRows.apply(theta, mix, what)
-    return torch.ops.qaa.forward(-theta, mix, str(what)).real
+    if _is_plain(theta, mix) and _is_constant(columns):
+        return _MixedRows.apply(theta, mix, what, columns, dtype)
+    return _scaled(torch.ops.qaa.forward(theta, mix, str(what)).real, columns, dtype)
 
 
 @lru_cache(maxsize=256)
-def _adjoint(circuit: Circuit) -> Circuit:
-    return circuit.adjoint()
+def _transposed(circuit: Circuit) -> Circuit:
+    """The circuit of ``U(theta)^T``: the gates backwards, those about Y between two Z, which turn Y into -Y = Y^T."""
+    gates = []
+    for gate in reversed(circuit.gates):
+        turned = Gate(gate.name, gate.wires, gate.parameters[::-1])
+        sign = Gate("Z", gate.wires[-1:])
+        gates += [sign, turned, sign] if gate.name in ("Y", "RY", "CRY", "Rot") else [turned]
+    return Circuit(circuit.n_wires, tuple(gates), circuit.parameter_shape)
+
+
+def _scaled(t: Tensor, columns: Tensor | float | None, dtype: torch.dtype | None) -> Tensor:
+    """Each column times its factor, or all times one, in ``dtype``; None leaves a step out."""
+    t = t if columns is None else t * columns
+    return t if dtype is None else t.to(dtype)
+
+
+def _scaled_once(t: Tensor, columns: Tensor | float | None, dtype: torch.dtype | None) -> Tensor:
+    """:func:`_scaled` in one pass over the numbers."""
+    if columns is None or dtype is None or torch.is_grad_enabled():
+        return _scaled(t, columns, dtype)
+    return torch.mul(t, columns, out=torch.empty(t.shape, dtype=dtype, device=t.device))
+
+
+def _autocast_dtype(t: Tensor) -> torch.dtype | None:
+    """What autocast casts ``t`` to for a matrix product, None where it leaves it as it is."""
+    kind = t.device.type
+    if kind == "meta" or t.dtype == torch.float64 or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def _is_cast_back(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether autocast would undo a cast of ``x`` to ``dtype``."""
+    return dtype != torch.float64 and x.dtype == _autocast_dtype(x)
 
 
 def project(
@@ -301,33 +360,49 @@ def _check_projection(base: Tensor, features: Tensor, up: Tensor, bias: Tensor |
 
 
 def _add_projection(
-    base: Tensor, features: Tensor, up: Tensor, bias: Tensor | None, scale: float, in_place: bool
+    base: Tensor,
+    features: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    in_place: bool,
+    gain: Tensor | None = None,
 ) -> Tensor:
-    """:func:`project` of tensors that fit together."""
+    """:func:`project` of tensors that fit together, each column of ``up`` times its gain."""
     tensors = (base, features, up) if bias is None else (base, features, up, bias)
     dtype = base.dtype
-    of_kernel = dtype in (torch.float32, torch.float64) and all(t.dtype == dtype for t in tensors)
-    if not of_kernel or not all(t.is_cpu or t.is_meta for t in tensors):
-        weight = up.to(features.dtype)
-        delta = torch.nn.functional.linear(features, weight, None if bias is None else bias.to(features.dtype))
-        return (base + scale * delta).to(dtype)
-    flat = features.reshape(-1, features.shape[-1])
-    if _is_plain(*tensors):
-        return _Project.apply(base, flat, up, bias, scale, in_place and _may_write_over(base))
-    return torch.ops.qaa.project(base.reshape(-1, base.shape[-1]), flat, up, bias, scale).reshape(base.shape)
+    of_kernel = not base.is_cuda and dtype in (torch.float32, torch.float64) and all(t.dtype == dtype for t in tensors)
+    of_kernel = of_kernel and all(t.is_cpu or t.is_meta for t in tensors)
+    is_plain = _is_plain(*tensors)
+    in_place = in_place and is_plain and _may_write_over(base)
+    if is_plain and not of_kernel and _is_constant(gain):
+        return _Products.apply(
+            base, features, up, bias, gain, scale, _autocast_dtype(features) or features.dtype, in_place
+        )
+    up = _scaled(up, gain, None)
+    if of_kernel:
+        flat = features.reshape(-1, features.shape[-1])
+        if is_plain:
+            return _Project.apply(base, flat, up, bias, scale, in_place)
+        return torch.ops.qaa.project(base.reshape(-1, base.shape[-1]), flat, up, bias, scale).reshape(base.shape)
+    bias = None if bias is None else bias.to(features.dtype)
+    delta = torch.nn.functional.linear(features, up.to(features.dtype), bias)
+    return (base + (delta if scale == 1 else scale * delta)).to(dtype)
 
 
-def _text(circuit: Circuit, readout: str | Sequence[str] | Readout, normalize: bool, *, adjoint: bool = False) -> str:
+def _text(
+    circuit: Circuit, readout: str | Sequence[str] | Readout, normalize: bool, *, transposed: bool = False
+) -> str:
     """The program's text while a graph is traced: to torch before 2.12 strings are constants, dataclasses are not."""
     if isinstance(readout, Readout):
         readout = readout.paulis if readout.kind == "expval" else str(readout)
-    return _constant_text(str(circuit), readout, normalize, adjoint)
+    return _constant_text(str(circuit), readout, normalize, transposed)
 
 
 @torch.compiler.assume_constant_result
-def _constant_text(circuit: str, readout: str | Sequence[str], normalize: bool, adjoint: bool) -> str:
+def _constant_text(circuit: str, readout: str | Sequence[str], normalize: bool, transposed: bool) -> str:
     parsed = Circuit.parse(circuit)
-    return str(program(_adjoint(parsed) if adjoint else parsed, readout, normalize))
+    return str(program(_transposed(parsed) if transposed else parsed, readout, normalize))
 
 
 # ------------------------------------------------------------------------------------------------ checks
@@ -371,12 +446,19 @@ def _is_plain(*tensors: Tensor) -> bool:
     """Whether nobody watches: no tracing, no subclass, no dispatch mode, no transform."""
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return False
+    if torch._C._get_tracing_state() is not None:
+        return False
     transform = torch._C._functorch.peek_interpreter_stack()
     if transform is not None:
         if transform.key() == torch._C._functorch.TransformType.Jvp:  # torch would take an op's tangent to be zero
             raise RuntimeError("expected reverse mode, received torch.func.jvp: the kernels have no forward mode")
         return False
     return all(type(t) in (Tensor, torch.nn.Parameter) and (t.is_cpu or t.is_cuda) for t in tensors)
+
+
+def _is_constant(factors: Tensor | None) -> bool:
+    """Whether factors are plain numbers that want no gradient, or None."""
+    return factors is None or (not factors.requires_grad and type(factors) in (Tensor, torch.nn.Parameter))
 
 
 # ------------------------------------------------------------------------------------------------ calls of the core
@@ -412,13 +494,27 @@ def _angles(theta: Tensor) -> Tensor:
 
 
 def _forward(what: Program, theta: Tensor, x: Tensor) -> Tensor:
-    angles, x = _angles(theta), _readable(x)
     features = torch.empty(x.shape[0], what.n_outputs, dtype=_feature_dtype(what, x.dtype), device=x.device)
-    matrices = _core.ConstMatrix(*_layout(x)), _core.Matrix(*_layout(features))
+    _call_forward(what, theta, x, features)
+    return features
+
+
+def _real_parts(what: Program, theta: Tensor, x: Tensor) -> Tensor:
+    """Real parts of the amplitudes that a program reads, a view of both parts."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    pairs = torch.empty(x.shape[0], 2 * what.n_outputs, dtype=dtype, device=x.device)
+    _call_forward(what, theta, x, pairs)
+    return pairs[:, ::2]
+
+
+def _call_forward(what: Program, theta: Tensor, x: Tensor, features: Tensor) -> None:
+    angles, x = _angles(theta), _readable(x)
+    layout = _layout(x)
+    matrices = _core.ConstMatrix(*layout), _core.Matrix(*_layout(features))
     if x.is_cuda:
-        with torch.cuda.device(x.device):
-            program, description, kernel = _on_device(str(what), x.device, _SCALARS[x.dtype], False)
-            workspace = _workspace(program, _layout(x), x.device, backward=False)
+        with _current(x.device):
+            program, description, kernel = _on_device(str(what), x.device, layout[4], False)
+            workspace = _workspace(program, layout, x.device, backward=False)
             _core.cuda_forward(
                 program,
                 description.data_ptr(),
@@ -426,12 +522,11 @@ def _forward(what: Program, theta: Tensor, x: Tensor) -> Tensor:
                 _SCALARS[angles.dtype],
                 *matrices,
                 workspace.data_ptr(),
-                torch.cuda.current_stream().cuda_stream,
+                _stream(x.device),
                 kernel,
             )
     else:
         _core.forward(what.plan, angles.data_ptr(), _SCALARS[angles.dtype], *matrices, torch.get_num_threads())
-    return features
 
 
 def _backward(what: Program, theta: Tensor, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -441,10 +536,10 @@ def _backward(what: Program, theta: Tensor, x: Tensor, grad: Tensor) -> tuple[Te
 
 
 def _call_backward(what: Program, theta: Tensor, angles: Tensor, x: _Layout, grad: Tensor, grad_x: _Layout) -> Tensor:
-    grad_angles = torch.empty(angles.shape, dtype=angles.dtype, device=angles.device)
+    grad_angles = torch.empty_like(angles)
     matrices = _core.ConstMatrix(*x), _core.ConstMatrix(*_layout(grad))
     if angles.is_cuda:
-        with torch.cuda.device(angles.device):
+        with _current(angles.device):
             program, description, kernel = _on_device(str(what), angles.device, x[4], True)
             workspace = _workspace(program, x, angles.device, backward=True)
             _core.cuda_backward(
@@ -456,7 +551,7 @@ def _call_backward(what: Program, theta: Tensor, angles: Tensor, x: _Layout, gra
                 grad_angles.data_ptr(),
                 _core.Matrix(*grad_x),
                 workspace.data_ptr(),
-                torch.cuda.current_stream().cuda_stream,
+                _stream(angles.device),
                 kernel,
             )
     else:
@@ -486,30 +581,66 @@ def _on_device(
     return program, torch.frombuffer(bytearray(program.description), dtype=torch.uint8).to(device), kernel
 
 
+@lru_cache(maxsize=1024)
+def _workspace_bytes(program: _core.CudaProgram, rows: int, scalar: _core.Scalar, backward: bool) -> int:
+    return program.workspace_bytes(rows, scalar, backward)
+
+
 def _workspace(program: _core.CudaProgram, x: _Layout, device: torch.device, backward: bool) -> Tensor:
-    return torch.empty(program.workspace_bytes(x[1], x[4], backward), dtype=torch.uint8, device=device)
+    return torch.empty(_workspace_bytes(program, x[1], x[4], backward), dtype=torch.uint8, device=device)
 
 
-def _unit_gradients(what: Program, theta: Tensor, real: bool) -> tuple[Tensor, torch.dtype]:
-    """Gradients that pick Re of amplitude b for b < k, shape (k, k), and below them those that pick Im."""
-    dtype = torch.float64 if theta.dtype == torch.float64 else torch.float32
-    eye = torch.eye(what.n_outputs, dtype=_feature_dtype(what, dtype), device=theta.device)
-    return (eye if real else torch.cat([eye, 1j * eye])), dtype
+def _stream(device: torch.device) -> int:
+    """The current stream's address, without an object around it."""
+    return torch._C._cuda_getCurrentRawStream(device.index)
+
+
+def _current(device: torch.device) -> AbstractContextManager[Any]:
+    """In which ``device`` is the current one; costs nothing where it is already."""
+    return nullcontext() if torch.cuda.current_device() == device.index else torch.cuda.device(device)
+
+
+def _state_dtype(theta: Tensor, real: bool) -> torch.dtype:
+    if theta.dtype == torch.float64:
+        return torch.float64 if real else torch.complex128
+    return torch.float32 if real else torch.complex64
+
+
+def _units(k: int, dtype: torch.dtype, device: torch.device, with_imaginary: bool = False) -> Tensor:
+    """The unit matrix of k rows, and with ``with_imaginary`` below it i times that; of few rows it is kept."""
+    return (_known_units if k <= 256 else _new_units)(k, dtype, device, with_imaginary)
+
+
+def _new_units(k: int, dtype: torch.dtype, device: torch.device, with_imaginary: bool) -> Tensor:
+    eye = torch.eye(k, dtype=dtype, device="cpu")
+    # a copy from the CPU has arrived before any stream may read it
+    return (torch.cat([eye, 1j * eye]) if with_imaginary else eye).to(device)
+
+
+_known_units = lru_cache(maxsize=32)(_new_units)
 
 
 def _rows(what: Program, theta: Tensor, width: int, real: bool) -> Tensor:
+    if theta.is_cuda:  # where an adjoint goes through the circuit twice, whatever is asked of it
+        return _rows_of_transposed(what, theta, width, real)
     # The readout is linear in x, so the gradient of Re phi_b with respect to x is row b of Re U, whatever x is.
-    units, dtype = _unit_gradients(what, theta, real)
-    grad_x = torch.empty(len(units), width, dtype=dtype, device=theta.device)
+    units = _units(what.n_outputs, _state_dtype(theta, False), theta.device, with_imaginary=not real)
+    grad_x = torch.empty(len(units), width, dtype=_state_dtype(theta, True), device=theta.device)
     layout = _layout(grad_x)
-    _call_backward(what, theta, _angles(theta), (0, *layout[1:]), _readable(units), layout)
+    _call_backward(what, theta, _angles(theta), (0, *layout[1:]), units, layout)
     return grad_x if real else torch.complex(*grad_x.chunk(2))
 
 
+def _rows_of_transposed(what: Program, theta: Tensor, width: int, real: bool) -> Tensor:
+    transposed = program(_transposed(what.circuit), f"state[:{width}]", False)
+    units = _units(what.n_outputs, _state_dtype(theta, True), theta.device)
+    return (_real_parts if real else _forward)(transposed, theta, units)
+
+
 def _rows_backward(what: Program, theta: Tensor, grad: Tensor, real: bool) -> Tensor:
-    units, dtype = _unit_gradients(what, theta, real)
-    x = _readable((grad if real else torch.cat([grad.real, grad.imag])).to(dtype))
-    return _call_backward(what, theta, _angles(theta), _layout(x), _readable(units), _NO_MATRIX)
+    units = _units(what.n_outputs, _state_dtype(theta, False), theta.device, with_imaginary=not real)
+    x = _readable((grad if real else torch.cat([grad.real, grad.imag])).to(_state_dtype(theta, True)))
+    return _call_backward(what, theta, _angles(theta), _layout(x), units, _NO_MATRIX)
 
 
 _NO_MATRIX = (0, 0, 0, 0, _core.Scalar.float32)
@@ -517,7 +648,7 @@ _NO_MATRIX = (0, 0, 0, 0, _core.Scalar.float32)
 
 def _may_write_over(base: Tensor) -> bool:
     """Whether autograd lets a custom function write over ``base``, and does so without copies of its gradient."""
-    if not base.is_contiguous() or base.is_neg() or torch._C._get_tracing_state() is not None:
+    if not base.is_contiguous() or base.is_neg():
         return False
     if torch._C._len_torch_function_stack() > 0 or (base.is_inference() and not torch.is_inference_mode_enabled()):
         return False
@@ -625,37 +756,47 @@ def _doubles(t: Tensor) -> Any:
 
 class _Rows(_Function):
     @staticmethod
-    def forward(ctx: Any, theta: Tensor, what: Program, width: int, real: bool) -> Tensor:
-        ctx.save_for_backward(theta)
+    def forward(
+        ctx: Any,
+        theta: Tensor,
+        what: Program,
+        width: int,
+        real: bool,
+        columns: Tensor | None,
+        dtype: torch.dtype | None,
+    ) -> Tensor:
+        ctx.save_for_backward(theta, columns)
         ctx.what, ctx.real = what, real
-        return _rows(what, theta, width, real)
+        return _scaled_once(_rows(what, theta, width, real), columns, dtype).contiguous()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (theta,) = ctx.saved_tensors
+        theta, columns = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return torch.ops.qaa.rows_backward(theta, grad, str(ctx.what), ctx.real), None, None, None
-        return _rows_backward(ctx.what, theta, grad, ctx.real), None, None, None
+            grad = _scaled(grad, columns, None)
+            return torch.ops.qaa.rows_backward(theta, grad, str(ctx.what), ctx.real), *[None] * 5
+        grad = _scaled_once(grad, columns, _state_dtype(theta, ctx.real))
+        return _rows_backward(ctx.what, theta, grad, ctx.real), *[None] * 5
 
 
 class _MixedRows(_Function):
-    """Real parts of the amplitudes of an adjoint circuit; its angles are those of the circuit, negative."""
+    """Real parts of the amplitudes of a transposed circuit."""
 
     @staticmethod
-    def forward(ctx: Any, theta: Tensor, mix: Tensor, what: Program) -> Tensor:
-        ctx.save_for_backward(theta, mix)
+    def forward(
+        ctx: Any, theta: Tensor, mix: Tensor, what: Program, columns: Tensor | None, dtype: torch.dtype | None
+    ) -> Tensor:
+        ctx.save_for_backward(theta, mix, columns)
         ctx.what = what
-        return _forward(what, -theta, mix).real.contiguous()
+        return _scaled_once(_real_parts(what, theta, mix), columns, dtype).contiguous()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        theta, mix = ctx.saved_tensors
-        grad = grad.to(_feature_dtype(ctx.what, mix.dtype))
+        theta, mix, columns = ctx.saved_tensors
+        grad = _scaled_once(grad, columns, _feature_dtype(ctx.what, mix.dtype))
         if torch.is_grad_enabled():
-            grad_theta, grad_mix = torch.ops.qaa.backward(-theta, mix, grad, str(ctx.what))
-        else:
-            grad_theta, grad_mix = _backward(ctx.what, -theta, mix, grad)
-        return grad_theta.neg_(), grad_mix, None
+            return *torch.ops.qaa.backward(theta, mix, grad, str(ctx.what)), None, None, None
+        return *_backward(ctx.what, theta, mix, grad), None, None, None
 
 
 class _Project(_Function):
@@ -679,6 +820,60 @@ class _Project(_Function):
         rows = grad.reshape(-1, grad.shape[-1])
         grad_features, grad_up, grad_bias = adjoint(rows, features, up, ctx.with_bias, ctx.scale)
         return grad, grad_features, grad_up, grad_bias if ctx.with_bias else None, None, None
+
+
+class _Products(_Function):
+    """:func:`project` by matrix products in ``dtype``, for GPUs and for tensors of several dtypes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        base: Tensor,
+        features: Tensor,
+        up: Tensor,
+        bias: Tensor | None,
+        gain: Tensor | None,
+        scale: float,
+        dtype: torch.dtype,
+        in_place: bool,
+    ) -> Tensor:
+        f, v = features.to(dtype), _scaled_once(up, gain, dtype)
+        ctx.save_for_backward(features, up, gain, f, v)
+        ctx.scale, ctx.bias_dtype = scale, None if bias is None else bias.dtype
+        if in_place:
+            ctx.mark_dirty(base)
+        out = base if in_place else torch.empty(base.shape, dtype=base.dtype, device=base.device)
+        bias = None if bias is None else bias.to(dtype)
+        if base.dtype != dtype:
+            return torch.add(base, torch.nn.functional.linear(f, v, bias), alpha=scale, out=out)
+        if in_place:
+            _matrix(out).addmm_(_matrix(f), v.T, alpha=scale)
+        else:
+            torch.addmm(_matrix(base), _matrix(f), v.T, alpha=scale, out=_matrix(out))
+        return out if bias is None else out.add_(bias, alpha=scale)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        features, up, gain, f, v = ctx.saved_tensors
+        dtype, scale = v.dtype, None if ctx.scale == 1 else ctx.scale
+        if torch.is_grad_enabled():  # f and v as functions of what they were made from
+            f, v = features.to(dtype), _scaled(up, gain, dtype)
+        rows = _matrix(grad)
+        rows_in_dtype = rows.to(dtype)
+        _, for_features, for_up, for_bias, *_ = ctx.needs_input_grad
+        grad_features = grad_up = grad_bias = None
+        if for_features:
+            grad_features = _scaled(torch.mm(rows_in_dtype, v), scale, features.dtype).view(features.shape)
+        if for_up:
+            columns = scale if gain is None else _scaled(gain, scale, None)
+            grad_up = _scaled_once(torch.mm(rows_in_dtype.T, _matrix(f)), columns, up.dtype)
+        if for_bias:
+            grad_bias = _scaled(rows.sum(0, dtype=ctx.bias_dtype), scale, None)
+        return grad, grad_features, grad_up, grad_bias, None, None, None, None
+
+
+def _matrix(t: Tensor) -> Tensor:
+    return t if t.ndim == 2 else t.reshape(-1, t.shape[-1])
 
 
 # ------------------------------------------------------------------------------------------------ dispatcher
@@ -730,7 +925,7 @@ def _checked_width(what: Program, width: int | None) -> int:
 
 def _op_rows(theta: Tensor, program: str, width: int | None, real: bool) -> Tensor:
     what = _checked(program, theta)
-    return _rows(what, theta, _checked_width(what, width), real)
+    return _rows(what, theta, _checked_width(what, width), real).contiguous()
 
 
 def _op_rows_backward(theta: Tensor, grad: Tensor, program: str, real: bool) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from qaa.circuit import MAX_WIRES
 from qaa.nn import Adapter, Whitening, draw_angles, is_private_result, random_signs
+from qaa.ops import _is_cast_back
 
 from .tuner import AdditiveLayer
 
@@ -142,16 +143,22 @@ class QaaLayer(AdditiveLayer):
 
     def _parameters_of(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor | None, Whitening, Tensor | None]:
         """The angles, V (or B of V = B M), c, the statistics, and M."""
-        whitening = Whitening(*(getattr(self, name).get(adapter_name) for name in self.whitening_names))
-        up = self.qaa_up[adapter_name]
-        if adapter_name in self.qaa_signs:
-            up = self.qaa_signs[adapter_name] * (up * len(up) ** -0.5)
-        elif adapter_name in self.qaa_phi:
+        theta, up, bias, mix, phi, signs = (
+            self._get(name, adapter_name)
+            for name in ("qaa_theta", "qaa_up", "qaa_bias", "qaa_mix", "qaa_phi", "qaa_signs")
+        )
+        if signs is not None:
+            up = signs * (up * len(up) ** -0.5)
+        elif phi is not None:
             mirrored = self.qaa_up_adapter[adapter_name]
             size = (2**mirrored.circuit.n_wires / mirrored.n_features) ** 0.5
-            up = mirrored.down(self.qaa_phi[adapter_name]).T * (up * size)
-        bias, mix = self.qaa_bias.get(adapter_name), self.qaa_mix.get(adapter_name)
-        return self.qaa_theta[adapter_name], up, bias, whitening, mix
+            up = mirrored.down(phi).T * (up * size)
+        return theta, up, bias, Whitening(*(self._get(name, adapter_name) for name in self.whitening_names)), mix
+
+    def _get(self, name: str, adapter_name: str) -> Any:
+        """An adapter's tensor, or None; on every forward, hence without the detours of ``ParameterDict.get``."""
+        container: Any = self._modules[name]
+        return getattr(container, adapter_name) if adapter_name in container else None
 
     def stages(self, adapter_name: str) -> tuple[str, ...]:
         """Those of :data:`STAGES` in which the adapter has statistics; none where there is no such adapter."""
@@ -232,16 +239,20 @@ class QaaLayer(AdditiveLayer):
         super()._load_from_state_dict(*args)
         self.qaa_pending = dict.fromkeys(self.qaa_pending, "measure")
 
+    def _cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """PEFT's cast of the input to an adapter's dtype, but not of what autocast would cast back."""
+        return x if _is_cast_back(x, dtype) else self._cast_input_dtype(x, dtype)
+
     def delta(self, adapter_name: str, x: Tensor) -> Tensor:
         parameters = self._parameters_of(adapter_name)
-        return self.qaa_adapter[adapter_name].delta(self._cast_input_dtype(x, parameters[1].dtype), *parameters)
+        return self.qaa_adapter[adapter_name].delta(self._cast(x, parameters[1].dtype), *parameters)
 
     def add_to(self, base: Tensor, adapter_name: str, x: Tensor) -> Tensor:
-        is_step = self.training and torch.is_grad_enabled() and self.qaa_up[adapter_name].requires_grad
-        if is_step and self.qaa_pending.get(adapter_name):
+        is_step = self.qaa_pending.get(adapter_name) and self.training and torch.is_grad_enabled()
+        if is_step and self.qaa_up[adapter_name].requires_grad:
             self._calibrate_on(adapter_name, x)
         parameters = self._parameters_of(adapter_name)
-        x = self._cast_input_dtype(x, parameters[1].dtype)
+        x = self._cast(x, parameters[1].dtype)
         in_place = is_private_result(self.base_layer)
         return self.qaa_adapter[adapter_name].add_to(base, x, *parameters, in_place=in_place)
 
