@@ -1,7 +1,8 @@
 """``make gpu-check``: all that only a GPU can tell. Tests on it, compute-sanitizer, the kernels' times, training steps.
 
-Times are medians of CUDA events around one call, each after a flush of the second-level cache. A layer's times are those
-of a replayed CUDA graph, so that nothing waits for Python; a training step's are of PEFT models as users run them.
+Times are medians of CUDA events around one call, each after a flush of the second-level cache. A layer's times are
+those of a replayed CUDA graph, so that nothing waits for Python; a training step's are of PEFT models as users run
+them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import contextlib
 import gc
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -58,7 +60,7 @@ def graphed(call: Callable[[], Any]) -> Callable[[], None]:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):
+        for _ in range(3):  # the first one may compile kernels
             call()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
@@ -96,12 +98,31 @@ def layer(n_wires: int, width: int) -> dict[str, dict[str, float]]:
         features: Tensor = (re**2 + im**2) @ by_hand.signs
         return features
 
-    return {
-        "qaa": directions(lambda theta, x: qaa.ops.quantum_features(circuit, theta, x), theta, x),
-        "torch, two matrix products a layer": directions(in_torch, theta, x),
-        "the same, compiled": directions(torch.compile(in_torch, dynamic=False), theta, x),
-        "LoRA r = 8": directions(lambda x, down, up: x @ down.T @ up.T, x, down, up),
-    }
+    def in_qaa(theta: Tensor, x: Tensor) -> Tensor:
+        return qaa.ops.quantum_features(circuit, theta, x)
+
+    times = {"qaa": directions(in_qaa, theta, x)}
+    with kernels_of_the_build():
+        times["qaa, kernels for any circuit"] = directions(in_qaa, theta, x)
+    if n_wires <= 11:
+        torch.set_float32_matmul_precision("highest")
+        times["torch, two matrix products a layer, compiled"] = directions(
+            torch.compile(in_torch, dynamic=False), theta, x
+        )
+    times["LoRA r = 8"] = directions(lambda x, down, up: x @ down.T @ up.T, x, down, up)
+    return times
+
+
+@contextlib.contextmanager
+def kernels_of_the_build() -> Iterator[None]:
+    """Without kernels that are compiled for one circuit."""
+    os.environ["QAA_CUDA_COMPILE"] = "0"
+    qaa.ops._on_device.cache_clear()
+    try:
+        yield
+    finally:
+        del os.environ["QAA_CUDA_COMPILE"]
+        qaa.ops._on_device.cache_clear()
 
 
 def training(name: str) -> dict[str, dict[str, float]]:
@@ -117,16 +138,17 @@ def training(name: str) -> dict[str, dict[str, float]]:
 
     sizes, (n_sequences, length) = MODELS[name]
     keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
-    config = LlamaConfig(**dict(zip((*keys, "vocab_size"), sizes, strict=True)), tie_word_embeddings=True)
+    shape: dict[str, Any] = dict(zip((*keys, "vocab_size"), sizes, strict=True))
+    config = LlamaConfig(**shape, tie_word_embeddings=True)
     targets = ["q_proj", "v_proj"]
-    methods = {"LoRA r = 8": LoraConfig(r=8, target_modules=targets)}
+    methods: dict[str, Any] = {"LoRA r = 8": LoraConfig(r=8, target_modules=targets)}
     methods |= {form: QaaConfig.preset(form, target_modules=targets) for form in ("compact", "default", "paper")}
     tokens = torch.randint(config.vocab_size, (n_sequences, length), device="cuda")
     with torch.device("cuda"), default_dtype(torch.bfloat16):
         torch.manual_seed(0)
-        base = LlamaForCausalLM(config)
+        base: Any = LlamaForCausalLM(config)
     rounds: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
-    for turn in range(2):
+    for _ in range(2):
         for method, adapter in methods.items():
             model = get_peft_model(base, adapter).train()
             trained = [p for p in model.parameters() if p.requires_grad]
@@ -232,7 +254,7 @@ def main() -> int:
             for method, of in steps[name].items():
                 ratio = of["milliseconds"] / reference
                 cells = f"{of['milliseconds']:9.2f} ms {ratio:6.3f} x LoRA {of['GiB']:7.2f} GiB"
-                print(f"{method:12}{cells} {of['trainable']:10,} trainable", flush=True)
+                print(f"{method:12}{cells} {of['trainable']:10,.0f} trainable", flush=True)
     verdicts = results.get("sanitizer", {})
     is_clean = verdicts == "not installed" or all(verdict == "clean" for verdict in verdicts.values())
     return 0 if results.get("tests", "passed") == "passed" and is_clean else 1

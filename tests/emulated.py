@@ -68,8 +68,8 @@ class Device:
     ) -> Results:
         """The results for rows of ``dtype``, ``padding`` numbers apart; nothing between them may change.
 
-        The first row starts ``offset`` numbers after a 256-byte boundary. ``without`` names rewrites of the plan. With a
-        folder ``known``, by kernels that are compiled for this circuit alone, in that folder.
+        The first row starts ``offset`` numbers after a 256-byte boundary. ``without`` names rewrites of the plan. With
+        a folder ``known``, by kernels that are compiled for this circuit alone, in that folder.
         """
         plan = self._plan(problem, without)
         if known is not None:

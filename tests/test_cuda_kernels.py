@@ -108,7 +108,7 @@ def test_the_default_circuit(device: Device, n_wires: int) -> None:
 def test_kernels_of_one_circuit(
     device: Device, tmp_path: Path, n_wires: int, kind: str, dtype: Any, layers: int | None
 ) -> None:
-    """The circuit as constants: default circuits, and any gates; with angles at and near half turns, which no tangent has."""
+    """The circuit as constants: default circuits, and any gates; also by half turns, whose cosine is too small."""
     options = {} if layers is None else {"circuit": ansatz("ring", n_wires, layers)}
     for batch in (9, 2):  # more rows than a block has, and fewer
         problem = draw(9, n_wires, kind, batch=batch, **options)

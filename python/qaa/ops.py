@@ -573,7 +573,7 @@ def _on_device(
 ) -> tuple[_core.CudaProgram, Tensor, int]:
     """A program as the CUDA kernels read it, its description in the device's memory, and its own kernel if it has one.
 
-    Once for each type of rows and direction. A stream that is being captured gets no kernel that would have to be made.
+    Made once for each type of rows and direction.
     """
     plan = Program.parse(text).plan
     known = cuda.known_kernel(plan, scalar, backward, torch.cuda.get_device_capability(device))
