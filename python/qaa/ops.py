@@ -311,8 +311,8 @@ def project(
     .. math:: y = \mathrm{base} + s\, (V f + c)
 
     The adjoint goes once over the incoming gradient, some rows at a time, for all of the gradients of f, V and c, and
-    allocates nothing of its size. Tensors that are not all float32 or all float64 on the CPU take the same path in
-    plain torch, computed in the features' dtype and returned in that of ``base``.
+    allocates nothing of its size. Tensors that are not all float32 or all float64 on the CPU are multiplied by plain
+    torch, in the features' dtype or autocast's, and the result is in that of ``base``.
 
     Args:
         base: shape ``(..., d_out)``, for example the output of a frozen linear layer.
@@ -863,7 +863,8 @@ class _Products(_Function):
         _, for_features, for_up, for_bias, *_ = ctx.needs_input_grad
         grad_features = grad_up = grad_bias = None
         if for_features:
-            grad_features = _scaled(torch.mm(rows_in_dtype, v), scale, features.dtype).view(features.shape)
+            grad_features = _scaled(torch.mm(rows_in_dtype, v), scale, features.dtype)
+            grad_features = grad_features if features.ndim == 2 else grad_features.view(features.shape)
         if for_up:
             columns = scale if gain is None else _scaled(gain, scale, None)
             grad_up = _scaled_once(torch.mm(rows_in_dtype.T, _matrix(f)), columns, up.dtype)
