@@ -176,8 +176,8 @@ void run_cuda_backward(const cuda::Program& program, std::uintptr_t description,
   });
 }
 
-std::uintptr_t load_cuda_kernel(const std::string& image) {
-  return reinterpret_cast<std::uintptr_t>(cuda::load_kernel(image.data()));
+std::uintptr_t load_cuda_kernel(const py::bytes& image) {
+  return reinterpret_cast<std::uintptr_t>(cuda::load_kernel(std::string(image).data()));
 }
 
 }  // namespace

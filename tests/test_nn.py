@@ -343,7 +343,7 @@ def test_a_gpu_makes_rows_anew_instead_of_asking_whether_it_knows_them(monkeypat
     for _ in range(2):
         adapter.down(on_gpu)
         adapter._down(on_gpu, on_gpu, on_gpu, torch.bfloat16)
-    assert calls == [(on_gpu, None, None, None), (on_gpu, on_gpu, on_gpu, torch.bfloat16)] * 2
+    assert calls == [(on_gpu, None, None, None, None), (on_gpu, on_gpu, on_gpu, torch.bfloat16, None)] * 2
 
 
 def test_known_rows_are_those_of_their_factors_and_dtype():
@@ -572,3 +572,32 @@ def test_random_signs_are_nearly_orthogonal_and_differ_between_keys():
         assert (gram - torch.eye(16)).abs().max() < 5 * 576**-0.5
     assert torch.stack(signs).mean().abs() < 5 * (20 * 576 * 16) ** -0.5
     assert all((a * b).mean().abs() < 5 * (576 * 16) ** -0.5 for a, b in itertools.combinations(signs, 2))
+
+
+@pytest.mark.parametrize("whitened", [False, True])
+@pytest.mark.parametrize("readout", ["state[:10]", "z"])
+@pytest.mark.parametrize("r", [None, 3])
+def test_room_for_whole_vectors_changes_nothing(
+    monkeypatch: pytest.MonkeyPatch, r: int | None, readout: str, whitened: bool
+) -> None:
+    """On a GPU matrices in half precision have zeros behind the features; here as if this were one."""
+    adapter = Adapter.create(in_features=48, n_layers=2, readout=readout)
+    k, generator = adapter.n_features, torch.Generator().manual_seed(3)
+    shapes = [(7, 2, 20), (7, 2, 48), adapter.circuit.parameter_shape, (20, r or k)] + ([(r, k)] if r else [])
+    whitening = Whitening(channels=torch.rand(48) + 0.5, gain=torch.rand(k) + 0.5) if whitened else Whitening()
+
+    def run() -> list[torch.Tensor]:
+        generator.manual_seed(3)
+        leaves = [torch.randn(shape, generator=generator) for shape in shapes]
+        leaves[:2] = [leaf.bfloat16() for leaf in leaves[:2]]
+        base, x, theta, up, *mix = [leaf.requires_grad_() for leaf in leaves]
+        with torch.autocast("cpu", torch.bfloat16):
+            out = adapter.add_to(base * 1, x, theta, up, None, whitening, *mix, in_place=True)
+        assert out.dtype == torch.bfloat16
+        return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+    expected = run()
+    monkeypatch.setattr(qaa.ops, "_room", lambda count, dtype, device: -(-count // 8) * 8)
+    for ours, theirs in zip(run(), expected, strict=True):
+        assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02 * theirs.abs().max().item())

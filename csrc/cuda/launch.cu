@@ -39,11 +39,15 @@ std::uint32_t warps_of_block(const Layout& layout) {
   const std::uint32_t wanted = layout.in_warp() ? threads_of_whole_warps : layout.n_tiles();
   return (wanted < max_threads ? wanted : max_threads) / warp_size;
 }
-// Blocks of a kernel for one circuit that a multiprocessor is to hold at once: at most 96 registers a thread going forward,
-// 168 for the adjoint.
+// Blocks of a kernel for one circuit that a multiprocessor is to hold at once: of at most 96 registers a thread going forward,
+// 168 for the adjoint; and of those as many as shared memory has room for, so that all blocks of a grid run at once.
 std::uint32_t resident_blocks(const Layout& layout, bool backward) {
-  const std::uint32_t blocks = (backward ? 12 : 20) / warps_of_block(layout);
-  return blocks < 1 ? 1 : blocks;
+  return std::max((backward ? 12 : 20) / warps_of_block(layout), 1u);
+}
+std::uint32_t resident_blocks(const Layout& layout, bool backward, std::uint32_t shared_bytes) {
+  constexpr std::uint32_t reserved = 1024;  // by CUDA, in every block
+  const auto room = std::uint32_t(of_device(cudaDevAttrMaxSharedMemoryPerMultiprocessor)) / (shared_bytes + reserved);
+  return std::max(std::min(resident_blocks(layout, backward), room), 1u);
 }
 
 // How a call is spread over the device, and the workspace's parts in bytes from its start.
@@ -82,8 +86,8 @@ Shape shape_of(const Program& program, std::int64_t rows, bool backward) {
   s.n_threads = n_warps * warp_size;
   std::int64_t most = s.in_shared ? max_blocks : max_blocks_with_workspace;
   if (program.is_known) {
-    const int resident = of_device(cudaDevAttrMultiProcessorCount) * int(resident_blocks(layout, backward));
-    most = std::min<std::int64_t>(most, resident);
+    const std::uint32_t blocks = resident_blocks(layout, backward, s.block.bytes);
+    most = std::min<std::int64_t>(most, of_device(cudaDevAttrMultiProcessorCount) * std::int64_t{blocks});
   }
   s.n_blocks = std::uint32_t(std::min((rows + rows_per_block - 1) / rows_per_block, most));
   auto take = [&](std::size_t bytes) {

@@ -138,12 +138,23 @@ class CudaProgram:
     """
     A plan as the CUDA kernels read it.
     """
-    def __init__(self, plan: Plan) -> None: ...
+    @staticmethod
+    def can_be_known(plan: Plan) -> bool:
+        """
+        Whether kernels can be compiled for this circuit alone.
+        """
+    def __init__(self, plan: Plan, is_known: bool = False) -> None:
+        """
+        With is_known, for kernels that are compiled for this circuit alone.
+        """
+    def known_source(self, scalar: Scalar, backward: bool) -> str:
+        """
+        What follows kernel_headers() in the source of such a kernel; empty where there is none.
+        """
     def workspace_bytes(self, rows: typing.SupportsInt | typing.SupportsIndex, scalar: Scalar, backward: bool) -> int:
         """
         Scratch memory of a call on the current device.
         """
-
     @property
     def description(self) -> bytes:
         """
@@ -303,6 +314,16 @@ def cuda_is_built() -> bool:
     Whether this build has CUDA kernels.
     """
 
+def cuda_kernel_headers() -> str:
+    """
+    The source of the kernels without what one circuit makes of them, for a compiler at run time.
+    """
+
+def cuda_load_kernel(image: bytes) -> int:
+    """
+    A kernel from its machine code, as an address.
+    """
+
 def cuda_is_available() -> bool:
     """
     Whether it has, and there is a driver with a device.
@@ -317,6 +338,7 @@ def cuda_forward(
     features: Matrix,
     workspace_address: typing.SupportsInt | typing.SupportsIndex,
     stream: typing.SupportsInt | typing.SupportsIndex,
+    kernel: typing.SupportsInt | typing.SupportsIndex = 0,
 ) -> None:
     """
     As forward, on the current device and asynchronous on the stream.
@@ -333,6 +355,7 @@ def cuda_backward(
     grad_x: Matrix,
     workspace_address: typing.SupportsInt | typing.SupportsIndex,
     stream: typing.SupportsInt | typing.SupportsIndex,
+    kernel: typing.SupportsInt | typing.SupportsIndex = 0,
 ) -> None:
     """
     As backward, on the current device and asynchronous on the stream.

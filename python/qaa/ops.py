@@ -185,8 +185,9 @@ def _amplitude_rows(
     real: bool,
     columns: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    room: int | None = None,
 ) -> Tensor:
-    """:func:`amplitude_rows`, each column times its factor, in ``dtype``."""
+    """:func:`amplitude_rows`, each column times its factor, in ``dtype``; of plain tensors with zeros to ``room``."""
     readout = f"state[:{k}]"
     if torch.compiler.is_compiling():
         return _scaled(torch.ops.qaa.rows(theta, _text(circuit, readout, False), width, real), columns, dtype)
@@ -195,7 +196,7 @@ def _amplitude_rows(
     width = 2**circuit.n_wires if width is None else width
     what.check_width(width)
     if _is_plain(theta) and _is_constant(columns):
-        return _Rows.apply(theta, what, width, real, columns, dtype)
+        return _Rows.apply(theta, what, width, real, columns, dtype, room)
     return _scaled(torch.ops.qaa.rows(theta, str(what), width, real), columns, dtype)
 
 
@@ -245,8 +246,9 @@ def _mixed_rows(
     width: int,
     columns: Tensor | None = None,
     dtype: torch.dtype | None = None,
+    room: int | None = None,
 ) -> Tensor:
-    """:func:`mixed_rows`, each column times its factor, in ``dtype``."""
+    """:func:`mixed_rows`, each column times its factor, in ``dtype``; of plain tensors with zeros to ``room``."""
     readout = f"state[:{width}]"
     if torch.compiler.is_compiling():
         states = torch.ops.qaa.forward(theta, mix, _text(circuit, readout, False, transposed=True))
@@ -256,7 +258,7 @@ def _mixed_rows(
     _check_x(what, mix)
     _check_together(theta, "mix", mix)
     if _is_plain(theta, mix) and _is_constant(columns):
-        return _MixedRows.apply(theta, mix, what, columns, dtype)
+        return _MixedRows.apply(theta, mix, what, columns, dtype, room)
     return _scaled(torch.ops.qaa.forward(theta, mix, str(what)).real, columns, dtype)
 
 
@@ -282,6 +284,30 @@ def _scaled_once(t: Tensor, columns: Tensor | float | None, dtype: torch.dtype |
     if columns is None or dtype is None or torch.is_grad_enabled():
         return _scaled(t, columns, dtype)
     return torch.mul(t, columns, out=torch.empty(t.shape, dtype=dtype, device=t.device))
+
+
+def _room(count: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Features that a matrix has room for: in half precision on a GPU whole 16 bytes, without which cuBLAS leaves its
+    fast kernels for others."""
+    return -(-count // 8) * 8 if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) else count
+
+
+def _padded(t: Tensor, columns: Tensor | None, dtype: torch.dtype | None, shape: tuple[int, int]) -> Tensor:
+    """:func:`_scaled_once`, with zeros around it up to ``shape``."""
+    if tuple(t.shape) == shape:
+        return _scaled_once(t, columns, dtype).contiguous()
+    out = torch.zeros(shape, dtype=dtype or t.dtype, device=t.device)
+    inner = out[: t.shape[0], : t.shape[1]]
+    if columns is None:
+        inner.copy_(t)
+    else:
+        torch.mul(t, columns, out=inner)
+    return out
+
+
+def _widened(t: Tensor, width: int) -> Tensor:
+    """Zeros behind every row up to ``width``."""
+    return t if t.shape[-1] == width else torch.nn.functional.pad(t, (0, width - t.shape[-1]))
 
 
 def _autocast_dtype(t: Tensor) -> torch.dtype | None:
@@ -368,7 +394,7 @@ def _add_projection(
     in_place: bool,
     gain: Tensor | None = None,
 ) -> Tensor:
-    """:func:`project` of tensors that fit together, each column of ``up`` times its gain."""
+    """:func:`project` of tensors that fit together, each column of ``up`` times its gain; zeros may follow features."""
     tensors = (base, features, up) if bias is None else (base, features, up, bias)
     dtype = base.dtype
     of_kernel = not base.is_cuda and dtype in (torch.float32, torch.float64) and all(t.dtype == dtype for t in tensors)
@@ -379,7 +405,7 @@ def _add_projection(
         return _Products.apply(
             base, features, up, bias, gain, scale, _autocast_dtype(features) or features.dtype, in_place
         )
-    up = _scaled(up, gain, None)
+    up, features = _scaled(up, gain, None), features[..., : up.shape[1]]
     if of_kernel:
         flat = features.reshape(-1, features.shape[-1])
         if is_plain:
@@ -764,19 +790,22 @@ class _Rows(_Function):
         real: bool,
         columns: Tensor | None,
         dtype: torch.dtype | None,
+        room: int | None,
     ) -> Tensor:
         ctx.save_for_backward(theta, columns)
         ctx.what, ctx.real = what, real
-        return _scaled_once(_rows(what, theta, width, real), columns, dtype).contiguous()
+        rows = _rows(what, theta, width, real)
+        return _padded(rows, columns, dtype, (room or len(rows), width))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         theta, columns = ctx.saved_tensors
+        grad = grad[: ctx.what.n_outputs]
         if torch.is_grad_enabled():
             grad = _scaled(grad, columns, None)
-            return torch.ops.qaa.rows_backward(theta, grad, str(ctx.what), ctx.real), *[None] * 5
+            return torch.ops.qaa.rows_backward(theta, grad, str(ctx.what), ctx.real), *[None] * 6
         grad = _scaled_once(grad, columns, _state_dtype(theta, ctx.real))
-        return _rows_backward(ctx.what, theta, grad, ctx.real), *[None] * 5
+        return _rows_backward(ctx.what, theta, grad, ctx.real), *[None] * 6
 
 
 class _MixedRows(_Function):
@@ -784,19 +813,26 @@ class _MixedRows(_Function):
 
     @staticmethod
     def forward(
-        ctx: Any, theta: Tensor, mix: Tensor, what: Program, columns: Tensor | None, dtype: torch.dtype | None
+        ctx: Any,
+        theta: Tensor,
+        mix: Tensor,
+        what: Program,
+        columns: Tensor | None,
+        dtype: torch.dtype | None,
+        room: int | None,
     ) -> Tensor:
         ctx.save_for_backward(theta, mix, columns)
         ctx.what = what
-        return _scaled_once(_real_parts(what, theta, mix), columns, dtype).contiguous()
+        rows = _real_parts(what, theta, mix)
+        return _padded(rows, columns, dtype, (room or len(rows), rows.shape[1]))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         theta, mix, columns = ctx.saved_tensors
-        grad = _scaled_once(grad, columns, _feature_dtype(ctx.what, mix.dtype))
+        grad = _scaled_once(grad[: len(mix)], columns, _feature_dtype(ctx.what, mix.dtype))
         if torch.is_grad_enabled():
-            return *torch.ops.qaa.backward(theta, mix, grad, str(ctx.what)), None, None, None
-        return *_backward(ctx.what, theta, mix, grad), None, None, None
+            return *torch.ops.qaa.backward(theta, mix, grad, str(ctx.what)), None, None, None, None
+        return *_backward(ctx.what, theta, mix, grad), None, None, None, None
 
 
 class _Project(_Function):
@@ -837,7 +873,9 @@ class _Products(_Function):
         dtype: torch.dtype,
         in_place: bool,
     ) -> Tensor:
-        f, v = features.to(dtype), _scaled_once(up, gain, dtype)
+        f, (d_out, k) = features.to(dtype), up.shape
+        room = max(_room(k, dtype, up.device), f.shape[-1])
+        f, v = _widened(f, room), _padded(up, gain, dtype, (d_out, room))
         ctx.save_for_backward(features, up, gain, f, v)
         ctx.scale, ctx.bias_dtype = scale, None if bias is None else bias.dtype
         if in_place:
@@ -857,17 +895,19 @@ class _Products(_Function):
         features, up, gain, f, v = ctx.saved_tensors
         dtype, scale = v.dtype, None if ctx.scale == 1 else ctx.scale
         if torch.is_grad_enabled():  # f and v as functions of what they were made from
-            f, v = features.to(dtype), _scaled(up, gain, dtype)
+            room = f.shape[-1]
+            f, v = _widened(features.to(dtype), room), _widened(_scaled(up, gain, dtype), room)
         rows = _matrix(grad)
         rows_in_dtype = rows.to(dtype)
         _, for_features, for_up, for_bias, *_ = ctx.needs_input_grad
         grad_features = grad_up = grad_bias = None
         if for_features:
-            grad_features = _scaled(torch.mm(rows_in_dtype, v), scale, features.dtype)
+            grad_features = torch.mm(rows_in_dtype, v)[:, : features.shape[-1]]
+            grad_features = _scaled(grad_features, scale, features.dtype)
             grad_features = grad_features if features.ndim == 2 else grad_features.view(features.shape)
         if for_up:
             columns = scale if gain is None else _scaled(gain, scale, None)
-            grad_up = _scaled_once(torch.mm(rows_in_dtype.T, _matrix(f)), columns, up.dtype)
+            grad_up = _scaled_once(torch.mm(rows_in_dtype.T, _matrix(f))[:, : up.shape[1]], columns, up.dtype)
         if for_bias:
             grad_bias = _scaled(rows.sum(0, dtype=ctx.bias_dtype), scale, None)
         return grad, grad_features, grad_up, grad_bias, None, None, None, None

@@ -574,7 +574,7 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? int(emulator::shared_limit) : 2;
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 2 : int(emulator::shared_limit);
   return cudaSuccess;
 }
 
