@@ -82,8 +82,10 @@ def assemble(ptx: Path, architecture: str) -> tuple[Path, Resources]:
 
 
 def _demangled(name: str) -> str:
-    """``forward_kernel<float, true, false>``"""
+    """``forward_kernel<float, true, false>``; names of C stay what they are."""
     text = _checked("c++filt", name).strip()
+    if "cuda::" not in text:
+        return text
     return text[text.index("cuda::") + 6 : text.index(">(") + 1].replace("qaa::cuda::", "")
 
 

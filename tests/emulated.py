@@ -110,10 +110,22 @@ class Device:
         assert plan, self._library.qaa_error().decode()
         return ctypes.c_void_p(plan)
 
-    def _known_kernels(self, plan: ctypes.c_void_p, scalar: int, folder: Path) -> Iterator[ctypes.c_void_p]:
+    def known_sources(self, problem: Problem, dtype: Any) -> list[str]:
+        """Forward and adjoint: what follows the kernels' headers where they are compiled for this circuit alone."""
+        plan = self._plan(problem, "")
+        try:
+            return list(self._sources(plan, DTYPES.index(np.dtype(dtype))))
+        finally:
+            self._library.qaa_plan_free(plan)
+
+    def _sources(self, plan: ctypes.c_void_p, scalar: int) -> Iterator[str]:
         for backward in (0, 1):
             source = self._library.qaa_known_source(plan, scalar, backward).decode()
             assert source, "expected a circuit that can have kernels of its own"
+            yield source
+
+    def _known_kernels(self, plan: ctypes.c_void_p, scalar: int, folder: Path) -> Iterator[ctypes.c_void_p]:
+        for source in self._sources(plan, scalar):
             library = ctypes.CDLL(str(cuda_tools.compile_known(source, self._path, folder)))
             yield ctypes.cast(library.qaa_known_kernel, ctypes.c_void_p)
 

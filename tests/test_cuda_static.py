@@ -5,10 +5,16 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
+import ml_dtypes
+import numpy as np
 import pytest
 
 import cuda_evidence as evidence
+import qaa
+from emulated import Device, draw
+from qaa import _core
 
 pytestmark = pytest.mark.skipif(evidence.find("nvcc") is None, reason="needs nvcc (pip install '.[cuda-test]')")
 
@@ -68,3 +74,35 @@ def test_instructions(machine: Machine, architecture: str) -> None:
         assert min(wide) >= 3, f"{name} on {architecture}: (LDG.E.128, STG.E.128) = {wide}, one for each dtype of a row"
         if "<float, false" in name:
             assert any(opcode.startswith("BAR.SYNC") for opcode in opcodes), name
+
+
+@pytest.mark.skipif(
+    qaa.cuda.compiler() is None or not qaa.cuda.is_built() or evidence.find("nvdisasm") is None,
+    reason="needs NVRTC (pip install '.[cuda-test]') and a build with CUDA kernels",
+)
+@pytest.mark.parametrize(
+    ("architecture", "n_wires", "kind", "dtype"),
+    [("sm_80", 10, "z", ml_dtypes.bfloat16), ("sm_90", 11, "paulis", np.float32), ("sm_120", 9, "state", np.float16)],
+)
+def test_kernels_of_one_circuit_compile_at_run_time(
+    emulated_library: Path, tmp_path: Path, architecture: str, n_wires: int, kind: str, dtype: Any
+) -> None:
+    """By the compiler and the source that programs use, which have no headers at hand; float32 arithmetic alone."""
+    options = {"circuit": qaa.ansatz("ring", n_wires)} if kind == "z" else {}
+    capability = divmod(int(architecture.removeprefix("sm_")), 10)
+    for source in Device(emulated_library).known_sources(draw(10, n_wires, kind, **options), dtype):
+        cubin = tmp_path / "known.cubin"
+        cubin.write_bytes(qaa.cuda.compile_source(_core.cuda_kernel_headers() + source, capability))
+        ((name, opcodes),) = evidence.instructions(cubin).items()
+        assert name == "qaa_known_kernel" and len(opcodes) > 500
+        assert not [o for o in opcodes if re.match(r"(DADD|DMUL|DFMA|DMMA|DSETP)\b|.*\.F64", o)]
+        assert not [o for o in opcodes if o.startswith(("LDL", "STL"))]
+
+
+def test_a_source_that_does_not_compile_is_told_with_its_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    if qaa.cuda.compiler() is not None:
+        with pytest.raises(RuntimeError, match=r"(?s)expected NVRTC to compile a kernel for .*sm_90.*identifier"):
+            qaa.cuda.compile_source("void f() { nowhere(); }", (9, 0))
+    monkeypatch.setattr(qaa.cuda, "compiler", lambda: None)
+    with pytest.raises(RuntimeError, match=r"expected the library NVRTC .*, found none"):
+        qaa.cuda.compile_source("", (9, 0))
