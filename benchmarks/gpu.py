@@ -117,12 +117,12 @@ def layer(n_wires: int, width: int) -> dict[str, dict[str, float]]:
 def kernels_of_the_build() -> Iterator[None]:
     """Without kernels that are compiled for one circuit."""
     os.environ["QAA_CUDA_COMPILE"] = "0"
-    qaa.ops._on_device.cache_clear()
+    qaa.ops._program_on_device.cache_clear()
     try:
         yield
     finally:
         del os.environ["QAA_CUDA_COMPILE"]
-        qaa.ops._on_device.cache_clear()
+        qaa.ops._program_on_device.cache_clear()
 
 
 def training(name: str) -> dict[str, dict[str, float]]:

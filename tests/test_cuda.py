@@ -85,9 +85,9 @@ def assert_right(problem: strategies.Problem, dtype: Any) -> None:
 def build_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The kernels of the build, and none that are compiled for one circuit."""
     monkeypatch.setenv("QAA_CUDA_COMPILE", "0")
-    qaa.ops._on_device.cache_clear()
+    qaa.ops._program_on_device.cache_clear()
     yield
-    qaa.ops._on_device.cache_clear()
+    qaa.ops._program_on_device.cache_clear()
 
 
 @gpu
@@ -116,20 +116,20 @@ def test_against_the_oracle(n_wires: int, readout: str | None, dtype: Any) -> No
     ],
 )
 def test_kernels_of_one_circuit(n_wires: int, readout: str | None, dtype: Any) -> None:
-    """Any gates, and the default circuit with angles at half turns; more rows than are worked on at once, and few."""
-    rng = np.random.default_rng(n_wires)
-    assert_right(strategies.random_problem(rng, strategies.random_circuit(rng, n_wires, 12), readout, batch=3), dtype)
+    """Any gates, and the default circuit with angles at half turns."""
+    rng, many = np.random.default_rng(n_wires), qaa.ops.MANY_ROWS
+    circuit = strategies.random_circuit(rng, n_wires, 12)
+    assert_right(strategies.random_problem(rng, circuit, readout, batch=many), dtype)
     problem = strategies.random_problem(rng, qaa.ansatz("ring", n_wires), readout, batch=700)
     assert_right(problem, dtype)
     problem.theta.flat[::4] = np.pi
     assert_right(problem, dtype)
-    kernels = [known[2] for known in map(_known, (problem,), (dtype,))]
-    assert all(kernels), "expected a kernel for this circuit alone"
-
-
-def _known(problem: strategies.Problem, dtype: Any) -> Any:
     what = qaa.program.program(problem.circuit, problem.readout, problem.normalize)
-    return qaa.ops._on_device(str(what), torch.device("cuda", 0), qaa.ops._SCALARS[dtype], True)
+    for backward in (False, True):
+        for rows, is_known in ((many, _core.CudaProgram.can_be_known(what.plan)), (many - 1, False)):
+            layout = (0, rows, 1, 1, qaa.ops._SCALARS[dtype])
+            *_, kernel = qaa.ops._on_device(str(what), torch.device("cuda", 0), layout, backward)
+            assert bool(kernel) == is_known
 
 
 @gpu

@@ -420,15 +420,15 @@ class Builder {
 
 Program::Program(const Plan& of, bool is_known) : plan(of), is_known(is_known) {
   if (is_known && !can_be_known(of)) {
-    throw std::invalid_argument("expected 9 to 13 wires and at most 128 Pauli strings for kernels of one circuit, received " +
+    throw std::invalid_argument("expected 9 to 13 wires and at most 64 Pauli strings for kernels of one circuit, received " +
                                 std::to_string(of.n_wires) + " and " + std::to_string(of.strings.size()));
   }
   Builder(plan, is_known && of.n_wires > 9 ? max_tile_bits : common_tile_bits, *this).build();
 }
 
-// Below, several states would share a warp; above, a thread would have several tiles. Code grows with the strings.
+// Below, several states would share a warp; above, a thread would have several tiles. Every string takes a register.
 bool Program::can_be_known(const Plan& plan) {
-  return plan.n_wires >= 9 && plan.n_wires <= 13 && plan.strings.size() <= 128;
+  return plan.n_wires >= 9 && plan.n_wires <= 13 && plan.strings.size() <= 64;
 }
 
 }  // namespace qaa::cuda

@@ -3,7 +3,7 @@
 The kernels run wherever a CUDA tensor is passed in; there is nothing to switch on. Those of the build serve any
 circuit. For circuits of 9 to 13 wires and float16, bfloat16 or float32 rows, the first call compiles kernels with the
 circuit as constants, by NVRTC, which comes with torch.
-``QAA_CUDA_COMPILE=0`` in the environment leaves that out.
+``QAA_CUDA_COMPILE=0`` in the environment leaves that out, and so do calls of fewer than 256 rows.
 """
 
 from __future__ import annotations

@@ -539,7 +539,7 @@ def _call_forward(what: Program, theta: Tensor, x: Tensor, features: Tensor) -> 
     matrices = _core.ConstMatrix(*layout), _core.Matrix(*_layout(features))
     if x.is_cuda:
         with _current(x.device):
-            program, description, kernel = _on_device(str(what), x.device, layout[4], False)
+            program, description, kernel = _on_device(str(what), x.device, layout, False)
             workspace = _workspace(program, layout, x.device, backward=False)
             _core.cuda_forward(
                 program,
@@ -566,7 +566,7 @@ def _call_backward(what: Program, theta: Tensor, angles: Tensor, x: _Layout, gra
     matrices = _core.ConstMatrix(*x), _core.ConstMatrix(*_layout(grad))
     if angles.is_cuda:
         with _current(angles.device):
-            program, description, kernel = _on_device(str(what), angles.device, x[4], True)
+            program, description, kernel = _on_device(str(what), angles.device, x, True)
             workspace = _workspace(program, x, angles.device, backward=True)
             _core.cuda_backward(
                 program,
@@ -593,16 +593,23 @@ def _call_backward(what: Program, theta: Tensor, angles: Tensor, x: _Layout, gra
     return grad_angles if grad_angles.dtype == theta.dtype else grad_angles.to(theta.dtype)
 
 
-@lru_cache(maxsize=1024)
-def _on_device(
-    text: str, device: torch.device, scalar: _core.Scalar, backward: bool
-) -> tuple[_core.CudaProgram, Tensor, int]:
-    """A program as the CUDA kernels read it, its description in the device's memory, and its own kernel if it has one.
+#: So many rows are worth a kernel of the circuit's own; the few that an adapter of the readout "state" asks for wait
+#: for memory rather than for instructions.
+MANY_ROWS = 256
 
-    Made once for each type of rows and direction.
-    """
-    plan = Program.parse(text).plan
-    known = cuda.known_kernel(plan, scalar, backward, torch.cuda.get_device_capability(device))
+
+def _on_device(text: str, device: torch.device, x: _Layout, backward: bool) -> tuple[_core.CudaProgram, Tensor, int]:
+    """A program as the CUDA kernels read it, its description in the device's memory, and its own kernel or 0."""
+    return _program_on_device(text, device, x[4], backward, x[1] >= MANY_ROWS)
+
+
+@lru_cache(maxsize=1024)
+def _program_on_device(
+    text: str, device: torch.device, scalar: _core.Scalar, backward: bool, of_its_own: bool
+) -> tuple[_core.CudaProgram, Tensor, int]:
+    plan, known = Program.parse(text).plan, None
+    if of_its_own:
+        known = cuda.known_kernel(plan, scalar, backward, torch.cuda.get_device_capability(device))
     program, kernel = (_core.CudaProgram(plan), 0) if known is None else known
     return program, torch.frombuffer(bytearray(program.description), dtype=torch.uint8).to(device), kernel
 
