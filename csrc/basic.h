@@ -6,12 +6,9 @@
 namespace std {
 using size_t = decltype(sizeof(0));
 using uintptr_t = unsigned long long;
-using int8_t = signed char;
 using int64_t = long long;
 using uint8_t = unsigned char;
-using uint16_t = unsigned short;
 using uint32_t = unsigned;
-using uint64_t = unsigned long long;
 }  // namespace std
 #else
 #include <cstddef>

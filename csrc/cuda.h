@@ -50,14 +50,8 @@ QAA_API void backward(const BackwardCall& call);
 
 // Kernels for one circuit. What a compiler for the current device (NVRTC) is to be given after `kernel_headers`: a kernel of
 // the circuit as constants, named qaa_known_kernel, for rows of this type; empty where there can be none, as for float64.
-// `constants_of` is the same for blocks of so many warps, so many of them at once on a multiprocessor.
 QAA_API std::string known_source(const Program& program, Scalar scalar, bool backward);
-QAA_API std::string constants_of(const Program& program, Scalar scalar, std::uint32_t n_warps, std::uint32_t n_blocks,
-                                 bool backward);
 QAA_API const char* kernel_headers();
-
-// The type of the features of such a kernel, and of their gradient: that of the rows, but float32 for amplitudes.
-QAA_API Scalar known_features(const Program& program, Scalar scalar);
 
 // The kernel from its machine code, for `kernel` in calls with that program, type and direction; it stays loaded.
 QAA_API const void* load_kernel(const void* image);

@@ -21,8 +21,6 @@ std::size_t workspace_bytes(const Program&, std::int64_t, Scalar, bool) { refuse
 void forward(const ForwardCall&) { refuse(); }
 void backward(const BackwardCall&) { refuse(); }
 std::string known_source(const Program&, Scalar, bool) { refuse(); }
-Scalar known_features(const Program&, Scalar) { refuse(); }
-std::string constants_of(const Program&, Scalar, std::uint32_t, std::uint32_t, bool) { refuse(); }
 const char* kernel_headers() { refuse(); }
 const void* load_kernel(const void*) { refuse(); }
 

@@ -343,7 +343,7 @@ def test_a_gpu_makes_rows_anew_instead_of_asking_whether_it_knows_them(monkeypat
     for _ in range(2):
         adapter.down(on_gpu)
         adapter._down(on_gpu, on_gpu, on_gpu, torch.bfloat16)
-    assert calls == [(on_gpu, None, None, None, None), (on_gpu, on_gpu, on_gpu, torch.bfloat16, None)] * 2
+    assert calls == [(on_gpu, None, None, None), (on_gpu, on_gpu, on_gpu, torch.bfloat16)] * 2
 
 
 def test_known_rows_are_those_of_their_factors_and_dtype():

@@ -417,7 +417,7 @@ class Worker {
   }
 
   // The sum of every slot over the rows of this block.
-  __device__ __forceinline__ void write_slots() {
+  __device__ __forceinline__ void write_slots() const {
     __syncthreads();
     for (std::uint32_t k = threadIdx.x; k < layout_.n_slots; k += blockDim.x) {
       T sum = 0;

@@ -86,7 +86,7 @@ std::vector<Index> lane_basis(const std::vector<Index>& masks, std::uint32_t n, 
 class Builder {
  public:
   Builder(const Plan& plan, std::uint32_t tile_bits, Program& program)
-      : plan_(plan), tile_bits_(tile_bits), layout_(program.layout), bytes_(program.description) {
+      : plan_(plan), layout_(program.layout), bytes_(program.description) {
     layout_.tile_bits = tile_bits;
     layout_.n_wires = std::max(plan.n_wires, tile_bits + 2);
     layout_.normalize = plan.normalize;
@@ -150,7 +150,7 @@ class Builder {
     pass.first_item = std::uint32_t(items_.size());
     const std::size_t n_own = masks.size();
     Span span(masks);
-    for (std::uint32_t bit = layout_.n_wires; masks.size() < tile_bits_; --bit) {
+    for (std::uint32_t bit = layout_.n_wires; masks.size() < layout_.tile_bits; --bit) {
       Index mask = Index{1} << (bit - 1);
       // Rotations and phases must not tell amplitudes apart by a mask that is not theirs.
       if (kind != PassKind::x_strings) {
@@ -167,7 +167,7 @@ class Builder {
       Tile tile = 0;
       for (std::uint32_t j = 0; j < basis.size(); ++j) tile ^= (t >> j) & 1 ? basis[j] : 0;
       const Index base = tile;
-      const std::size_t n_marked = kind == PassKind::x_strings ? strings_of_mask * tile_bits_ : tile_bits_;
+      const std::size_t n_marked = kind == PassKind::x_strings ? strings_of_mask * layout_.tile_bits : layout_.tile_bits;
       for (std::size_t k = 0; k < std::min(items.size(), n_marked); ++k) {
         tile |= Tile{parity(items[k].z & base)} << (16 + k);
       }
@@ -178,7 +178,7 @@ class Builder {
     pass.complex_after = after;
     if (kind == PassKind::x_strings) {
       for (std::size_t k = 0; k < items.size(); ++k) {
-        for (std::uint32_t m = 0; m < tile_bits_; ++m) pass.signs[k] |= Index{parity(items[k].z & masks[m])} << m;
+        for (std::uint32_t m = 0; m < layout_.tile_bits; ++m) pass.signs[k] |= Index{parity(items[k].z & masks[m])} << m;
         pass.mirrored |= Index{parity(items[k].z & masks[k / strings_of_mask])} << k;
       }
     }
@@ -194,15 +194,15 @@ class Builder {
     std::vector<Index> masks;
     for (std::uint32_t j = 0; j <= plan_.n_wires; ++j) {
       const bool plain_sum = j == plan_.n_wires;
-      if (plain_sum) items.resize(std::max<std::size_t>(items.size(), tile_bits_), Item{0, unused, unused});
+      if (plain_sum) items.resize(std::max<std::size_t>(items.size(), layout_.tile_bits), Item{0, unused, unused});
       if (tree.slots[j] != Tree::unused) {
         items.push_back(make_item(tree.slots[j]));
-      } else if (j < tile_bits_) {
+      } else if (j < layout_.tile_bits) {
         items.push_back({0, unused, unused});
       }
-      if (j < std::min(tile_bits_, plan_.n_wires)) masks.push_back(tree.order[Index{1} << j]);
+      if (j < std::min(layout_.tile_bits, plan_.n_wires)) masks.push_back(tree.order[Index{1} << j]);
     }
-    for (std::uint32_t bit = plan_.n_wires; masks.size() < tile_bits_; ++bit) masks.push_back(Index{1} << bit);
+    for (std::uint32_t bit = plan_.n_wires; masks.size() < layout_.tile_bits; ++bit) masks.push_back(Index{1} << bit);
     add_pass(kind, items, std::move(masks), n_values, before, after);
   }
 
@@ -210,10 +210,10 @@ class Builder {
     const std::uint32_t first_slot = n_slots_;
     if (!stage.is_diagonal()) {
       n_slots_ += std::uint32_t(stage.rotations.size());
-      for (std::size_t first = 0; first < stage.rotations.size(); first += tile_bits_) {
+      for (std::size_t first = 0; first < stage.rotations.size(); first += layout_.tile_bits) {
         std::vector<Item> items;
         std::vector<Index> masks;
-        for (std::size_t r = first; r < std::min(stage.rotations.size(), first + tile_bits_); ++r) {
+        for (std::size_t r = first; r < std::min(stage.rotations.size(), first + layout_.tile_bits); ++r) {
           const Rotation& rotation = stage.rotations[r];
           items.push_back({rotation.z, add_angle(rotation.angle), first_slot + std::uint32_t(r)});
           note(rotation.angle, first_slot + std::uint32_t(r));
@@ -227,7 +227,7 @@ class Builder {
     const bool after = complex || !stage.real;
     if (!stage.constant.empty()) {
       std::vector<Index> masks;
-      for (std::uint32_t k = 1; k <= tile_bits_; ++k) masks.push_back(Index{1} << (layout_.n_wires - k));
+      for (std::uint32_t k = 1; k <= layout_.tile_bits; ++k) masks.push_back(Index{1} << (layout_.n_wires - k));
       add_pass(PassKind::constants, {}, std::move(masks), 2u << layout_.n_wires, complex, after);
       passes_.back().first_item = std::uint32_t(constants_.size());
       for (const std::complex<double>& c : stage.constant) constants_.push_back({c.real(), c.imag()});
@@ -264,7 +264,7 @@ class Builder {
         const auto known = std::size_t(std::ranges::find(masks, x) - masks.begin());
         if (known < masks.size() && items[strings_of_mask * known + 1].id == unused) {
           items[strings_of_mask * known + 1] = {z, unused, s};
-        } else if (known == masks.size() && masks.size() < tile_bits_ && span.extend(x)) {
+        } else if (known == masks.size() && masks.size() < layout_.tile_bits && span.extend(x)) {
           masks.push_back(x);
           items.push_back({z, unused, s});
           items.push_back({0, unused, unused});
@@ -403,7 +403,6 @@ class Builder {
   }
 
   const Plan& plan_;
-  const std::uint32_t tile_bits_;
   Layout& layout_;
   std::vector<unsigned char>& bytes_;
   std::uint32_t n_values_ = 0, n_slots_ = 0;

@@ -1,6 +1,7 @@
 // A plan as the CUDA kernels read it; layout.h has its parts.
 #pragma once
 
+#include <string>
 #include <vector>
 
 #include "layout.h"
@@ -18,5 +19,10 @@ struct Program {
   Layout layout{};
   std::vector<unsigned char> description;
 };
+
+// Of a kernel for one circuit: the type of the features and of their gradient, which is that of the rows but float32 for
+// amplitudes; and its source after kernel_headers, for blocks of so many warps, so many of them at once on a multiprocessor.
+Scalar known_features(const Program& program, Scalar rows);
+std::string constants_of(const Program& program, Scalar rows, std::uint32_t n_warps, std::uint32_t n_blocks, bool backward);
 
 }  // namespace qaa::cuda

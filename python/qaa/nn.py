@@ -150,19 +150,14 @@ class Adapter:
         return self._down(theta, mix)
 
     def _down(
-        self,
-        theta: Tensor,
-        mix: Tensor | None,
-        channels: Tensor | None = None,
-        dtype: torch.dtype | None = None,
-        room: int | None = None,
+        self, theta: Tensor, mix: Tensor | None, channels: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """``A diag(s)``, or ``M A diag(s)``, in ``dtype``; on a GPU with rows of zeros up to ``room``."""
+        """``A diag(s)``, or ``M A diag(s)``, in ``dtype``; zeros may follow the rows (:func:`qaa.ops._room`)."""
         asked = tuple(tensor for tensor in (theta, mix, channels) if tensor is not None)
         is_trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in asked)
         # A GPU has made the rows anew before it can tell the host whether the angles are the same.
         if is_trained or theta.is_cuda or not ops._is_plain(*asked):
-            return self._rows(theta, mix, channels, dtype, room)
+            return self._rows(theta, mix, channels, dtype)
         # Generation, and training with frozen angles, ask for the same rows over and over: comparing some hundred
         # numbers takes microseconds, the rows some hundred times as long.
         known = self._known_rows.get("last")
@@ -173,32 +168,20 @@ class Adapter:
             self._known_rows["last"] = known
         return known[2]
 
-    def _rows(
-        self,
-        theta: Tensor,
-        mix: Tensor | None,
-        channels: Tensor | None,
-        dtype: torch.dtype | None,
-        room: int | None = None,
-    ) -> Tensor:
+    def _rows(self, theta: Tensor, mix: Tensor | None, channels: Tensor | None, dtype: torch.dtype | None) -> Tensor:
         width = self.in_features
         if mix is None:
-            return ops._amplitude_rows(self.circuit, theta, self.n_features, width, True, channels, dtype, room)
-        return ops._mixed_rows(self.circuit, theta, mix, width, channels, dtype, room)
+            return ops._amplitude_rows(self.circuit, theta, self.n_features, width, True, channels, dtype)
+        return ops._mixed_rows(self.circuit, theta, mix, width, channels, dtype)
 
     def _affine(
-        self,
-        theta: Tensor,
-        whitening: Whitening,
-        mix: Tensor | None,
-        dtype: torch.dtype | None = None,
-        room: int | None = None,
+        self, theta: Tensor, whitening: Whitening, mix: Tensor | None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor | None]:
         """``(A', -A' mu)`` with ``A' = A diag(s)``, so that ``A u = A' x - A' mu``; with a mix ``M A`` is A."""
         channels, center = whitening.channels, whitening.center
         if center is None:
-            return self._down(theta, mix, channels, dtype, room), None
-        down = self._down(theta, mix, channels, None, room)
+            return self._down(theta, mix, channels, dtype), None
+        down = self._down(theta, mix, channels)
         offset = -(down * center).sum(-1)  # as a sum, which autocast leaves in full precision
         return ops._scaled(down, None, dtype), ops._scaled(offset, None, dtype)
 
@@ -226,17 +209,12 @@ class Adapter:
 
         ``u = (x - mu) s`` with the whitening's ``center`` and ``channels``; standardisation is not applied here.
         """
-        return self._features(theta, x, whitening, mix)
+        return ops._narrowed(self._features(theta, x, whitening, mix), self.n_features if mix is None else len(mix))
 
-    def _features(
-        self, theta: Tensor, x: Tensor, whitening: Whitening, mix: Tensor | None, padded: bool = False
-    ) -> Tensor:
-        """:meth:`features`; ``padded`` ones may have zeros behind them, for the products that follow."""
+    def _features(self, theta: Tensor, x: Tensor, whitening: Whitening, mix: Tensor | None) -> Tensor:
+        """:meth:`features`, behind which there may be zeros, for the products that follow."""
         if self.is_linear:
-            dtype = ops._autocast_dtype(x) or x.dtype
-            count = self.n_features if mix is None else len(mix)
-            room = ops._room(count, dtype, x.device) if padded else None
-            return F.linear(x, *self._affine(theta, whitening, mix, dtype, room))
+            return F.linear(x, *self._affine(theta, whitening, mix, ops._autocast_dtype(x) or x.dtype))
         channels, center = whitening.channels, whitening.center
         if channels is not None:
             x = x * channels if center is None else torch.addcmul(-center * channels, x, channels)
@@ -277,7 +255,7 @@ class Adapter:
         gain = whitening.gain if mix is None and whitening.mean is None else None
         if gain is None:
             up, bias, mix = self._folded(up, bias, whitening, mix)
-        features = self._features(theta, x, whitening, mix, padded=True)
+        features = self._features(theta, x, whitening, mix)
         return ops._add_projection(base, features, up, bias, self.scaling, in_place, gain)
 
     def low_rank(

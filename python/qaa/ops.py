@@ -185,9 +185,8 @@ def _amplitude_rows(
     real: bool,
     columns: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    room: int | None = None,
 ) -> Tensor:
-    """:func:`amplitude_rows`, each column times its factor, in ``dtype``; of plain tensors with zeros to ``room``."""
+    """:func:`amplitude_rows`, each column times its factor, in ``dtype``; zeros may follow the rows (:func:`_room`)."""
     readout = f"state[:{k}]"
     if torch.compiler.is_compiling():
         return _scaled(torch.ops.qaa.rows(theta, _text(circuit, readout, False), width, real), columns, dtype)
@@ -196,7 +195,7 @@ def _amplitude_rows(
     width = 2**circuit.n_wires if width is None else width
     what.check_width(width)
     if _is_plain(theta) and _is_constant(columns):
-        return _Rows.apply(theta, what, width, real, columns, dtype, room)
+        return _Rows.apply(theta, what, width, real, columns, dtype)
     return _scaled(torch.ops.qaa.rows(theta, str(what), width, real), columns, dtype)
 
 
@@ -246,9 +245,8 @@ def _mixed_rows(
     width: int,
     columns: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    room: int | None = None,
 ) -> Tensor:
-    """:func:`mixed_rows`, each column times its factor, in ``dtype``; of plain tensors with zeros to ``room``."""
+    """:func:`mixed_rows`, each column times its factor, in ``dtype``; zeros may follow the rows (:func:`_room`)."""
     readout = f"state[:{width}]"
     if torch.compiler.is_compiling():
         states = torch.ops.qaa.forward(theta, mix, _text(circuit, readout, False, transposed=True))
@@ -258,7 +256,7 @@ def _mixed_rows(
     _check_x(what, mix)
     _check_together(theta, "mix", mix)
     if _is_plain(theta, mix) and _is_constant(columns):
-        return _MixedRows.apply(theta, mix, what, columns, dtype, room)
+        return _MixedRows.apply(theta, mix, what, columns, dtype)
     return _scaled(torch.ops.qaa.forward(theta, mix, str(what)).real, columns, dtype)
 
 
@@ -286,7 +284,7 @@ def _scaled_once(t: Tensor, columns: Tensor | float | None, dtype: torch.dtype |
     return torch.mul(t, columns, out=torch.empty(t.shape, dtype=dtype, device=t.device))
 
 
-def _room(count: int, dtype: torch.dtype, device: torch.device) -> int:
+def _room(count: int, dtype: torch.dtype | None, device: torch.device) -> int:
     """Features that a matrix has room for: in half precision on a GPU whole 16 bytes, without which cuBLAS leaves its
     fast kernels for others."""
     return -(-count // 8) * 8 if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) else count
@@ -308,6 +306,11 @@ def _padded(t: Tensor, columns: Tensor | None, dtype: torch.dtype | None, shape:
 def _widened(t: Tensor, width: int) -> Tensor:
     """Zeros behind every row up to ``width``."""
     return t if t.shape[-1] == width else torch.nn.functional.pad(t, (0, width - t.shape[-1]))
+
+
+def _narrowed(t: Tensor, width: int) -> Tensor:
+    """Rows without what is behind ``width``."""
+    return t if t.shape[-1] == width else t[..., :width]
 
 
 def _autocast_dtype(t: Tensor) -> torch.dtype | None:
@@ -405,7 +408,7 @@ def _add_projection(
         return _Products.apply(
             base, features, up, bias, gain, scale, _autocast_dtype(features) or features.dtype, in_place
         )
-    up, features = _scaled(up, gain, None), features[..., : up.shape[1]]
+    up, features = _scaled(up, gain, None), _narrowed(features, up.shape[1])
     if of_kernel:
         flat = features.reshape(-1, features.shape[-1])
         if is_plain:
@@ -797,12 +800,11 @@ class _Rows(_Function):
         real: bool,
         columns: Tensor | None,
         dtype: torch.dtype | None,
-        room: int | None,
     ) -> Tensor:
         ctx.save_for_backward(theta, columns)
         ctx.what, ctx.real = what, real
         rows = _rows(what, theta, width, real)
-        return _padded(rows, columns, dtype, (room or len(rows), width))
+        return _padded(rows, columns, dtype, (_room(len(rows), dtype, rows.device), width))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -810,9 +812,9 @@ class _Rows(_Function):
         grad = grad[: ctx.what.n_outputs]
         if torch.is_grad_enabled():
             grad = _scaled(grad, columns, None)
-            return torch.ops.qaa.rows_backward(theta, grad, str(ctx.what), ctx.real), *[None] * 6
+            return torch.ops.qaa.rows_backward(theta, grad, str(ctx.what), ctx.real), *[None] * 5
         grad = _scaled_once(grad, columns, _state_dtype(theta, ctx.real))
-        return _rows_backward(ctx.what, theta, grad, ctx.real), *[None] * 6
+        return _rows_backward(ctx.what, theta, grad, ctx.real), *[None] * 5
 
 
 class _MixedRows(_Function):
@@ -826,20 +828,19 @@ class _MixedRows(_Function):
         what: Program,
         columns: Tensor | None,
         dtype: torch.dtype | None,
-        room: int | None,
     ) -> Tensor:
         ctx.save_for_backward(theta, mix, columns)
         ctx.what = what
         rows = _real_parts(what, theta, mix)
-        return _padded(rows, columns, dtype, (room or len(rows), rows.shape[1]))
+        return _padded(rows, columns, dtype, (_room(len(rows), dtype, rows.device), rows.shape[1]))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         theta, mix, columns = ctx.saved_tensors
         grad = _scaled_once(grad[: len(mix)], columns, _feature_dtype(ctx.what, mix.dtype))
         if torch.is_grad_enabled():
-            return *torch.ops.qaa.backward(theta, mix, grad, str(ctx.what)), None, None, None, None
-        return *_backward(ctx.what, theta, mix, grad), None, None, None, None
+            return *torch.ops.qaa.backward(theta, mix, grad, str(ctx.what)), None, None, None
+        return *_backward(ctx.what, theta, mix, grad), None, None, None
 
 
 class _Project(_Function):
@@ -909,12 +910,12 @@ class _Products(_Function):
         _, for_features, for_up, for_bias, *_ = ctx.needs_input_grad
         grad_features = grad_up = grad_bias = None
         if for_features:
-            grad_features = torch.mm(rows_in_dtype, v)[:, : features.shape[-1]]
+            grad_features = _narrowed(torch.mm(rows_in_dtype, v), features.shape[-1])
             grad_features = _scaled(grad_features, scale, features.dtype)
             grad_features = grad_features if features.ndim == 2 else grad_features.view(features.shape)
         if for_up:
             columns = scale if gain is None else _scaled(gain, scale, None)
-            grad_up = _scaled_once(torch.mm(rows_in_dtype.T, _matrix(f))[:, : up.shape[1]], columns, up.dtype)
+            grad_up = _scaled_once(_narrowed(torch.mm(rows_in_dtype.T, _matrix(f)), up.shape[1]), columns, up.dtype)
         if for_bias:
             grad_bias = _scaled(rows.sum(0, dtype=ctx.bias_dtype), scale, None)
         return grad, grad_features, grad_up, grad_bias, None, None, None, None
