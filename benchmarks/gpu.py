@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ import qaa.ops
 from benchmarks.rivals.differentiable import pad_and_normalize
 from benchmarks.rivals.torch_by_hand import Circuit
 
-LAYERS = [(10, 768), (11, 2048), (12, 4096), (13, 8192)]  # wires, width
+LAYERS = [(10, 768, 1), (11, 2048, 1), (12, 4096, 1), (13, 8192, 1), (10, 768, 4), (12, 4096, 4)]  # wires, width, L
 TOKENS = 8192
 GOALS = {"forward": 60.0, "forward + adjoint": 250.0}  # microseconds at 11 wires on an H100
 #: hidden size, intermediate size, layers, heads, key-value heads, vocabulary; and sequences of a batch and their length
@@ -36,7 +37,8 @@ MODELS = {
     "Llama-3.2-1B": ((2048, 8192, 16, 32, 8, 128256), (4, 1024)),
     "Llama-3.1-8B": ((4096, 14336, 32, 32, 8, 128256), (4, 1024)),
 }
-SECTIONS = ("tests", "sanitizer", "layers", "training")
+SECTIONS = ("tests", "sanitizer", "layers", "host", "training")
+TARGETS = ["q_proj", "v_proj"]
 
 
 def microseconds(call: Callable[[], Any], repeats: int = 30, warmup: int = 5) -> float:
@@ -83,9 +85,9 @@ def directions(function: Callable[..., Tensor], *leaves: Tensor) -> dict[str, fl
     return {"forward": microseconds(graphed(forward)), "forward + adjoint": microseconds(graphed(step))}
 
 
-def layer(n_wires: int, width: int) -> dict[str, dict[str, float]]:
+def layer(n_wires: int, width: int, n_layers: int) -> dict[str, dict[str, float]]:
     """Times of qaa, plain torch and LoRA for one layer's width."""
-    circuit = qaa.ansatz("ring", n_wires)
+    circuit = qaa.ansatz("ring", n_wires, n_layers)
     by_hand = Circuit(n_wires)
     by_hand.source, by_hand.signs = by_hand.source.cuda(), by_hand.signs.cuda()
     theta = torch.rand(circuit.parameter_shape, device="cuda", requires_grad=True)
@@ -104,8 +106,7 @@ def layer(n_wires: int, width: int) -> dict[str, dict[str, float]]:
     times = {"qaa": directions(in_qaa, theta, x)}
     with kernels_of_the_build():
         times["qaa, kernels for any circuit"] = directions(in_qaa, theta, x)
-    if n_wires <= 11:
-        torch.set_float32_matmul_precision("highest")
+    if n_wires <= 11 and n_layers == 1:
         times["torch, two matrix products a layer, compiled"] = directions(
             torch.compile(in_torch, dynamic=False), theta, x
         )
@@ -131,22 +132,19 @@ def training(name: str) -> dict[str, dict[str, float]]:
     AdamW, autocast to bfloat16, adapters on q and v in float32, as the Trainer has it with ``bf16=True``. Methods take
     turns, so that a drift of the clock meets all of them.
     """
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from qaa.peft import QaaConfig
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     sizes, (n_sequences, length) = MODELS[name]
     keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     shape: dict[str, Any] = dict(zip((*keys, "vocab_size"), sizes, strict=True))
     config = LlamaConfig(**shape, tie_word_embeddings=True)
-    targets = ["q_proj", "v_proj"]
-    methods: dict[str, Any] = {"LoRA r = 8": LoraConfig(r=8, target_modules=targets)}
-    methods |= {form: QaaConfig.preset(form, target_modules=targets) for form in ("compact", "default", "paper")}
+    methods = adapters()
     tokens = torch.randint(config.vocab_size, (n_sequences, length), device="cuda")
-    with torch.device("cuda"), default_dtype(torch.bfloat16):
+    with torch.device("cuda"):
         torch.manual_seed(0)
-        base: Any = LlamaForCausalLM(config)
+        auto: Any = AutoModelForCausalLM
+        base = auto.from_config(config, dtype=torch.bfloat16)
     rounds: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
     for _ in range(2):
         for method, adapter in methods.items():
@@ -163,10 +161,10 @@ def training(name: str) -> dict[str, dict[str, float]]:
 
             step()
             torch.cuda.reset_peak_memory_stats()
-            time = microseconds(step, repeats=7, warmup=2) / 1000
+            milliseconds = microseconds(step, repeats=7, warmup=2) / 1000
             rounds[method].append(
                 {
-                    "milliseconds": time,
+                    "milliseconds": milliseconds,
                     "GiB": torch.cuda.max_memory_allocated() / 2**30,
                     "trainable": sum(p.numel() for p in trained),
                 }
@@ -177,14 +175,41 @@ def training(name: str) -> dict[str, dict[str, float]]:
     return {method: {key: min(r[key] for r in results) for key in results[0]} for method, results in rounds.items()}
 
 
-@contextlib.contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
+def adapters() -> dict[str, Any]:
+    """The methods that a training step compares."""
+    from peft import LoraConfig
+
+    from qaa.peft import QaaConfig
+
+    presets = {form: QaaConfig.preset(form, target_modules=TARGETS) for form in ("compact", "default", "paper")}
+    return {"LoRA r = 8": LoraConfig(r=8, target_modules=TARGETS), **presets}
+
+
+def host(width: int = 576, rows: int = 256, n_modules: int = 8) -> dict[str, float]:
+    """Microseconds that Python takes to ask for one adapted layer's forward and backward, until it may go on."""
+    from peft import get_peft_model
+
+    x = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    times: dict[str, float] = {}
+    for method, adapter in adapters().items():
+        layers = [
+            torch.nn.Linear(width, width, bias=False, device="cuda", dtype=torch.bfloat16) for _ in range(n_modules)
+        ]
+        net = torch.nn.Sequential(*(torch.nn.ModuleDict({TARGETS[0]: one}) for one in layers))
+        model = get_peft_model(net, adapter).train()
+        adapted = [module[TARGETS[0]] for module in model.base_model.model]
+        samples: list[float] = []
+        for _ in range(40):
+            start = time.perf_counter()
+            y = x
+            with torch.autocast("cuda", torch.bfloat16):
+                for one in adapted:
+                    y = y + one(y)
+            torch.autograd.backward(y, torch.ones_like(y))
+            samples.append(1e6 * (time.perf_counter() - start) / n_modules)
+            torch.cuda.synchronize()
+        times[method] = sorted(samples)[len(samples) // 2]
+    return times
 
 
 def tests() -> str:
@@ -239,13 +264,16 @@ def main() -> int:
     if "layers" in arguments.sections:
         print(f"\n{results['device']}, {TOKENS} tokens in bfloat16, microseconds", flush=True)
         layers: dict[str, Any] = {}
-        for n_wires, width in LAYERS:
-            times = layers[f"n = {n_wires}, d = {width}"] = layer(n_wires, width)
+        for n_wires, width, n_layers in LAYERS:
+            times = layers[f"n = {n_wires}, d = {width}, L = {n_layers}"] = layer(n_wires, width, n_layers)
             note("microseconds", layers)
             for name, of_direction in times.items():
                 cells = "".join(f"{direction:>20} {value:9.1f}" for direction, value in of_direction.items())
-                print(f"n = {n_wires:2}, d = {width:5}  {name:36}{cells}", flush=True)
+                print(f"n = {n_wires:2}, d = {width:5}, L = {n_layers}  {name:46}{cells}", flush=True)
         print("goals at n = 11 on an H100:", ", ".join(f"{name} at most {goal:.0f}" for name, goal in GOALS.items()))
+    if "host" in arguments.sections:
+        note("host", host())
+        print("\nmicroseconds of the host for a layer and step:", results["host"], flush=True)
     if "training" in arguments.sections:
         steps: dict[str, Any] = {}
         for name in arguments.models:
