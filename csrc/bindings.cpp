@@ -46,7 +46,7 @@ std::vector<GateCall> calls_of(const std::vector<Gate>& gates) {
 
 Plan make_plan(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vector<Gate>& gates, ReadoutKind kind,
                std::uint32_t n_outputs, std::vector<std::string> paulis, bool normalize, bool fuse, bool rename,
-               bool absorb, bool expand, bool real, bool tangent, std::optional<int> rotate_radix,
+               bool absorb, bool expand, bool real, bool tangent, bool link, std::optional<int> rotate_radix,
                std::optional<int> unwind_radix) {
   PlanOptions options = default_options();
   options.fuse = fuse;
@@ -55,6 +55,7 @@ Plan make_plan(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vec
   options.expand = expand;
   options.real = real;
   options.tangent = tangent;
+  options.link = link;
   options.rotate_radix = rotate_radix.value_or(options.rotate_radix);
   options.unwind_radix = unwind_radix.value_or(options.unwind_radix);
   Plan plan;
@@ -206,7 +207,8 @@ PYBIND11_MODULE(_core, m) {
       .def(py::init(&make_plan), py::arg("n_wires"), py::arg("n_parameters"), py::arg("gates"), py::arg("kind"),
            py::arg("n_outputs"), py::arg("paulis"), py::arg("normalize") = true, py::kw_only(), py::arg("fuse") = true,
            py::arg("rename") = true, py::arg("absorb") = true, py::arg("expand") = true, py::arg("real") = true,
-           py::arg("tangent") = true, py::arg("rotate_radix") = py::none(), py::arg("unwind_radix") = py::none())
+           py::arg("tangent") = true, py::arg("link") = true, py::arg("rotate_radix") = py::none(),
+           py::arg("unwind_radix") = py::none())
       .def_property_readonly("n_columns", &Plan::n_columns, "Numbers per state that a readout yields.")
       .def(
           "operations",

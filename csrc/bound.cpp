@@ -12,11 +12,17 @@ constexpr double min_cosine = 1.0 / 64;
 constexpr double min_scale = 1.0 / (1 << 24);
 
 template <class T>
-RotatePass<T> rotate_pass(const Pass& pass, const std::vector<double>& angles, bool allow_tangent, double& scale) {
+RotatePass<T> rotate_pass(const Pass& pass, const std::vector<double>& angles, std::int64_t columns, bool allow_tangent,
+                          double& scale) {
   RotatePass<T> out{};
   out.radix = pass.radix;
+  out.extra = pass.extra;
+  out.links = pass.links.empty() ? nullptr : pass.links.data();
   out.representatives = pass.representatives.data();
   out.n_representatives = std::uint32_t(pass.representatives.size());
+  out.n_reached = pass.first_columns.empty() ? out.n_representatives
+                                             : std::uint32_t(std::ranges::lower_bound(pass.first_columns, columns) -
+                                                             pass.first_columns.begin());
   std::copy(pass.masks.begin(), pass.masks.end(), out.masks);
   out.overlap_scale = scale * scale;
   double product = 1;
@@ -34,6 +40,7 @@ RotatePass<T> rotate_pass(const Pass& pass, const std::vector<double>& angles, b
     out.mix[k] = T(tangent ? std::tan(half) : std::sin(half));
   }
   if (tangent) scale *= product;
+  out.link_scale = T(scale);  // over the scale at the end of the stage, squared, when that is known
   return out;
 }
 
@@ -122,7 +129,7 @@ void add_to(double* grad_theta, const Angle& angle, double derivative) {
 }  // namespace
 
 template <class T>
-BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta, bool with_adjoint)
+BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta, std::int64_t columns, bool with_adjoint)
     : plan_(plan), tables_((with_adjoint ? 4 : 2) * plan.n_amplitudes() * n_diagonals(plan)) {
   const std::size_t n_stages = plan.stages.size(), size = plan.n_amplitudes();
   std::size_t n_passes = 0, n_trees = plan.trees.size();
@@ -186,7 +193,10 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta, boo
       out.rotate = passes_.data() + passes_.size();
       out.n_rotate = std::uint32_t(stage.rotate.size());
       for (const Pass& pass : stage.rotate) {
-        passes_.push_back(rotate_pass<T>(pass, angles, plan.options.tangent, scale));
+        passes_.push_back(rotate_pass<T>(pass, angles, columns, plan.options.tangent, scale));
+      }
+      for (std::size_t k = passes_.size() - stage.rotate.size(); k < passes_.size(); ++k) {
+        passes_[k].link_scale *= passes_[k].link_scale / T(scale * scale);
       }
       slot += std::uint32_t(stage.rotations.size());
     }
@@ -208,7 +218,7 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta, boo
       out.n_unwind = std::uint32_t(stage.unwind.size());
       const double scale_before = scale;
       for (const Pass& pass : stage.unwind) {
-        passes_.push_back(rotate_pass<T>(pass, angles, plan.options.tangent, scale));
+        passes_.push_back(rotate_pass<T>(pass, angles, columns, plan.options.tangent, scale));
         passes_.back().first_slot = out.first_slot + pass.first;
       }
       // Overlaps after all rotations of the bra where the ket was kept, and before them at the first stage.
@@ -221,12 +231,10 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta, boo
   }
   bound_.unwound_scale = T(scale);
 
-  for (const std::vector<Pass>* passes : {&plan.flips, &plan.chains}) {
-    for (const Pass& pass : *passes) {
-      const auto n = std::uint32_t(pass.representatives.size());
-      flips_.push_back({pass.first, pass.radix, n, pass.representatives.data(), {}});
-      std::copy(pass.masks.begin(), pass.masks.end(), flips_.back().masks);
-    }
+  for (const Pass& pass : plan.flips) {
+    const auto n = std::uint32_t(pass.representatives.size());
+    flips_.push_back({pass.first, pass.radix, n, pass.representatives.data(), {}});
+    std::copy(pass.masks.begin(), pass.masks.end(), flips_.back().masks);
   }
   for (const Correlation& c : plan.correlations) {
     correlations_.push_back(
@@ -256,8 +264,6 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta, boo
   bound_.n_trees = std::uint32_t(plan.trees.size());
   bound_.flips = flips_.data();
   bound_.n_flips = std::uint32_t(plan.flips.size());
-  bound_.chains = flips_.data() + plan.flips.size();
-  bound_.n_chains = std::uint32_t(plan.chains.size());
   bound_.correlations = correlations_.data();
   bound_.n_correlations = std::uint32_t(correlations_.size());
   bound_.outputs = plan.outputs.data();

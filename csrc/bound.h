@@ -20,10 +20,13 @@ constexpr int max_radix = 4;
 
 template <class T>
 struct RotatePass {
-  std::uint32_t radix;
+  std::uint32_t radix, extra;
   std::uint32_t n_representatives;
+  std::uint32_t n_reached;  // by the rows' columns: later blocks are zero before the pass and unused after its inverse
   const Index* representatives;
-  Index masks[max_radix];
+  Index masks[max_radix];  // extra + radix
+  const Link* links;       // of masks k and k + 1, or null where this pass reads no string
+  T link_scale;            // turns products of amplitudes after this pass into those after the last pass
   bool tangent;                   // a - mix b, b + mix a; else keep a - mix b, keep b + mix a
   T keep[max_radix], mix[max_radix];
   std::uint32_t first_slot;  // where the derivatives with respect to the angles go
@@ -93,8 +96,8 @@ struct BoundPlan {
   std::uint32_t n_terms;
   const SumTree* trees;
   std::uint32_t n_trees;
-  const FlipPass *flips, *chains;
-  std::uint32_t n_flips, n_chains;
+  const FlipPass* flips;
+  std::uint32_t n_flips;
   const CorrelationPass* correlations;
   std::uint32_t n_correlations;
   const Index* outputs;
@@ -125,11 +128,12 @@ class Spare {
   std::vector<T> vector_;
 };
 
-// Owns what a BoundPlan points to, with the adjoint's part of it or without. The plan must outlive it.
+// Owns what a BoundPlan for rows of so many columns points to, with the adjoint's part of it or without. The plan must
+// outlive it.
 template <class T>
 class BoundPlanStorage {
  public:
-  BoundPlanStorage(const Plan& plan, const double* theta, bool with_adjoint);
+  BoundPlanStorage(const Plan& plan, const double* theta, std::int64_t columns, bool with_adjoint);
   const BoundPlan<T>& bound() const { return bound_; }
   // theta's gradient from the derivatives with respect to slots.
   void chain_rule(const double* slots, double* grad_theta) const;
@@ -141,7 +145,7 @@ class BoundPlanStorage {
   std::vector<RotatePass<T>> passes_;
   Spare<T> tables_;
   std::vector<SumTree> trees_;
-  std::vector<FlipPass> flips_;  // flips, then chains
+  std::vector<FlipPass> flips_;
   std::vector<CorrelationPass> correlations_;
   std::vector<BoundTerm<T>> terms_;
   std::vector<std::complex<double>> absorbed_;  // cosine and sine of every absorbed angle

@@ -138,7 +138,7 @@ int useful_threads(int threads, const Plan& plan, std::int64_t rows) {
 
 template <class T>
 void forward_as(const ForwardCall& call) {
-  const BoundPlanStorage<T> storage(call.plan, call.theta, false);
+  const BoundPlanStorage<T> storage(call.plan, call.theta, call.x.columns, false);
   const BoundPlan<T>& bound = storage.bound();
   const InstructionSet& set = set_for<T>(call.x.rows);
   const CpuKernels<T>& kernel = kernels_of<T>(set);
@@ -150,7 +150,7 @@ void forward_as(const ForwardCall& call) {
 
 template <class T>
 void backward_as(const BackwardCall& call) {
-  const BoundPlanStorage<T> storage(call.plan, call.theta, true);
+  const BoundPlanStorage<T> storage(call.plan, call.theta, call.x.columns, true);
   const BoundPlan<T>& bound = storage.bound();
   const InstructionSet& set = set_for<T>(call.x.rows);
   const CpuKernels<T>& kernel = kernels_of<T>(set);

@@ -176,9 +176,14 @@ struct Block {
     }
   }
   QAA_INLINE void load(const Vec<T>* state, std::size_t base, Vec<T>* block) const {
-    each(base, [&](int v, std::size_t address) { block[v] = at(state, address); });
+    each(base, [&](int v, std::size_t address) {
+      block[v] = at(state, address);
+      if constexpr (radix == 4) hold(block[v]);  // 4 % there, nothing or a loss for smaller blocks
+    });
   }
   QAA_INLINE void store(Vec<T>* state, std::size_t base, const Vec<T>* block) const {
+    // Addresses once more, where keeping all of them from the loads takes more registers or time than it saves.
+    if constexpr (radix == 4 || sizeof(Vec<T>) == 64) asm volatile("" : "+r"(base));
     each(base, [&](int v, std::size_t address) { at(state, address) = block[v]; });
   }
 };
@@ -204,34 +209,70 @@ QAA_INLINE void rotate_pair(Vec<T>& a, Vec<T>& b, T keep, T mix) {
   }
 }
 
-template <class T, int radix, bool tangent, bool inverse>
+// The first `extra` bits of v are left alone.
+template <class T, int radix, int extra, bool tangent, bool inverse>
 QAA_INLINE void rotate_block(Vec<T>* block, const RotatePass<T>& pass) {
 #pragma GCC unroll 4
   for (int k = 0; k < radix; ++k) {
+    const int bit = 1 << (k + extra);
 #pragma GCC unroll 16
-    for (int v = 0; v < (1 << radix); ++v) {
-      if (!(v & (1 << k))) {
-        rotate_pair<T, tangent, inverse>(block[v], block[v | (1 << k)], pass.keep[k], pass.mix[k]);
-      }
+    for (int v = 0; v < (1 << (radix + extra)); ++v) {
+      if (!(v & bit)) rotate_pair<T, tangent, inverse>(block[v], block[v | bit], pass.keep[k], pass.mix[k]);
     }
   }
 }
 
-template <class T, int radix, bool tangent, bool inverse>
-void rotate_pass(const RotatePass<T>& shared, Vec<T>* state, Prefetch& shared_soon) {
-  constexpr int size = 1 << radix;
+// The class of the pair v, v ^ (3 << k) of link k: 0 where bits k and k + 1 are equal, and the twisted string has a plus;
+// 1 where not.
+QAA_INLINE constexpr int link_class(int k, int v) { return ((v >> k) ^ (v >> (k + 1))) & 1; }
+// Whether link k of a pass can be asked for: one that turns nothing reads the links of two separate pairs.
+template <int radix, int extra>
+constexpr bool has_link(int k) {
+  return k + 1 < radix + extra && !(extra == 4 && k == 1);
+}
+
+template <class T, int radix, int extra>
+struct LinkSums {
+  Vec<T> sum[max_radix - 1][2] = {};
+
+  QAA_INLINE void add(const Vec<T>* block) {
+#pragma GCC unroll 4
+    for (int k = 0; k + 1 < radix + extra; ++k) {
+      if (!has_link<radix, extra>(k)) continue;
+#pragma GCC unroll 16
+      for (int v = 0; v < (1 << (radix + extra)); ++v) {
+        if (!(v & (1 << k))) sum[k][link_class(k, v)] += block[v] * block[v ^ (3 << k)];
+      }
+    }
+  }
+  // values[s] += <state| string s |state>, in the scale that the state will have at the end of the stage.
+  void add_to(Vec<T>* values, const RotatePass<T>& pass) const {
+    const T twice = 2 * pass.link_scale;
+    for (int k = 0; k + 1 < radix + extra; ++k) {
+      if (pass.links[k].plain != Link::none) values[pass.links[k].plain] += twice * (sum[k][0] + sum[k][1]);
+      if (pass.links[k].twisted != Link::none) values[pass.links[k].twisted] += twice * (sum[k][0] - sum[k][1]);
+    }
+  }
+};
+
+template <class T, int radix, int extra, bool tangent, bool inverse, bool link>
+void rotate_pass(const RotatePass<T>& shared, Vec<T>* state, Vec<T>* values, Prefetch& shared_soon) {
+  constexpr int bits = radix + extra;
   const RotatePass<T> pass = shared;  // a copy that stores to the state cannot alias
-  const Block<T, radix> in(pass.masks);
+  const Block<T, bits> in(pass.masks);
+  LinkSums<T, radix, extra> sums;
   Prefetch soon = shared_soon;
-  for (std::uint32_t r = 0; r < pass.n_representatives; ++r) {
+  for (std::uint32_t r = 0; r < pass.n_reached; ++r) {
     const std::size_t base = in.base(pass.representatives[r]);
-    soon.step();
-    Vec<T> block[size];
+    soon.template step<1 << bits>();
+    Vec<T> block[1 << bits];
     in.load(state, base, block);
-    rotate_block<T, radix, tangent, inverse>(block, pass);
-    in.store(state, base, block);
+    rotate_block<T, radix, extra, tangent, inverse>(block, pass);
+    if constexpr (link) sums.add(block);
+    if constexpr (radix > 0) in.store(state, base, block);
   }
   shared_soon = soon;
+  if constexpr (link) sums.add_to(values, pass);
 }
 
 // Undoes the rotations on ket and bra; overlaps[k] += sum over pairs of bra_b ket_a - bra_a ket_b, which is the same
@@ -245,7 +286,7 @@ void unwind_pass(const RotatePass<T>& shared, Vec<T>* ket, Vec<T>* bra, Vec<T>* 
   Prefetch soon = shared_soon;
   for (std::uint32_t r = 0; r < pass.n_representatives; ++r) {
     const std::size_t base = in.base(pass.representatives[r]);
-    soon.step();
+    soon.template step<size>();
     Vec<T> a[size], b[size];
     in.each(base, [&](int v, std::size_t address) {
       a[v] = at(ket, address);
@@ -262,8 +303,8 @@ void unwind_pass(const RotatePass<T>& shared, Vec<T>* ket, Vec<T>* bra, Vec<T>* 
         chain -= b[v] * a[u];
       }
     }
-    rotate_block<T, radix, tangent, true>(a, pass);
-    rotate_block<T, radix, tangent, true>(b, pass);
+    rotate_block<T, radix, 0, tangent, true>(a, pass);
+    rotate_block<T, radix, 0, tangent, true>(b, pass);
     in.each(base, [&](int v, std::size_t address) {
       at(ket, address) = a[v];
       at(bra, address) = b[v];
@@ -273,30 +314,56 @@ void unwind_pass(const RotatePass<T>& shared, Vec<T>* ket, Vec<T>* bra, Vec<T>* 
   for (int k = 0; k < radix; ++k) overlaps[k] += sum[k][0] + sum[k][1];
 }
 
-// overlaps[k] += the same sums, without a rotation of either state.
-template <class T, int radix>
-void overlap_pass(const RotatePass<T>& pass, const Vec<T>* ket, const Vec<T>* bra, Vec<T>* overlaps,
-                  Prefetch& shared_soon) {
-  const Block<T, radix> in(pass.masks);
-  Vec<T> sum[radix][2] = {};
+// What a pass does to the bra M ket while neither state is turned.
+template <class T>
+struct BraTask {
+  Vec<T>* overlaps = nullptr;       // overlaps[k] += the same sums as above
+  const Vec<T>* weights = nullptr;  // bra += (sum over strings s of the pass's links of weights[s] string s) ket
+  const Vec<T>* along = nullptr;    // bra -= along ket, after that
+};
+
+template <class T, int radix, int extra, bool overlap, bool link, bool project>
+void bra_pass(const RotatePass<T>& shared, const Vec<T>* ket, Vec<T>* bra, const BraTask<T>& task,
+              Prefetch& shared_soon) {
+  constexpr int bits = radix + extra;
+  const RotatePass<T> pass = shared;
+  const Block<T, bits> in(pass.masks);
+  Vec<T> sum[max_radix][2] = {}, weight[max_radix - 1][2] = {};
+  for (int k = 0; link && k + 1 < bits; ++k) {
+    auto of = [&](std::uint32_t string) { return string == Link::none ? Vec<T>{} : task.weights[string]; };
+    const Vec<T> plain = of(pass.links[k].plain), twisted = of(pass.links[k].twisted);
+    weight[k][0] = plain + twisted;
+    weight[k][1] = plain - twisted;
+  }
+  const Vec<T> along = project ? *task.along : Vec<T>{};
   Prefetch soon = shared_soon;
   for (std::uint32_t r = 0; r < pass.n_representatives; ++r) {
     const std::size_t base = in.base(pass.representatives[r]);
-    soon.step();
-    Vec<T> a[1 << radix];
+    soon.template step<1 << bits>();
+    Vec<T> a[1 << bits];
     in.load(ket, base, a);
     in.each(base, [&](int v, std::size_t address) {
-      const Vec<T> b = at(bra, address);
+      Vec<T> b = at(bra, address);
+      if constexpr (link) {
 #pragma GCC unroll 4
-      for (int k = 0; k < radix; ++k) {
-        const int lower = v & ~(1 << k);
-        Vec<T>& chain = sum[k][(lower >> (k == 0)) & 1];
-        chain = v == lower ? chain - b * a[v ^ (1 << k)] : chain + b * a[v ^ (1 << k)];
+        for (int k = 0; k + 1 < bits; ++k) {
+          if (has_link<radix, extra>(k)) b += weight[k][link_class(k, v)] * a[v ^ (3 << k)];
+        }
       }
+      if constexpr (overlap) {
+#pragma GCC unroll 4
+        for (int k = 0; k < radix; ++k) {
+          const int bit = 1 << (k + extra), lower = v & ~bit;
+          Vec<T>& chain = sum[k][(lower >> (k + extra == 0)) & 1];
+          chain = v == lower ? chain - b * a[v ^ bit] : chain + b * a[v ^ bit];
+        }
+      }
+      if constexpr (project) b -= along * a[v];
+      if constexpr (link || project) at(bra, address) = b;
     });
   }
   shared_soon = soon;
-  for (int k = 0; k < radix; ++k) overlaps[k] += sum[k][0] + sum[k][1];
+  for (int k = 0; overlap && k < radix; ++k) task.overlaps[k] += sum[k][0] + sum[k][1];
 }
 
 // Calls f with the pass's radix as a compile-time constant.
@@ -321,13 +388,35 @@ QAA_INLINE void with_flags(bool a, bool b, F&& f) {
   }
 }
 
-template <class T, bool inverse>
-void rotate(const RotatePass<T>& pass, Vec<T>* state, Prefetch& soon) {
-  with_radix(pass.radix, [&](auto radix) {
-    if (pass.tangent) {
-      rotate_pass<T, radix.value, true, inverse>(pass, state, soon);
-    } else {
-      rotate_pass<T, radix.value, false, inverse>(pass, state, soon);
+// Calls f with radix and extra as compile-time constants.
+template <class T, class F>
+QAA_INLINE void with_shape(const RotatePass<T>& pass, F&& f) {
+  if (pass.radix == 0) return pass.extra == 4 ? f(Constant<0>{}, Constant<4>{}) : f(Constant<0>{}, Constant<2>{});
+  if (pass.extra == 0) return with_radix(pass.radix, [&](auto radix) { f(radix, Constant<0>{}); });
+  switch (pass.radix) {
+    case 1: return f(Constant<1>{}, Constant<1>{});
+    case 2: return f(Constant<2>{}, Constant<1>{});
+    case 3: return f(Constant<3>{}, Constant<1>{});
+  }
+  __builtin_unreachable();
+}
+
+// values: where to add the strings of the pass's links, or null.
+template <class T>
+void rotate(const RotatePass<T>& pass, Vec<T>* state, Vec<T>* values, Prefetch& soon) {
+  with_shape(pass, [&](auto radix, auto extra) {
+    with_flags(pass.tangent, pass.links != nullptr && values != nullptr, [&](auto tangent, auto link) {
+      rotate_pass<T, radix.value, extra.value, tangent.value, false, link.value>(pass, state, values, soon);
+    });
+  });
+}
+template <class T>
+void rotate_inverse(const RotatePass<T>& pass, Vec<T>* state, Prefetch& soon) {
+  with_shape(pass, [&](auto radix, auto extra) {
+    if constexpr (radix.value > 0) {
+      with_flags(pass.tangent, false, [&](auto tangent, auto) {
+        rotate_pass<T, radix.value, extra.value, tangent.value, true, false>(pass, state, nullptr, soon);
+      });
     }
   });
 }
@@ -341,11 +430,17 @@ void unwind(const RotatePass<T>& pass, Vec<T>* ket, Vec<T>* bra, Vec<T>* overlap
     }
   });
 }
-
 template <class T>
-void measure_overlaps(const RotatePass<T>& pass, const Vec<T>* ket, const Vec<T>* bra, Vec<T>* overlaps,
-                      Prefetch& soon) {
-  with_radix(pass.radix, [&](auto radix) { overlap_pass<T, radix.value>(pass, ket, bra, overlaps, soon); });
+void work_on_bra(const RotatePass<T>& pass, const Vec<T>* ket, Vec<T>* bra, const BraTask<T>& task, Prefetch& soon) {
+  with_shape(pass, [&](auto radix, auto extra) {
+    with_flags(task.weights != nullptr, task.along != nullptr, [&](auto link, auto project) {
+      if (radix.value > 0 && task.overlaps != nullptr) {
+        bra_pass<T, radix.value, extra.value, (radix.value > 0), link.value, project.value>(pass, ket, bra, task, soon);
+      } else if constexpr (link.value && !project.value) {
+        bra_pass<T, radix.value, extra.value, false, true, false>(pass, ket, bra, task, soon);
+      }
+    });
+  });
 }
 
 // ------------------------------------------------------------------------------------------------ embedding
@@ -377,7 +472,7 @@ enum class Turn { none, keep, tangent };
 template <Turn turn, bool inverse, class T>
 QAA_INLINE void turn_columns(Vec<T>* block, const RotatePass<T>& low) {
   if constexpr (turn != Turn::none) {
-    rotate_block<T, __builtin_ctz(unsigned(width<T>)), turn == Turn::tangent, inverse>(block, low);
+    rotate_block<T, __builtin_ctz(unsigned(width<T>)), 0, turn == Turn::tangent, inverse>(block, low);
   }
 }
 // Calls f(Constant<turn>) for the rotations that can be done in registers.
@@ -388,25 +483,35 @@ auto with_turn(const RotatePass<T>* low, F&& f) {
 }
 
 // Loads rows, pads them with zeros to 2^n_wires amplitudes and computes their norms. The state is left unnormalized:
-// the circuit is linear, so the readout divides. Rotations of the lowest bits are done on the way.
+// the circuit is linear, so the readout divides. Rotations of the lowest bits are done on the way, and the strings of
+// their links are added to `values`.
 template <class T>
 Norms<T> embed(const BoundPlan<T>& p, const ConstMatrix& x, std::int64_t first_row, int n_rows, State<T> ket,
-               Prefetch& soon) {
+               Vec<T>* values, Prefetch& soon) {
   constexpr int w = width<T>;
   const RotatePass<T>* low = p.starts_low ? &p.stages[0].rotate[0] : nullptr;
-  auto load = [&]<Turn turn>(Constant<turn>) {
+  LinkSums<T, __builtin_ctz(unsigned(w)), 0> sums;
+  auto load = [&]<Turn turn, bool link>(Constant<turn>, Constant<link>) {
     const Index* inputs = p.inputs;
     Vec<T>* re = ket.re;
     const RotatePass<T> pass = turn == Turn::none ? RotatePass<T>{} : *low;
-    return load_matrix<T>(x, first_row, n_rows, [=](std::int64_t c, Vec<T>* block, int n) {
+    LinkSums<T, __builtin_ctz(unsigned(w)), 0> here;  // of its own, which nothing else refers to: it stays in registers
+    const Vec<T> squared = load_matrix<T>(x, first_row, n_rows, [=, &here](std::int64_t c, Vec<T>* block, int n) {
       turn_columns<turn, false>(block, pass);
+      if constexpr (link) here.add(block);
       if (turn != Turn::none) n = w;  // zeros are turned into more than zeros never, but columns into each other
 #pragma GCC unroll 16
       for (int k = 0; k < n; ++k) re[inputs[c + k]] = block[k];
     });
+    sums = here;
+    return squared;
   };
-  const Vec<T> squared = with_turn(low, load);
   bool turned = low != nullptr && fits_registers(*low);
+  const bool link = turned && low->links != nullptr && values != nullptr;
+  const Vec<T> squared = with_turn(low, [&]<Turn turn>(Constant<turn>) {
+    return link && turn != Turn::none ? load(Constant<turn>{}, Constant<turn != Turn::none>{})
+                                      : load(Constant<turn>{}, Constant<false>{});
+  });
   const Index loaded = turned ? (Index(x.columns) + w - 1) / w * w : Index(x.columns);
   auto pad = [&](Index first) {
     for (Index i = first; i < p.n_amplitudes; ++i) ket.re[p.inputs[i]] = Vec<T>{};
@@ -421,7 +526,7 @@ Norms<T> embed(const BoundPlan<T>& p, const ConstMatrix& x, std::int64_t first_r
   for (int l = 0; p.normalize && l < n_rows; ++l) any |= extreme[l] = squared[l] > huge || squared[l] < tiny;
   if (any) {
     if (turned) {
-      load(Constant<Turn::none>{});
+      load(Constant<Turn::none>{}, Constant<false>{});
       pad(Index(x.columns));
       turned = false;
     }
@@ -443,7 +548,8 @@ Norms<T> embed(const BoundPlan<T>& p, const ConstMatrix& x, std::int64_t first_r
     const Vec<T> rescaled = dot<T>(ket.re, ket.re, p.n_amplitudes);
     norms.squared = norms.rescale == splat<T>(1) ? squared : rescaled;
   }
-  if (low != nullptr && !turned) rotate<T, false>(*low, ket.re, soon);
+  if (low != nullptr && !turned) rotate<T>(*low, ket.re, values, soon);
+  if (link && turned) sums.add_to(values, *low);
   return norms;
 }
 
@@ -671,7 +777,7 @@ void flip_pass(const FlipPass& shared, const Vec<T>* state, Vec<T>* values, cons
   Prefetch soon = shared_soon;
   for (std::uint32_t r = 0; r < pass.n_representatives; ++r) {
     const std::size_t base = in.base(pass.representatives[r]);
-    soon.step();
+    soon.template step<1 << radix>();
     Vec<T> block[1 << radix];
     in.load(state, base, block);
 #pragma GCC unroll 4
@@ -698,55 +804,6 @@ void flip(const FlipPass& pass, const Vec<T>* state, Vec<T>* values, const Vec<T
           Prefetch& soon) {
   with_radix(pass.radix,
              [&](auto radix) { flip_pass<T, radix.value, apply>(pass, state, values, weights, bra, soon); });
-}
-
-// The same for a chain of pairs of strings, values[2k] without signs and values[2k + 1] with the sign of class(k, v):
-// the representatives have all signs positive, and each mask turns those of its neighbours in the chain.
-template <class T, int radix, bool apply>
-void chain_pass(const FlipPass& shared, const Vec<T>* state, Vec<T>* values, const Vec<T>* weights, Vec<T>* bra,
-                Prefetch& shared_soon) {
-  const FlipPass pass = shared;
-  const Block<T, radix> in(pass.masks);
-  auto class_of = [](int k, int v) { return (((v << 1) ^ (v >> 1)) >> k) & 1; };
-  Vec<T> sum[radix][2] = {}, weight[radix][2];
-  for (int k = 0; apply && k < radix; ++k) {
-    const Vec<T> plain = weights[pass.first + 2 * k], with_sign = weights[pass.first + 2 * k + 1];
-    weight[k][0] = plain + with_sign;
-    weight[k][1] = plain - with_sign;
-  }
-  Prefetch soon = shared_soon;
-  for (std::uint32_t r = 0; r < pass.n_representatives; ++r) {
-    const std::size_t base = in.base(pass.representatives[r]);
-    soon.step();
-    Vec<T> block[1 << radix];
-    in.load(state, base, block);
-#pragma GCC unroll 4
-    for (int k = 0; k < radix; ++k) {
-#pragma GCC unroll 16
-      for (int v = 0; v < (1 << radix); ++v) {
-        if (!(v & (1 << k))) sum[k][class_of(k, v)] += block[v] * block[v | (1 << k)];
-      }
-    }
-    if constexpr (apply) {
-      in.each(base, [&](int v, std::size_t address) {
-        Vec<T> out = at(bra, address);
-#pragma GCC unroll 4
-        for (int k = 0; k < radix; ++k) out += weight[k][class_of(k, v)] * block[v ^ (1 << k)];
-        at(bra, address) = out;
-      });
-    }
-  }
-  shared_soon = soon;
-  for (int k = 0; k < radix; ++k) {
-    values[pass.first + 2 * k] += 2 * (sum[k][0] + sum[k][1]);
-    values[pass.first + 2 * k + 1] += 2 * (sum[k][0] - sum[k][1]);
-  }
-}
-template <class T, bool apply>
-void chain(const FlipPass& pass, const Vec<T>* state, Vec<T>* values, const Vec<T>* weights, Vec<T>* bra,
-           Prefetch& soon) {
-  if (pass.radix == 2) return chain_pass<T, 2, apply>(pass, state, values, weights, bra, soon);
-  chain_pass<T, 4, apply>(pass, state, values, weights, bra, soon);
 }
 
 // The same for any strings with one x: values = 2 Re(conj(a_i) a_j) or 2 Im(conj(a_i) a_j), summed with signs.
@@ -809,12 +866,11 @@ void correlation(const CorrelationPass& c, Index n, bool complex, State<T> ket, 
 }
 
 // work.strings[s] = <stored ket| string s |stored ket>; with `apply` also bra = (sum over s of weights[s] string s)
-// ket.
+// ket. Either without the strings of links.
 template <class T, bool apply>
 void measure_strings(const BoundPlan<T>& p, bool complex, const Vec<T>* weights, const Workspace<T>& work) {
   Vec<T>* values = work.strings;
   const State<T> ket = work.ket, bra = work.bra;
-  for (std::uint32_t s = 0; s < p.n_strings; ++s) values[s] = Vec<T>{};
   for (std::uint32_t t = 0; t < p.n_trees; ++t) {
     const SumTree& tree = p.trees[t];
     Vec<T> sums[max_sums], tree_weight[max_sums];
@@ -853,10 +909,6 @@ void measure_strings(const BoundPlan<T>& p, bool complex, const Vec<T>* weights,
     flip<T, apply>(p.flips[f], ket.re, values, weights, bra.re, work.soon);
     if (complex) flip<T, apply>(p.flips[f], ket.im, values, weights, bra.im, work.soon);
   }
-  for (std::uint32_t c = 0; c < p.n_chains; ++c) {
-    chain<T, apply>(p.chains[c], ket.re, values, weights, bra.re, work.soon);
-    if (complex) chain<T, apply>(p.chains[c], ket.im, values, weights, bra.im, work.soon);
-  }
   for (std::uint32_t c = 0; c < p.n_correlations; ++c) {
     correlation<T, apply>(p.correlations[c], p.n_amplitudes, complex, ket, values, weights, bra);
   }
@@ -864,11 +916,16 @@ void measure_strings(const BoundPlan<T>& p, bool complex, const Vec<T>* weights,
 
 // ------------------------------------------------------------------------------------------------ groups
 
-// Runs all stages on the ket, but for what was done while it was loaded; keeps it where the adjoint will want it.
+// Loads rows and runs all stages on them, which reads the strings of links. Keeps the ket where the adjoint will want
+// it.
 template <bool keep, class T>
-void run_stages(const BoundPlan<T>& p, const Workspace<T>& work) {
+Norms<T> run_stages(const BoundPlan<T>& p, const ConstMatrix& x, std::int64_t first_row, int n_rows,
+                    const Workspace<T>& work) {
   const State<T> ket = work.ket;
   Prefetch& soon = work.soon;
+  Vec<T>* values = work.strings;
+  for (std::uint32_t s = 0; s < p.n_strings; ++s) values[s] = Vec<T>{};
+  const Norms<T> norms = embed<T>(p, x, first_row, n_rows, ket, values, soon);
   const State<T>* kept = work.kept;
   for (std::uint32_t s = 0; s < p.n_stages; ++s) {
     const BoundStage<T>& stage = p.stages[s];
@@ -882,16 +939,16 @@ void run_stages(const BoundPlan<T>& p, const Workspace<T>& work) {
       continue;
     }
     const std::uint32_t first = s == 0 && p.starts_low, n_complex = stage.from_complex ? stage.n_rotate : 0;
-    for (std::uint32_t k = first; k < stage.n_rotate; ++k) rotate<T, false>(stage.rotate[k], ket.re, soon);
-    for (std::uint32_t k = 0; k < n_complex; ++k) rotate<T, false>(stage.rotate[k], ket.im, soon);
+    for (std::uint32_t k = first; k < stage.n_rotate; ++k) rotate<T>(stage.rotate[k], ket.re, values, soon);
+    for (std::uint32_t k = 0; k < n_complex; ++k) rotate<T>(stage.rotate[k], ket.im, values, soon);
   }
+  return norms;
 }
 
 template <class T>
 void forward_group(const BoundPlan<T>& p, const ForwardCall& call, std::int64_t first_row, int n_rows,
                    const Workspace<T>& work) {
-  const Norms<T> norms = embed<T>(p, call.x, first_row, n_rows, work.ket, work.soon);
-  run_stages<false>(p, work);
+  const Norms<T> norms = run_stages<false>(p, call.x, first_row, n_rows, work);
   const bool complex = p.ends_complex;
   const Vec<T> inverse = inverse_norm<T>(p, norms);
   const State<T> ket = work.ket;
@@ -944,6 +1001,18 @@ void start_linear_bra(const BoundPlan<T>& p, const Workspace<T>& work) {
   }
 }
 
+// bra += (sum over the strings s of links of weights[s] string s) ket.
+template <class T>
+void apply_links(const BoundPlan<T>& p, const Workspace<T>& work) {
+  const BoundStage<T>& last = p.stages[p.n_stages - 1];
+  const BraTask<T> task{nullptr, work.strings + p.n_strings, nullptr};
+  for (std::uint32_t k = 0; !last.diagonal && k < last.n_rotate; ++k) {
+    if (last.rotate[k].links == nullptr) continue;
+    work_on_bra<T>(last.rotate[k], work.ket.re, work.bra.re, task, work.soon);
+    if (p.ends_complex) work_on_bra<T>(last.rotate[k], work.ket.im, work.bra.im, task, work.soon);
+  }
+}
+
 // The bra M ket, in the ket's scale, where M is the readout weighted by the incoming gradient. Returns Re<bra|ket>,
 // which the adjoint does not change.
 template <class T>
@@ -960,6 +1029,7 @@ Vec<T> start_bra(const BoundPlan<T>& p, const Workspace<T>& work) {
       weights[p.terms[t].string] += p.terms[t].coefficient * grad[p.terms[t].output];
     }
     measure_strings<T, true>(p, complex, weights, work);
+    if (p.n_stages > 1) apply_links(p, work);  // otherwise with the overlaps
     const double scale = double(p.scale) * double(p.scale);
     for (std::uint32_t t = 0; t < p.n_terms; ++t) {
       const BoundTerm<T>& term = p.terms[t];
@@ -990,8 +1060,8 @@ Vec<T> start_bra(const BoundPlan<T>& p, const Workspace<T>& work) {
 template <class T>
 void rotate_back(const BoundStage<T>& stage, std::uint32_t first, const Workspace<T>& work) {
   for (std::uint32_t k = stage.n_unwind; k-- > first;) {
-    rotate<T, true>(stage.unwind[k], work.bra.re, work.soon);
-    if (stage.from_complex) rotate<T, true>(stage.unwind[k], work.bra.im, work.soon);
+    rotate_inverse<T>(stage.unwind[k], work.bra.re, work.soon);
+    if (stage.from_complex) rotate_inverse<T>(stage.unwind[k], work.bra.im, work.soon);
   }
 }
 
@@ -1021,8 +1091,7 @@ void store_gradient(const BoundPlan<T>& p, const Matrix& grad_x, std::int64_t fi
 template <class T>
 void backward_group(const BoundPlan<T>& p, const BackwardCall& call, std::int64_t first_row, int n_rows,
                     Workspace<T> work) {
-  const Norms<T> norms = embed<T>(p, call.x, first_row, n_rows, work.ket, work.soon);
-  run_stages<true>(p, work);
+  const Norms<T> norms = run_stages<true>(p, call.x, first_row, n_rows, work);
   const Vec<T> inverse = inverse_norm<T>(p, norms);
   Vec<T>* columns = work.columns;
   load_matrix<T>(call.grad, first_row, n_rows,
@@ -1030,6 +1099,13 @@ void backward_group(const BoundPlan<T>& p, const BackwardCall& call, std::int64_
                    for (int k = 0; k < n; ++k) columns[c + k] = block[k] * inverse;
                  });
   const Vec<T> overlap = start_bra<T>(p, work);
+
+  // d/dx of q(x) / |x|^2, or of phi(x) / |x|: what lies along x drops out, which is what lies along the ket.
+  Vec<T> along{};
+  const bool project = p.normalize && call.grad_x.data != nullptr;
+  for (int l = 0; project && l < width<T>; ++l) {
+    along[l] = norms.squared[l] == 0 ? T(0) : overlap[l] * (p.scale * p.scale) / norms.squared[l];
+  }
 
   std::uint32_t n_kept = p.n_kept;
   for (std::uint32_t s = p.n_stages; s-- > 0;) {
@@ -1042,33 +1118,33 @@ void backward_group(const BoundPlan<T>& p, const BackwardCall& call, std::int64_
       rotate_back<T>(stage, 0, work);
       work.ket = work.kept[--n_kept];
     }
-    auto each_pass = [&](auto&& take) {
-      for (std::uint32_t k = 0; k < stage.n_unwind; ++k) {
-        const RotatePass<T>& pass = stage.unwind[k];
-        Vec<T> overlaps[max_radix] = {};
-        take(pass, work.ket.re, work.bra.re, overlaps);
-        if (stage.from_complex) take(pass, work.ket.im, work.bra.im, overlaps);
-        for (std::uint32_t r = 0; r < pass.radix; ++r) {
-          work.add_to_slot(pass.first_slot + r, overlaps[r], pass.overlap_scale);
-        }
+    // Of the first stage the bra is not yet turned back: nothing before it asks for the ket. There the last pass comes
+    // first, since a pass may hold a rotation of the pass before it, whose overlaps want the links of both.
+    const bool at_start = s == 0, undo = !stage.kept && !at_start;
+    for (std::uint32_t n = 0; n < stage.n_unwind; ++n) {
+      const std::uint32_t k = undo ? n : stage.n_unwind - 1 - n;
+      const RotatePass<T>& pass = stage.unwind[k];
+      Vec<T> overlaps[max_radix] = {};
+      const bool links = p.n_stages == 1 && pass.links != nullptr;
+      BraTask<T> task{overlaps, links ? work.strings + p.n_strings : nullptr,
+                      at_start && k == 0 && project ? &along : nullptr};
+      if (undo) {
+        unwind<T>(pass, work.ket.re, work.bra.re, overlaps, work.soon);
+        if (stage.from_complex) unwind<T>(pass, work.ket.im, work.bra.im, overlaps, work.soon);
+      } else {
+        work_on_bra<T>(pass, work.ket.re, work.bra.re, task, work.soon);
+        task.along = nullptr;
+        if (stage.from_complex) work_on_bra<T>(pass, work.ket.im, work.bra.im, task, work.soon);
       }
-    };
-    if (stage.kept || s == 0) {  // nothing before the first stage asks for the ket
-      each_pass([&](auto&... arguments) { measure_overlaps<T>(arguments..., work.soon); });
-    } else {
-      each_pass([&](auto&... arguments) { unwind<T>(arguments..., work.soon); });
+      for (std::uint32_t r = 0; r < pass.radix; ++r) {
+        work.add_to_slot(pass.first_slot + r, overlaps[r], pass.overlap_scale);
+      }
     }
   }
   if (call.grad_x.data == nullptr) return;
 
-  // d/dx of q(x) / |x|^2, or of phi(x) / |x|: what lies along x drops out, which is what lies along the ket.
-  Vec<T>* bra = work.bra.re;
-  if (p.normalize) {
-    Vec<T> along{};
-    for (int l = 0; l < width<T>; ++l) {
-      along[l] = norms.squared[l] == 0 ? T(0) : overlap[l] * (p.scale * p.scale) / norms.squared[l];
-    }
-    for (Index i = 0; i < p.n_amplitudes; ++i) bra[i] -= along * work.ket.re[i];
+  if (project && (p.n_stages == 0 || p.stages[0].diagonal)) {
+    for (Index i = 0; i < p.n_amplitudes; ++i) work.bra.re[i] -= along * work.ket.re[i];
   }
   const T twice = p.readout == ReadoutKind::state ? T(1) : T(2);
   store_gradient<T>(p, call.grad_x, first_row, n_rows, norms.rescale * (p.unwound_scale * twice), work);

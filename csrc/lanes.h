@@ -255,17 +255,31 @@ QAA_INLINE void lane_sums(const Vec<T>* values, int n, T* out) {
   }
 }
 
+// Keeps a vector that was loaded in a register: GCC reads it from memory once more for each use that can.
+template <class V>
+QAA_INLINE void hold([[maybe_unused]] V& vector) {
+#ifdef __AVX512F__
+  asm("" : "+v"(vector));
+#endif
+}
+
 // Memory that will be needed soon, brought to the cache a line at a time from within the loops of a pass: rows are too
 // short for the processor to foresee the next ones, and a burst would hold up the pass. First what will be written.
 struct Prefetch {
   const char *write = nullptr, *write_end = nullptr, *read = nullptr, *read_end = nullptr;
+  // The step of a loop that works on so many amplitudes: a line for every four, so that all rows have come after three
+  // or four sweeps over the states.
+  template <int amplitudes>
   QAA_INLINE void step() {
+    constexpr int n_lines = amplitudes < 4 ? 1 : amplitudes / 4;
     if (write < write_end) {
-      __builtin_prefetch(write, 1);
-      write += 64;
+#pragma GCC unroll 4
+      for (int i = 0; i < n_lines; ++i) __builtin_prefetch(write + 64 * i, 1);
+      write += 64 * n_lines;
     } else if (read < read_end) {
-      __builtin_prefetch(read, 0, 2);
-      read += 64;
+#pragma GCC unroll 4
+      for (int i = 0; i < n_lines; ++i) __builtin_prefetch(read + 64 * i, 0, 2);
+      read += 64 * n_lines;
     }
   }
 };

@@ -314,22 +314,33 @@ std::uint32_t next_group(std::uint32_t left, int radix) {
   return (left + groups - 1) / groups;
 }
 
+// The indices at which a pass over these rotations starts: where the signs of all of them are positive.
+std::vector<Index> representatives(const std::vector<const Rotation*>& rotations, std::uint32_t n_wires) {
+  std::vector<Index> found;
+  for (Index i = 0; i < (Index{1} << n_wires); ++i) {
+    if (std::ranges::none_of(rotations, [&](const Rotation* r) { return parity(i & r->z); })) found.push_back(i);
+  }
+  return found;
+}
+
+// A pass over rotations of a stage, of which it turns `radix` consecutive ones from `first` on, and no others.
+Pass rotation_pass(const std::vector<Rotation>& rotations, const std::vector<std::uint32_t>& others,
+                   std::uint32_t first, std::uint32_t radix, std::uint32_t n_wires) {
+  std::vector<const Rotation*> held;
+  for (const std::uint32_t r : others) held.push_back(&rotations[r]);
+  for (std::uint32_t r = first; r < first + radix; ++r) held.push_back(&rotations[r]);
+  Pass pass{first, radix, std::uint32_t(others.size()), {}, representatives(held, n_wires), {}, {}};
+  for (const Rotation* r : held) pass.masks.push_back(r->x);
+  return pass;
+}
+
 // The first `n_low` rotations have a pass of their own.
 std::vector<Pass> rotation_passes(const std::vector<Rotation>& rotations, std::uint32_t n_wires, int radix,
                                   std::uint32_t n_low = 0) {
   std::vector<Pass> passes;
-  for (std::uint32_t first = 0; first < rotations.size();) {
-    Pass pass;
-    pass.first = first;
-    pass.radix = first < n_low ? n_low : next_group(std::uint32_t(rotations.size()) - first, radix);
-    first += pass.radix;
-    for (std::uint32_t k = 0; k < pass.radix; ++k) pass.masks.push_back(rotations[pass.first + k].x);
-    for (Index i = 0; i < (Index{1} << n_wires); ++i) {
-      bool representative = true;
-      for (std::uint32_t k = 0; k < pass.radix; ++k) representative &= !parity(i & rotations[pass.first + k].z);
-      if (representative) pass.representatives.push_back(i);
-    }
-    passes.push_back(std::move(pass));
+  for (std::uint32_t first = 0; first < rotations.size(); first += passes.back().radix) {
+    const std::uint32_t size = first < n_low ? n_low : next_group(std::uint32_t(rotations.size()) - first, radix);
+    passes.push_back(rotation_pass(rotations, {}, first, size, n_wires));
   }
   return passes;
 }
@@ -374,10 +385,7 @@ std::vector<std::vector<Index>> independent_groups(std::vector<Index> masks, int
 }
 
 Pass flip_pass(const std::vector<Index>& masks, std::uint32_t first, std::uint32_t n_wires) {
-  Pass pass;
-  pass.first = first;
-  pass.radix = std::uint32_t(masks.size());
-  pass.masks = masks;
+  Pass pass{first, std::uint32_t(masks.size()), 0, masks, {}, {}, {}};
   std::vector<Index> basis;
   for (const Index mask : masks) extend(basis, mask);
   for (Index i = 0; i < (Index{1} << n_wires); ++i) {
@@ -497,7 +505,7 @@ void lay_out_stages(Plan& plan) {
   for (std::size_t s = plan.stages.size(); s-- > 0;) {
     Stage& stage = plan.stages[s];
     if (stage.is_diagonal()) continue;
-    std::ranges::stable_sort(stage.rotations, std::greater{}, [](const Rotation& r) { return r.x; });
+    std::ranges::reverse(stage.rotations);  // columns' lowest bits are the last wires, whose neighbours shall follow
     stage.kept = s > 0 && n_kept < Plan::max_kept;
     n_kept += stage.kept;
     std::uint32_t n_low = 0;
@@ -511,44 +519,64 @@ void lay_out_stages(Plan& plan) {
   }
 }
 
-// A pair of strings (x, 0) and (x, z) that a real state has.
-using Pair = String;
-
-// Takes the next chain of at most `length` pairs, 4 or 2 of them, from the pairs that are left: parity(z_k & x_l) is 1
-// for neighbours in the chain and 0 for the others. Pairs with few neighbours come first, lest they be left over.
-std::vector<Pair> take_chain(std::vector<Pair>& left, std::size_t length) {
-  auto linked = [](const Pair& a, const Pair& b) { return parity(a.z & b.x) && parity(b.z & a.x); };
-  auto apart = [](const Pair& a, const Pair& b) { return !parity(a.z & b.x) && !parity(b.z & a.x); };
-  std::ranges::stable_sort(left, std::less{}, [&](const Pair& a) {
-    return std::ranges::count_if(left, [&](const Pair& b) { return a.x != b.x && linked(a, b); });
-  });
-  std::vector<Pair> chain;
-  auto grow = [&](auto&& self) -> bool {
-    if (chain.size() == length) return true;
-    for (const Pair& next : left) {
-      bool fits = true;
-      for (std::size_t k = 0; k < chain.size(); ++k) {
-        fits &= chain[k].x != next.x && (k + 1 == chain.size() ? linked(chain[k], next) : apart(chain[k], next));
-      }
-      if (!fits) continue;
-      chain.push_back(next);
-      if (self(self)) return true;
-      chain.pop_back();
-    }
-    return false;
+// Blocks of the first stage's passes in the order of the columns that reach them: what is beyond a row's end is zero
+// before a pass, and nobody asks for it after the pass was undone.
+void lay_out_columns(Plan& plan) {
+  if (plan.stages.empty()) return;
+  Stage& stage = plan.stages.front();
+  auto spread = [](std::vector<Index>& columns, Index mask) {
+    for (Index i = 0; i < columns.size(); ++i) columns[i] = std::min(columns[i], columns[i ^ mask]);
   };
-  if (!grow(grow)) return length > 2 ? take_chain(left, length - 2) : chain;
-  std::erase_if(left, [&](const Pair& p) { return std::ranges::find(chain, p) != chain.end(); });
-  return chain;
+  std::vector<Index> first(plan.n_amplitudes());  // column that reaches each amplitude
+  for (Index c = 0; c < plan.n_amplitudes(); ++c) first[plan.inputs[c]] = c;
+  for (Pass& pass : stage.rotate) {
+    for (std::uint32_t k = pass.extra; k < pass.masks.size(); ++k) spread(first, pass.masks[k]);
+    std::vector<Index> of_block = first;
+    for (std::uint32_t k = 0; k < pass.extra; ++k) spread(of_block, pass.masks[k]);
+    auto reach = [&](Index i) { return of_block[i]; };
+    std::ranges::stable_sort(pass.representatives, std::less{}, reach);
+    std::ranges::transform(pass.representatives, std::back_inserter(pass.first_columns), reach);
+  }
+  stage.unwind = stage.rotate;
 }
 
-Pass chain_pass(const std::vector<Pair>& chain, std::uint32_t first, std::uint32_t n_wires) {
-  Pass pass{first, std::uint32_t(chain.size()), {}, {}};
-  for (const Pair& p : chain) pass.masks.push_back(p.x);
-  for (Index i = 0; i < (Index{1} << n_wires); ++i) {
-    if (std::ranges::none_of(chain, [&](const Pair& p) { return parity(i & p.z); })) pass.representatives.push_back(i);
+// Strings of neighbouring rotations of the last stage go to the pass that holds both, which may hold the last rotation
+// of the pass before it for this; what is left gets passes that turn nothing. `take` gives a string's new number, or
+// none.
+template <class Take>
+void lay_out_links(Plan& plan, Take&& take) {
+  if (!plan.options.link || plan.stages.empty() || plan.stages.back().is_diagonal()) return;
+  Stage& stage = plan.stages.back();
+  const std::vector<Rotation>& rotations = stage.rotations;
+  std::vector<Link> links;  // of rotations k and k + 1
+  for (std::size_t k = 0; k + 1 < rotations.size(); ++k) {
+    const Index x = rotations[k].x ^ rotations[k + 1].x, z = rotations[k].z ^ rotations[k + 1].z;
+    links.push_back({take(String{x, 0}), take(String{x, z})});
   }
-  return pass;
+  std::vector<std::uint32_t> left;
+  for (Pass& pass : stage.rotate) {
+    const std::uint32_t first = pass.first, radix = pass.radix;
+    if (first > 0 && links[first - 1].is_asked_for()) {
+      if (radix < std::uint32_t(plan.options.rotate_radix)) {
+        pass = rotation_pass(rotations, {first - 1}, first, radix, plan.n_wires);
+      } else {
+        left.push_back(first - 1);
+      }
+    }
+    const auto begin = links.begin() + (first - pass.extra), end = links.begin() + (first + radix - 1);
+    if (std::any_of(begin, end, [](const Link& link) { return link.is_asked_for(); })) pass.links.assign(begin, end);
+  }
+  for (std::size_t k = 0; k < left.size();) {
+    std::vector<std::uint32_t> others{left[k], left[k] + 1};
+    std::vector<Link> read{links[left[k++]]};
+    if (plan.options.rotate_radix == 4 && k < left.size() && left[k] > others.back()) {
+      others.insert(others.end(), {left[k], left[k] + 1});
+      read.insert(read.end(), {Link{}, links[left[k++]]});
+    }
+    stage.rotate.push_back(rotation_pass(rotations, others, 0, 0, plan.n_wires));
+    stage.rotate.back().links = std::move(read);
+  }
+  stage.unwind = stage.rotate;
 }
 
 // Strings [first, last), all with the same x and the same parity(x & z), as few correlations as possible.
@@ -592,29 +620,29 @@ std::vector<Correlation> correlations(const std::vector<String>& strings, std::u
   return out;
 }
 
-// Renumbers the strings so that those of one group are neighbours: flips, chains, and by x and z what is left.
+// Renumbers the strings so that those of one group are neighbours: links, flips, and by x and z what is left.
 void lay_out_strings(Plan& plan) {
-  const int radix = plan.options.rotate_radix;
   std::vector<String> all = plan.strings, ordered;
   std::ranges::sort(all, std::less{}, [](const String& s) {
     return std::tuple(s.x, bool(parity(s.x & s.z)), s.z);
   });
+  lay_out_links(plan, [&](const String& string) {
+    const auto found = std::ranges::find(all, string);
+    if (found == all.end()) return Link::none;
+    all.erase(found);
+    ordered.push_back(string);
+    return std::uint32_t(ordered.size() - 1);
+  });
   std::vector<Index> flip_masks;
-  std::vector<Pair> pairs;
   for (auto s = all.begin(); s != all.end();) {
     const auto end = std::find_if(s, all.end(), [&](const String& other) { return other.x != s->x; });
     if (s->x != 0 && s->z == 0 && end - s == 1) flip_masks.push_back(s->x);
-    if (s->x != 0 && s->z == 0 && end - s == 2 && !parity(s[1].x & s[1].z)) pairs.push_back(s[1]);
     s = end;
   }
   std::ranges::sort(flip_masks, std::greater{});
-  for (const std::vector<Index>& group : independent_groups(flip_masks, radix)) {
+  for (const std::vector<Index>& group : independent_groups(flip_masks, plan.options.rotate_radix)) {
     plan.flips.push_back(flip_pass(group, std::uint32_t(ordered.size()), plan.n_wires));
     for (const Index x : group) ordered.push_back({x, 0});
-  }
-  for (std::vector<Pair> chain; (chain = take_chain(pairs, radix < 4 ? 2 : 4)).size() > 1;) {
-    plan.chains.push_back(chain_pass(chain, std::uint32_t(ordered.size()), plan.n_wires));
-    for (const Pair& p : chain) ordered.insert(ordered.end(), {String{p.x, 0}, p});
   }
   const auto n_grouped = std::uint32_t(ordered.size());
   for (const String& s : all) {
@@ -841,7 +869,6 @@ Plan compile(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vecto
     }
     if (options.absorb) observables.absorb_trailing();
     observables.compact();
-    lay_out_strings(plan);
   } else {
     if (options.absorb && readout.kind == ReadoutKind::probs) {
       while (!plan.stages.empty() && plan.stages.back().is_diagonal()) plan.stages.pop_back();
@@ -852,6 +879,8 @@ Plan compile(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vecto
     }
   }
   lay_out_stages(plan);
+  if (readout.kind == ReadoutKind::expval) lay_out_strings(plan);
+  lay_out_columns(plan);
   return plan;
 }
 
@@ -885,7 +914,11 @@ Operations count_operations(const Plan& plan, std::uint32_t columns) {
     const double n_trees = double(plan.trees.size());
     double n_products = 0;  // of two amplitudes, for every pair of indices
     for (const Pass& pass : plan.flips) n_products += pass.radix * parts;
-    for (const Pass& pass : plan.chains) n_products += pass.radix * parts;
+    for (const Stage& stage : plan.stages) {
+      for (const Pass& pass : stage.rotate) {
+        n_products += double(std::ranges::count_if(pass.links, &Link::is_asked_for)) * parts;
+      }
+    }
     for (const Correlation& c : plan.correlations) n_products += c.imaginary ? 2 * (parts - 1) : parts;
     readout = n_trees * (2 * n * (parts - 1) + tree_sum) + n_products * n / 2;  // squares are added as they are made
     back += n_trees * n * (1 + parts) + n_products * n;

@@ -39,6 +39,7 @@ struct PlanOptions {
   bool expand = true;    // and the diagonal that makes a real state complex, at the price of more strings
   bool real = true;      // leave the imaginary part out while the state is real
   bool tangent = true;   // rotate with one multiply-add per amplitude, the cosines collected in one scalar
+  bool link = true;      // read strings of two neighbouring rotations in the pass that turns them
   int load_radix = 3;    // wires that are rotated while rows are loaded
   int rotate_radix = 3;  // wires per pass of a rotation
   int unwind_radix = 2;  // wires per pass of the adjoint, which holds two states
@@ -67,13 +68,24 @@ struct Phase {
   bool operator==(const Phase&) const = default;
 };
 
+// Strings (x, 0) and (x, z) of two rotations a and b of the last stage, x = a.x ^ b.x and z = a.z ^ b.z. No other
+// rotation of the stage changes what is read of them, so that any pass that holds the amplitudes of both may read them.
+struct Link {
+  static constexpr std::uint32_t none = ~0u;
+  std::uint32_t plain = none, twisted = none;
+  bool is_asked_for() const { return plain != none || twisted != none; }
+};
+
 // A subset of commuting operations with at most 4 index masks, done in registers: for every representative r, the
-// 2^radix amplitudes r ^ (xor of a subset of masks) are loaded, worked on and stored.
+// amplitudes r ^ (xor of a subset of masks) are loaded, worked on and stored.
 struct Pass {
   std::uint32_t first = 0;  // the first of `radix` consecutive operations of the stage, or strings of the readout
   std::uint32_t radix = 0;
-  std::vector<Index> masks;
+  std::uint32_t extra = 0;   // of the masks, the first so many belong to rotations that this pass leaves alone
+  std::vector<Index> masks;  // extra + radix
   std::vector<Index> representatives;
+  std::vector<Index> first_columns;  // in the first stage, ascending: the first column that reaches each block
+  std::vector<Link> links;  // of masks k and k + 1; empty where no string is read in this pass
 };
 
 // Signed sums S_j = sum_i (-1)^parity(z_j & i) v_i for n independent masks z_j at once, by halving: order[b] is the
@@ -87,7 +99,7 @@ struct Tree {
 
 struct Stage {
   std::vector<Rotation> rotations;    // mutually commuting: parity(z_r & x_s) = (r == s)
-  std::vector<Pass> rotate, unwind;   // how the kernels walk through them
+  std::vector<Pass> rotate, unwind;   // how the kernels walk through them; in the last stage the two are equal
   bool kept = false;                  // the adjoint keeps the ket from before these rotations instead of undoing them
   std::vector<Phase> phases;          // or a diagonal: the product of all these
   std::vector<Tree> trees;            // sums for the derivatives; every phase that depends on theta is in one slot
@@ -151,8 +163,7 @@ struct Plan {
   std::vector<Angle> absorbed;         // angles of the rotations that the observables took in
   std::vector<Tree> trees;             // strings with x = 0
   std::vector<Pass> flips;             // strings with z = 0, x != 0, as groups of independent masks
-  std::vector<Pass> chains;            // pairs of strings (x_k, 0), (x_k, z_k) with parity(z_k & x_l) = (|k - l| == 1)
-  std::vector<Correlation> correlations;  // every other string
+  std::vector<Correlation> correlations;  // every other string that no pass of the last stage reads
 
   // probs and state
   std::vector<Index> outputs;      // output b -> amplitude index

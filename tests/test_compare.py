@@ -671,6 +671,11 @@ def test_a_larger_rate_must_be_better_by_more_than_the_noise() -> None:
     assert choose_rate([1, 2, 4], lambda rate: (clear[rate], [1] * 4), 0)[0] == 4
 
 
+def test_trials_as_long_as_the_runs_are_taken_at_their_word() -> None:
+    noisy = {1: [9.0] * 4, 2: [1.2, 0.9, 1.3, 0.8], 4: [1.0, 1.0, 1.0, 1.0]}
+    assert choose_rate([1, 2, 4], lambda rate: (noisy[rate], [1] * 4), 0, short=False)[0] == 4
+
+
 def _answer(value: int) -> dict[str, int]:
     return {"value": value, "process": os.getpid()}
 

@@ -548,7 +548,7 @@ def test_an_unknown_instruction_set_is_an_error_that_names_the_known_ones() -> N
     assert "expected QAA_ISA to be one of" in result.stderr and "received 'mmx'" in result.stderr
 
 
-REWRITES = ("fuse", "rename", "absorb", "expand", "real", "tangent")
+REWRITES = ("fuse", "rename", "absorb", "expand", "real", "tangent", "link")
 
 
 @pytest.fixture
@@ -567,7 +567,11 @@ def switch_off(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Sequence[s
     forget()
 
 
-@pytest.mark.parametrize("without", [c for k in range(1, 7) for c in combinations(REWRITES, k)], ids=",".join)
+# every subset without "link", which is about the readout alone and meets the others one by one and all at once
+SUBSETS = [c for k in range(1, 8) for c in combinations(REWRITES, k) if "link" not in c or len(c) in (1, 2, 7)]
+
+
+@pytest.mark.parametrize("without", SUBSETS, ids=",".join)
 def test_every_rewrite_of_the_plan_can_be_switched_off(
     without: tuple[str, ...], switch_off: Callable[[Sequence[str]], None]
 ) -> None:
@@ -581,7 +585,7 @@ def test_every_rewrite_of_the_plan_can_be_switched_off(
 def test_diagonals_behind_a_real_state_move_into_the_strings(
     rotate_radix: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Real gates, phases, real gates: strings come in chains, in classes of one sign, imaginary, alone; all widths."""
+    """Real gates, phases, real gates: strings of neighbours, in classes of one sign, imaginary, alone; all widths."""
     make = _core.Plan
     monkeypatch.setattr(_core, "Plan", lambda *args, **options: make(*args, rotate_radix=rotate_radix, **options))
     program._plan.cache_clear()
@@ -605,6 +609,28 @@ def test_diagonals_behind_a_real_state_move_into_the_strings(
     program._plan.cache_clear()
 
 
+@pytest.mark.parametrize("n_layers", [1, 2])
+@pytest.mark.parametrize("readout", ["z", "probs[:5]", "state[:5]"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_blocks_beyond_the_rows_end_are_left_out_and_nothing_is_missed(
+    n_layers: int, readout: str, dtype: type
+) -> None:
+    """Rows of any width have the features and gradients of the same rows with zeros behind them."""
+    rng = np.random.default_rng(19)
+    for n, widths in ((3, range(1, 8)), (7, (1, 16, 17, 65, 100, 127)), (10, (1, 300, 513, 576, 768, 1009))):
+        circuit = ansatz("ring", n, n_layers)
+        for width in widths:
+            for normalize in (True, False):
+                problem = random_problem(rng, circuit, readout, batch=17, normalize=normalize)
+                x = np.zeros_like(problem.x, shape=(17, 2**n))
+                x[:, :width] = rng.standard_normal((17, width))
+                padded = solve(cast(replace(problem, x=x), dtype))
+                short = solve(cast(replace(problem, x=np.ascontiguousarray(x[:, :width])), dtype))
+                scale = 1e-12 if dtype is np.float64 else 2e-5
+                for a, b in zip(short, (*padded[:2], padded[2][:, :width]), strict=True):
+                    np.testing.assert_allclose(a, b, rtol=0, atol=scale * max(1, np.abs(b).max()))
+
+
 def test_rewrites_do_something(switch_off: Callable[[Sequence[str]], None]) -> None:
     """Switching one off is no empty gesture: the plan differs, or the roundings of a result do."""
     circuit = ansatz("ring", 3, 2)
@@ -620,11 +646,12 @@ def test_rewrites_do_something(switch_off: Callable[[Sequence[str]], None]) -> N
     switch_off([])
     assert "diagonal" not in str(program.program(ansatz("ring", 3, 1), "z", True).plan)
     # tangents are chosen when the angles are known; "real" leaves out work on zeros, which no result shows
-    problem = cast(random_problem(np.random.default_rng(17), circuit, "z", batch=9), np.float32)
+    problem = cast(random_problem(np.random.default_rng(17), ansatz("ring", 8), "z", batch=9), np.float32)
     switch_off([])
-    with_tangents = solve(problem)[0]
-    switch_off(["tangent"])
-    assert (solve(problem)[0] != with_tangents).any()
+    with_all = solve(problem)[0]
+    for rewrite in ("tangent", "link"):
+        switch_off([rewrite])
+        assert (solve(problem)[0] != with_all).any(), rewrite
 
 
 def test_the_core_holds_the_same_gate_table() -> None:

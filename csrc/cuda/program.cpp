@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <bit>
 #include <cstring>
+#include <functional>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -210,10 +212,17 @@ class Builder {
     const std::uint32_t first_slot = n_slots_;
     if (!stage.is_diagonal()) {
       n_slots_ += std::uint32_t(stage.rotations.size());
-      for (std::size_t first = 0; first < stage.rotations.size(); first += layout_.tile_bits) {
+      // The wires of the columns' lowest bits, which the plan has put first, then the highest amplitudes' first.
+      std::vector<std::size_t> order(stage.rotations.size());
+      std::iota(order.begin(), order.end(), 0);
+      const std::size_t n_low = &stage == &plan_.stages.front() && plan_.starts_low ? stage.rotate[0].radix : 0;
+      std::ranges::stable_sort(order.begin() + std::ptrdiff_t(n_low), order.end(), std::greater{},
+                               [&](std::size_t r) { return stage.rotations[r].x; });
+      for (std::size_t first = 0; first < order.size(); first += layout_.tile_bits) {
         std::vector<Item> items;
         std::vector<Index> masks;
-        for (std::size_t r = first; r < std::min(stage.rotations.size(), first + layout_.tile_bits); ++r) {
+        for (std::size_t k = first; k < std::min(order.size(), first + layout_.tile_bits); ++k) {
+          const std::size_t r = order[k];
           const Rotation& rotation = stage.rotations[r];
           items.push_back({rotation.z, add_angle(rotation.angle), first_slot + std::uint32_t(r)});
           note(rotation.angle, first_slot + std::uint32_t(r));

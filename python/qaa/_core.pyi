@@ -187,6 +187,7 @@ class Plan:
         expand: bool = True,
         real: bool = True,
         tangent: bool = True,
+        link: bool = True,
         rotate_radix: typing.SupportsInt | typing.SupportsIndex | None = None,
         unwind_radix: typing.SupportsInt | typing.SupportsIndex | None = None,
     ) -> None: ...

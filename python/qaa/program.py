@@ -12,7 +12,7 @@ from qaa import _core
 from qaa.circuit import Circuit, Readout
 
 #: Rewrites of the plan compiler; naming some in QAA_PLAN_WITHOUT (comma-separated) switches them off, for tests.
-REWRITES = ("fuse", "rename", "absorb", "expand", "real", "tangent")
+REWRITES = ("fuse", "rename", "absorb", "expand", "real", "tangent", "link")
 
 
 @dataclass(frozen=True)

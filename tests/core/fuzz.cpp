@@ -410,7 +410,7 @@ Circuit read_circuit(Reader& in, bool wild) {
   return c;
 }
 
-// Six rewrites and three widths.
+// Seven rewrites and three widths.
 PlanOptions options_of(std::uint32_t rewrites, std::array<std::uint32_t, 3> radices) {
   PlanOptions options = default_options();
   options.fuse = rewrites & 1;
@@ -419,6 +419,7 @@ PlanOptions options_of(std::uint32_t rewrites, std::array<std::uint32_t, 3> radi
   options.expand = rewrites & 8;
   options.real = rewrites & 16;
   options.tangent = rewrites & 32;
+  options.link = rewrites & 64;
   options.load_radix = int(radices[0]);
   options.rotate_radix = int(radices[1]);
   options.unwind_radix = int(radices[2]);
@@ -437,7 +438,7 @@ PlanOptions read_options(Reader& in, bool wild) {
 PlanOptions hashed_options(const std::uint8_t* data, std::size_t size) {
   std::uint32_t hash = 2166136261u;
   for (std::size_t i = 0; i < size; ++i) hash = (hash ^ data[i]) * 16777619u;
-  return options_of(hash >> 8, {1 + (hash >> 14) % 4, 1 + (hash >> 16) % 4, 1 + (hash >> 18) % 4});
+  return options_of(hash >> 8, {1 + (hash >> 15) % 4, 1 + (hash >> 17) % 4, 1 + (hash >> 19) % 4});
 }
 
 // What distinguishes plans: which kinds of stages, passes, trees and readouts there are, and whether there are several.
@@ -445,7 +446,7 @@ std::uint64_t shape_of(const Plan& plan) {
   std::uint64_t shape = 1;
   auto mix = [&](std::size_t count) { shape = shape * 3 + std::min<std::size_t>(count, 2); };
   for (const std::size_t count : {std::size_t(plan.readout), plan.absorbed.size(), plan.trees.size(), plan.flips.size(),
-                                  plan.chains.size(), plan.correlations.size(), std::size_t(plan.starts_low)}) {
+                                  plan.correlations.size(), std::size_t(plan.starts_low)}) {
     mix(count);
   }
   std::size_t complex = 0, real = 0, kept = 0, constant = 0, trees = 0, passes = 0;

@@ -1,7 +1,7 @@
 """How every method is trained and judged: one protocol, one process per run, results in files.
 
-A *tuning* job tries learning rates in short runs and keeps the one with the lowest validation loss. A *training* job
-trains with it, keeps the step with the lowest validation loss, measures the test loss and writes greedy answers.
+A *tuning* job tries learning rates and chooses one by validation loss. A *training* job trains with it, keeps the step
+with the lowest validation loss, measures the test loss and writes greedy answers.
 """
 
 from __future__ import annotations
@@ -377,14 +377,15 @@ Scores = tuple[Sequence[float], Sequence[int]]  # per validation example: summed
 
 
 def choose_rate(
-    grid: Sequence[float], score: Callable[[float], Scores | None], extensions: int
+    grid: Sequence[float], score: Callable[[float], Scores | None], extensions: int, *, short: bool = True
 ) -> tuple[float, list[tuple[float, float | None]], bool]:
     """The chosen rate, all (rate, loss), and whether the rate of lowest loss still lies at the grid's edge.
 
     Chosen is the smallest rate whose loss is within one standard error of the lowest, the error being that of the
-    paired difference over examples: trials are short, which flatters large rates, and a difference inside the noise
-    should not decide for one. While the rate of lowest loss is at an edge, up to ``extensions`` further rates beyond
-    that edge are tried, at the grid's own ratio. A score of None stands for a run that diverged.
+    paired difference over examples: short trials flatter large rates, and a difference inside the noise should not
+    decide for one. Where trials are as long as the runs themselves (``short=False``) it is the rate of lowest loss.
+    While that rate is at an edge, up to ``extensions`` further rates beyond the edge are tried, at the grid's own
+    ratio. A score of None stands for a run that diverged.
 
     Example:
         >>> choose_rate([1.0, 2.0, 4.0], lambda rate: ([(rate - 7) ** 2] * 3, [1] * 3), extensions=2)
@@ -412,7 +413,7 @@ def choose_rate(
         found[beyond] = score(beyond)
     rates = sorted(found)
     best = min(rates, key=loss)
-    chosen = next(rate for rate in rates if rate == best or _within_noise(found[rate], found[best]))
+    chosen = next(rate for rate in rates if rate == best or (short and _within_noise(found[rate], found[best])))
     tried = [(rate, _finite(loss(rate))) for rate in rates]
     return chosen, tried, len(rates) > 1 and best in (rates[0], rates[-1])
 
@@ -430,7 +431,7 @@ def _within_noise(scores: Scores | None, best: Scores | None) -> bool:
 
 
 def tune(job: Job, name: str, seed: int) -> dict[str, Any]:
-    """Chooses the learning rate of a row on the validation split, with short runs of the same schedule."""
+    """Chooses the learning rate of a row on the validation split, with ``tuning_steps`` of the same schedule."""
     from .methods import row
 
     _quiet()
@@ -448,7 +449,9 @@ def tune(job: Job, name: str, seed: int) -> dict[str, Any]:
         return (sums, counts) if math.isfinite(sum(sums)) else None
 
     began = time.perf_counter()
-    rate, tried, at_edge = choose_rate(trained.method.learning_rates, score, chosen.grid_extensions)
+    rate, tried, at_edge = choose_rate(
+        trained.method.learning_rates, score, chosen.grid_extensions, short=chosen.tuning_steps < chosen.steps
+    )
     if all(value is None for _, value in tried):
         raise RuntimeError(f"every learning rate of {name} diverged: {[r for r, _ in tried]}")
     return {
