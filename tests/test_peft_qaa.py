@@ -844,6 +844,16 @@ def test_the_compact_preset_has_less_than_the_papers_share_of_parameters(make, t
     assert all(layer.supports_lora_conversion() for layer in layers_of(model))
 
 
+def test_the_compact_preset_over_512_amplitudes_wants_layers_of_more_than_256_inputs():
+    config = QaaConfig.preset("compact", readout="state[:512]", target_modules=["q_proj", "v_proj"])
+    model = get_peft_model(smollm2_135m(), config)
+    q, v = 4 * (576 + 512) + 4 * 10 * 3, 4 * (192 + 512) + 4 * 10 * 3
+    assert model.get_nb_trainable_parameters()[0] == 30 * (q + v)
+    assert all(layer.supports_lora_conversion() for layer in layers_of(model))
+    with pytest.raises(ValueError, match=r"expected .* received .*512"):
+        adapted(QaaConfig.preset("compact", readout="state[:512]", target_modules=["v_proj"]))
+
+
 def test_the_default_preset_is_linear_standardised_and_without_a_constant():
     config = QaaConfig.preset("default", n_layers=2, target_modules=["v_proj"])
     assert (config.readout, config.n_layers, config.target_modules) == ("state[:10]", 2, {"v_proj"})
