@@ -401,11 +401,11 @@ QAA_INLINE void with_shape(const RotatePass<T>& pass, F&& f) {
   __builtin_unreachable();
 }
 
-// values: where to add the strings of the pass's links, or null.
+// Adds the strings of the pass's links to `values`.
 template <class T>
 void rotate(const RotatePass<T>& pass, Vec<T>* state, Vec<T>* values, Prefetch& soon) {
   with_shape(pass, [&](auto radix, auto extra) {
-    with_flags(pass.tangent, pass.links != nullptr && values != nullptr, [&](auto tangent, auto link) {
+    with_flags(pass.tangent, pass.links != nullptr, [&](auto tangent, auto link) {
       rotate_pass<T, radix.value, extra.value, tangent.value, false, link.value>(pass, state, values, soon);
     });
   });
@@ -507,7 +507,7 @@ Norms<T> embed(const BoundPlan<T>& p, const ConstMatrix& x, std::int64_t first_r
     return squared;
   };
   bool turned = low != nullptr && fits_registers(*low);
-  const bool link = turned && low->links != nullptr && values != nullptr;
+  const bool link = turned && low->links != nullptr;
   const Vec<T> squared = with_turn(low, [&]<Turn turn>(Constant<turn>) {
     return link && turn != Turn::none ? load(Constant<turn>{}, Constant<turn != Turn::none>{})
                                       : load(Constant<turn>{}, Constant<false>{});

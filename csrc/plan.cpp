@@ -512,10 +512,10 @@ void lay_out_stages(Plan& plan) {
     if (s == 0) n_low = lowest_first(stage.rotations, plan.inputs, plan.n_wires, plan.options.load_radix);
     plan.starts_low = n_low > 0;
     stage.rotate = rotation_passes(stage.rotations, plan.n_wires, plan.options.rotate_radix, n_low);
-    // The adjoint undoes two states at once, or one where it needs the other no more or has kept it.
-    stage.unwind = s == 0 || stage.kept
-                       ? stage.rotate
-                       : rotation_passes(stage.rotations, plan.n_wires, plan.options.unwind_radix);
+    // The adjoint undoes two states at once; or one, in the same passes, where it needs no other or has kept it.
+    if (s > 0 && !stage.kept) {
+      stage.unwind = rotation_passes(stage.rotations, plan.n_wires, plan.options.unwind_radix);
+    }
   }
 }
 
@@ -537,7 +537,6 @@ void lay_out_columns(Plan& plan) {
     std::ranges::stable_sort(pass.representatives, std::less{}, reach);
     std::ranges::transform(pass.representatives, std::back_inserter(pass.first_columns), reach);
   }
-  stage.unwind = stage.rotate;
 }
 
 // Strings of neighbouring rotations of the last stage go to the pass that holds both, which may hold the last rotation
@@ -576,7 +575,6 @@ void lay_out_links(Plan& plan, Take&& take) {
     stage.rotate.push_back(rotation_pass(rotations, others, 0, 0, plan.n_wires));
     stage.rotate.back().links = std::move(read);
   }
-  stage.unwind = stage.rotate;
 }
 
 // Strings [first, last), all with the same x and the same parity(x & z), as few correlations as possible.
@@ -881,6 +879,9 @@ Plan compile(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vecto
   lay_out_stages(plan);
   if (readout.kind == ReadoutKind::expval) lay_out_strings(plan);
   lay_out_columns(plan);
+  for (Stage& stage : plan.stages) {
+    if (stage.unwind.empty()) stage.unwind = stage.rotate;
+  }
   return plan;
 }
 
