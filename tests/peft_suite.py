@@ -154,10 +154,8 @@ def _cases_of_custom_models() -> list[Any]:
         "Conv1D": ("EmbConv1D", {"target_modules": ["conv1d"]}),
         "MLP2": ("MLP2", {"target_modules": ["lin0"]}),
     }
-    # this Conv1D has five inputs and hence eight amplitudes, of which the default asks for ten
-    narrow = {("QAA default", "Conv1D"): {"readout": "state[:4]"}}
     return [
-        (f"{name} {where}", model, config_cls, {**fields, **selection, **narrow.get((name, where), {})})
+        (f"{name} {where}", model, config_cls, {**fields, **selection})
         for name, (config_cls, fields) in _methods().items()
         for where, (model, selection) in selections.items()
     ]

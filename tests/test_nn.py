@@ -414,6 +414,47 @@ def test_quadratic_adapters_have_no_rows():
         Adapter.create(8).down(torch.zeros(1, 3, 3))
 
 
+@pytest.mark.parametrize(("width", "max_wires", "blocks", "wires"), [
+    (12, 2, 3, 2), (13, 3, 2, 3), (9, 3, 2, 3), (24, 4, 2, 4), (5, 1, 3, 1), (6, 3, 1, 3), (3, 16, 1, 2),
+])  # fmt: skip
+@pytest.mark.parametrize("readout", ["z", "probs[:1/2]", "state[:1/2]"])
+def test_a_wide_input_goes_through_its_circuit_in_blocks(readout, width, max_wires, blocks, wires):
+    generator = torch.Generator().manual_seed(width)
+    adapter = Adapter.create(width, n_layers=2, readout=readout, max_wires=max_wires)
+    assert (adapter.blocks, adapter.circuit.n_wires) == (blocks, wires)
+    count = wires if readout == "z" else 2**wires // 2
+    assert adapter.n_features == blocks * count
+    theta = torch.randn(adapter.circuit.parameter_shape, dtype=torch.float64, generator=generator)
+    x = torch.randn(2, 3, width, dtype=torch.float64, generator=generator)
+    at = math.ceil(width / blocks)
+    pieces = [x[..., start : start + at].reshape(6, -1).numpy() for start in range(0, width, at)]
+    is_linear = readout.startswith("state")
+    found = [oracle.features(adapter.circuit, theta.numpy(), u, readout, normalize=not is_linear) for u in pieces]
+    expected = torch.from_numpy(np.concatenate(found, axis=1).real.copy()).reshape(2, 3, -1)
+    torch.testing.assert_close(adapter.features(theta, x), expected, rtol=1e-10, atol=1e-12)
+    mix = torch.randn(2, adapter.n_features, dtype=torch.float64, generator=generator)
+    torch.testing.assert_close(adapter.features(theta, x, mix=mix), expected @ mix.T, rtol=1e-10, atol=1e-12)
+    channels = torch.rand(width, dtype=torch.float64, generator=generator) + 0.5
+    whitening = Whitening(channels=channels)
+    expected = adapter.features(theta, x * channels, mix=mix)
+    torch.testing.assert_close(adapter.features(theta, x, whitening, mix), expected, rtol=1e-10, atol=1e-12)
+    for tensor in (theta, x, mix):
+        tensor.requires_grad_()
+    assert torch.autograd.gradcheck(lambda theta, x, mix: adapter.features(theta, x, whitening, mix), (theta, x, mix))
+    assert adapter.features(theta, x[:, :0]).shape == (2, 0, adapter.n_features)
+
+
+def test_blocks_are_of_qaa_linear_and_have_limits():
+    base = nn.Linear(70_000, 2, device="meta")
+    layer = QAALinear(base, max_wires=10)
+    assert layer.adapter.blocks == 69 and layer.up.shape == (2, 690)
+    assert layer(torch.empty(3, 70_000, device="meta")).shape == (3, 2)
+    with pytest.raises(ValueError, match="expected max_wires from 1 to 16, received 17"):
+        Adapter.create(8, max_wires=17)
+    with pytest.raises(ValueError, match="expected at most 256 features for 16 blocks of 2 wires, received 272"):
+        Adapter.create(64, max_wires=2, readout=["ZI"] * 17)
+
+
 def test_an_adapter_writes_over_its_layers_output_unless_a_hook_may_have_kept_it() -> None:
     layer, x = QAALinear(nn.Linear(12, 5)), torch.randn(3, 12)
     with torch.no_grad():

@@ -289,6 +289,27 @@ def test_active_adapters_add_up():
     torch.testing.assert_close(layer(x), expected, **CLOSE)
 
 
+def test_a_quadratic_and_a_linear_adapter_are_trained_together():
+    model = adapted(QaaConfig(readout="z"))
+    model.add_adapter("linear", QaaConfig(readout="state[:1/2]", r=2))
+    model.base_model.set_adapter(["default", "linear"])
+    trained_parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(trained_parameters.values(), lr=1e-2)
+    losses = []
+    for _ in range(4):
+        loss = model.train()(tokens(), labels=tokens()).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses == sorted(losses, reverse=True)
+    start = adapted(QaaConfig(readout="z"))
+    start.add_adapter("linear", QaaConfig(readout="state[:1/2]", r=2))
+    before = dict(start.named_parameters())
+    assert all(not torch.equal(p, before[name]) for name, p in trained_parameters.items() if "theta" not in name)
+    assert {name.rsplit(".", 1)[1] for name in trained_parameters} == {"default", "linear"}
+
+
 def test_a_batch_may_mix_adapters():
     model = adapted(random_config("z"))
     model.add_adapter("second", random_config(STATE, target_modules=["q_proj", "k_proj"]))
@@ -496,6 +517,31 @@ def test_quadratic_readouts_refuse_to_merge_and_to_export(tmp_path, readout):
             action()
         assert "\n" not in str(error.value)
     assert torch.equal(logits(model), expected)
+
+
+@pytest.mark.parametrize("fields", [
+    {"readout": "z"}, {"readout": STATE}, {"readout": "state[:1/2]", "r": 3}, {"readout": "probs[:1/2]", "r": 3},
+])  # fmt: skip
+def test_an_adapter_in_blocks_is_saved_exported_and_merged(tmp_path, fields):
+    """On layers of 24 and 40 inputs: two and three blocks of at most 16."""
+    config = random_config(target_modules=["q_proj", "down_proj"], max_wires=4, scale_channels=True,
+                           standardize_features=True, **fields)  # fmt: skip
+    model = adapted(config)
+    calibrate(model, [{"input_ids": tokens()}])
+    assert [layer.qaa_adapter["default"].blocks for layer in layers_of(model)] == [2, 3] * 2
+    expected = logits(model)
+    assert (expected - logits(llama())).abs().max() > 1e-3
+    model.save_pretrained(tmp_path / "qaa")
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "qaa").eval()
+    assert loaded.peft_config["default"].max_wires == 4 and torch.equal(logits(loaded), expected)
+    torch.testing.assert_close(logits(qaa.peft.to_dense(model)), expected, **CLOSE)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(logits(compiled), expected, **CLOSE)
+    if fields["readout"][0] == "s":
+        to_lora(model, tmp_path / "lora")
+        plain = PeftModel.from_pretrained(llama(), tmp_path / "lora").eval()
+        torch.testing.assert_close(logits(plain), expected, **CLOSE)
+        torch.testing.assert_close(logits(model.merge_and_unload(safe_merge=True)), expected, **CLOSE)
 
 
 def test_of_two_adapters_the_linear_one_merges():
@@ -776,7 +822,7 @@ def test_a_layer_above_sixteen_wires_is_refused():
 
 def test_every_field_says_when_it_pays():
     own = set(QaaConfig.__dataclass_fields__) - set(PeftConfig.__dataclass_fields__)
-    assert len(own) == 20
+    assert len(own) == 21
     for name in own:
         assert len(QaaConfig.__dataclass_fields__[name].metadata["help"]) > 40, name
 
@@ -844,24 +890,26 @@ def test_the_compact_preset_has_less_than_the_papers_share_of_parameters(make, t
     assert all(layer.supports_lora_conversion() for layer in layers_of(model))
 
 
-def test_the_compact_preset_over_512_amplitudes_wants_layers_of_more_than_256_inputs():
-    config = QaaConfig.preset("compact", readout="state[:512]", target_modules=["q_proj", "v_proj"])
-    model = get_peft_model(smollm2_135m(), config)
+def test_the_default_preset_has_fewer_parameters_than_a_lora_of_its_rank():
     q, v = 4 * (576 + 512) + 4 * 10 * 3, 4 * (192 + 512) + 4 * 10 * 3
-    assert model.get_nb_trainable_parameters()[0] == 30 * (q + v)
-    assert all(layer.supports_lora_conversion() for layer in layers_of(model))
-    with pytest.raises(ValueError, match=r"expected .* received .*512"):
-        adapted(QaaConfig.preset("compact", readout="state[:512]", target_modules=["v_proj"]))
+    for make, trainable in ((smollm2_135m, 30 * (q + v)), (gpt_neo_1_3b, 48 * (4 * (2048 + 1024) + 4 * 11 * 3))):
+        model = get_peft_model(make(), QaaConfig.preset("default"))
+        assert model.get_nb_trainable_parameters()[0] == trainable
+        lora = get_peft_model(make(), LoraConfig(r=4))
+        assert trainable < lora.get_nb_trainable_parameters()[0]
 
 
 def test_the_default_preset_is_linear_standardised_and_without_a_constant():
     config = QaaConfig.preset("default", n_layers=2, target_modules=["v_proj"])
-    assert (config.readout, config.n_layers, config.target_modules) == ("state[:10]", 2, {"v_proj"})
+    assert (config.readout, config.n_layers, config.target_modules) == ("state[:1/2]", 2, {"v_proj"})
     model = adapted(config)
     assert layers_of(model)[0].stages("default") == ("channels", "features")
     assert layers_of(model)[0].supports_lora_conversion()
-    angles, up = 2 * 5 * 3, 10 * 12
-    assert model.get_nb_trainable_parameters()[0] == 2 * (angles + up)
+    angles, mix, up = 2 * 5 * 3, 4 * 16, 4 * 12  # of 24 inputs on five wires
+    assert model.get_nb_trainable_parameters()[0] == 2 * (angles + mix + up)
+    assert get_peft_model(nn.Sequential(nn.Linear(5, 3)), QaaConfig.preset("default", target_modules=["0"]))
+    with pytest.raises(ValueError, match="expected r of at most 2, the number of features, received 4"):
+        get_peft_model(nn.Sequential(nn.Linear(4, 3)), QaaConfig.preset("default", target_modules=["0"]))
     with pytest.raises(ValueError, match="expected a preset among paper, default, compact, tiny, received 'papre'"):
         QaaConfig.preset("papre")
 

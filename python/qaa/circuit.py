@@ -373,11 +373,14 @@ class Readout:
     ``"state"``, ``"state[:K]"``  ``"state"``         complex amplitudes ``phi_b``
     ============================  ==================  ==============================================
 
+    ``"state[:1/q]"`` and ``"probs[:1/q]"`` take that part of the amplitudes, whatever their number:
+    ``K = 2**n_wires / q`` for a power of two q.
+
     Example:
         >>> Readout.parse("z", n_wires=2)
         Readout(kind='expval', n_outputs=2, paulis=('ZI', 'IZ'))
-        >>> Readout.parse("probs[:3]", n_wires=2).n_outputs
-        3
+        >>> Readout.parse("probs[:3]", n_wires=2).n_outputs, Readout.parse("state[:1/2]", n_wires=10).n_outputs
+        (3, 512)
     """
 
     kind: str
@@ -395,13 +398,20 @@ class Readout:
             if readout == "z":
                 each = ("I" * k + "Z" + "I" * (n_wires - k - 1) for k in range(n_wires))
                 return Readout("expval", n_wires, tuple(each))
-            match = re.fullmatch(r"(probs|state)(?:\[:([0-9]{1,9})\])?", readout)
+            match = re.fullmatch(r"(probs|state)(?:\[:(1/)?([0-9]{1,9})\])?", readout)
             if match is None:
                 raise ValueError(
-                    "expected a readout 'z', 'probs', 'probs[:K]', 'state', 'state[:K]' or a list of Pauli strings, "
-                    f"received {shown(readout)}"
+                    "expected a readout 'z', 'probs', 'probs[:K]', 'probs[:1/q]', 'state', 'state[:K]', "
+                    f"'state[:1/q]' or a list of Pauli strings, received {shown(readout)}"
                 )
-            n_outputs = 2**n_wires if match[2] is None else int(match[2])
+            n_outputs = 2**n_wires if match[3] is None else int(match[3])
+            if match[2]:
+                if n_outputs == 0 or 2**n_wires % n_outputs:
+                    raise ValueError(
+                        f"expected q of {match[1]}[:1/q] to be a power of two up to {2**n_wires} on {n_wires} wires, "
+                        f"received {shown(readout)}"
+                    )
+                n_outputs = 2**n_wires // n_outputs
             parsed = Readout(match[1], n_outputs)
         elif isinstance(readout, Iterable):
             paulis = tuple(readout)

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qaa import ops
-from qaa.circuit import MAX_WIRES, Circuit, Readout, ansatz, shown
+from qaa.circuit import MAX_WIRES, Circuit, Readout, ansatz, check_count, shown
 from qaa.noise import NoiseModel
 from qaa.shots import check_shots
 
@@ -80,19 +80,26 @@ class Adapter:
 
     V may be of low rank, ``V = B M`` with M of shape ``(r, K)``: methods that are given M as ``mix`` take B as ``up``.
 
+    With several ``blocks``, x is cut into as many neighbouring pieces of equal width (the last one padded with zeros),
+    each goes through the same circuit, normalised by itself, and f are their features one after the other.
+
     Attributes:
         circuit: U(theta), with angles in radians and wire 0 as the most significant bit of the amplitude index.
         readout: the M_k, or the number K of amplitudes.
         scaling: s. ``create`` chooses ``sqrt(2**n_wires + 1)`` for quadratic readouts, because ``<Z>`` of a state that
             is spread over all amplitudes deviates from 0 by only ``1 / sqrt(2**n_wires + 1)``, and 1 for ``"state"``.
-        in_features: width of x, at most ``2**n_wires``; the rest of the amplitudes is zero.
+        in_features: width of x, at most ``blocks * 2**n_wires``; the rest of the amplitudes is zero.
         noise, trajectories: if given, quadratic features are estimates for a noisy circuit (:mod:`qaa.noise`), for
             evaluation: there is no gradient for x.
+        blocks: number of pieces that x is cut into.
 
     Example:
         >>> adapter = Adapter.create(in_features=48, n_layers=2, readout="z")
         >>> adapter.circuit.n_wires, adapter.n_features, adapter.is_linear, adapter.scaling == 65**0.5
         (6, 6, False, True)
+        >>> adapter = Adapter.create(in_features=48, max_wires=4)
+        >>> adapter.circuit.n_wires, adapter.blocks, adapter.n_features
+        (4, 3, 12)
     """
 
     circuit: Circuit
@@ -101,6 +108,7 @@ class Adapter:
     in_features: int
     noise: NoiseModel | None = None
     trajectories: int | None = None
+    blocks: int = 1
     _known_rows: dict[str, _Rows] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @staticmethod
@@ -110,19 +118,32 @@ class Adapter:
         ansatz_name: str = "ring",
         readout: str | Sequence[str] | Readout = "z",
         scaling: float | None = None,
+        max_wires: int | None = None,
     ) -> Adapter:
-        """The adapter with ``ceil(log2(in_features))`` wires (at least one); ``ValueError`` if that is above 16."""
+        """The adapter with ``ceil(log2(in_features))`` wires (at least one), or ``max_wires`` and as few blocks as do.
+
+        Raises:
+            ValueError: an argument is out of range, or there would be more than 16 wires.
+        """
         limit = 2**MAX_WIRES
+        if max_wires is not None:
+            check_count("max_wires", max_wires, MAX_WIRES)
+            limit = 2**31 - 1
         if isinstance(in_features, bool) or not isinstance(in_features, int) or not 1 <= in_features <= limit:
             raise ValueError(f"expected a layer with 1 to {limit} input features, received {shown(in_features)}")
         n_wires = max(1, (in_features - 1).bit_length())
+        if max_wires is not None:
+            n_wires = min(n_wires, max_wires)
+        blocks = -(-in_features // 2**n_wires)
         parsed = Readout.parse(readout, n_wires)
-        most = max(256, 2**n_wires)  # every Pauli string of four wires; V is of this width
-        if parsed.n_outputs > most:
-            raise ValueError(f"expected at most {most} features for {n_wires} wires, received {parsed.n_outputs}")
+        most, count = max(256, blocks * 2**n_wires), blocks * parsed.n_outputs  # 256 Pauli strings of four wires
+        if count > most:
+            where = f"{n_wires} wires" if blocks == 1 else f"{blocks} blocks of {n_wires} wires"
+            raise ValueError(f"expected at most {most} features for {where}, received {count}")
         if scaling is None:
             scaling = 1.0 if parsed.kind == "state" else math.sqrt(2**n_wires + 1)
-        return Adapter(ansatz(ansatz_name, n_wires, n_layers), parsed, check_scaling(scaling), in_features)
+        circuit = ansatz(ansatz_name, n_wires, n_layers)
+        return Adapter(circuit, parsed, check_scaling(scaling), in_features, blocks=blocks)
 
     def with_noise(self, noise: NoiseModel | None, trajectories: int | None) -> Adapter:
         """The same adapter on a noisy circuit, or without noise; ``ValueError`` for ``"state"``, no observable."""
@@ -133,7 +154,17 @@ class Adapter:
     @property
     def n_features(self) -> int:
         """Number K of features, the width of V."""
-        return self.readout.n_outputs
+        return self.blocks * self.readout.n_outputs
+
+    def _cut(self, x: Tensor) -> Tensor:
+        """The blocks of x: from shape ``(..., in_features)`` to ``(..., blocks, width)``."""
+        missing = self.blocks * self._width - self.in_features
+        return F.pad(x, (0, missing)).reshape(*x.shape[:-1], self.blocks, self._width)
+
+    @property
+    def _width(self) -> int:
+        """How many inputs a block takes; the last one may have fewer."""
+        return -(-self.in_features // self.blocks)
 
     @property
     def is_linear(self) -> bool:
@@ -142,6 +173,8 @@ class Adapter:
 
     def down(self, theta: Tensor, mix: Tensor | None = None) -> Tensor:
         """``A = Re U(theta)[:K, :in_features]``, or ``M A``, for the ``"state"`` readout.
+
+        With several blocks A has ``Re U(theta)[:K / blocks]`` for each of them on its diagonal, and zeros elsewhere.
 
         ``M A`` costs as many simulated states as M has rows: row by row it is ``Re U^T m``, since m is real.
         """
@@ -169,10 +202,18 @@ class Adapter:
         return known[2]
 
     def _rows(self, theta: Tensor, mix: Tensor | None, channels: Tensor | None, dtype: torch.dtype | None) -> Tensor:
-        width = self.in_features
+        circuit, count, width = self.circuit, self.readout.n_outputs, self._width
+        if self.blocks == 1:
+            if mix is None:
+                return ops._amplitude_rows(circuit, theta, count, width, True, channels, dtype)
+            return ops._mixed_rows(circuit, theta, mix, width, channels, dtype)
         if mix is None:
-            return ops._amplitude_rows(self.circuit, theta, self.n_features, width, True, channels, dtype)
-        return ops._mixed_rows(self.circuit, theta, mix, width, channels, dtype)
+            rows = torch.block_diag(  # type: ignore[no-untyped-call]
+                *[ops._amplitude_rows(circuit, theta, count, width, True)] * self.blocks
+            )
+        else:
+            rows = ops._mixed_rows(circuit, theta, mix.reshape(-1, count), width).reshape(len(mix), -1)
+        return ops._scaled(rows[:, : self.in_features], channels, dtype)
 
     def _affine(
         self, theta: Tensor, whitening: Whitening, mix: Tensor | None, dtype: torch.dtype | None = None
@@ -221,7 +262,11 @@ class Adapter:
         elif center is not None:
             x = x - center
         noise, trajectories = self.noise, self.trajectories
+        if self.blocks > 1:
+            x = self._cut(x)
         features = ops.quantum_features(self.circuit, theta, x, self.readout, noise=noise, trajectories=trajectories)
+        if self.blocks > 1:
+            features = features.flatten(-2)
         return features if mix is None else F.linear(features, mix.to(features.dtype))
 
     def delta(
@@ -306,7 +351,8 @@ class QuantumLayer(nn.Module):
 
     Args:
         circuit: U(theta); ``theta`` is in radians, starts uniform in ``[-pi, pi)`` and has the circuit's shape.
-        readout: ``"z"``, ``"probs"``, ``"probs[:K]"``, ``"state"``, ``"state[:K]"`` or Pauli strings, wire 0 first.
+        readout: ``"z"``, ``"probs"``, ``"state"``, a part of either such as ``"state[:K]"``, see
+            :class:`qaa.Readout`, or Pauli strings, wire 0 first.
         normalize: whether x is divided by its norm; rows of zeros give features 0 either way.
         shots: if given, features and the gradient of ``theta`` are unbiased estimates from so many runs for each
             vector, as on a device (:mod:`qaa.shots`); x then may not need a gradient.
@@ -614,13 +660,15 @@ class QAALinear(nn.Module):
         scaling: s; None chooses ``sqrt(2**n_wires + 1)`` for quadratic readouts and 1 for ``"state"``.
         adapter_bias: whether there is a c; None means yes for Pauli readouts, no otherwise.
         init_angles: ``"uniform"`` in ``[-pi, pi)``, ``"small"`` in ``[-0.1, 0.1)`` radians, or ``"zero"``.
+        max_wires: most wires of the circuit; wider inputs go through it in blocks.
 
     Parameters ``theta`` (the circuit's shape), ``up`` (V, ``(out_features, K)``) and ``bias`` (c, ``(out_features,)``)
     are created on the device of ``base``, in float32 (float64 if ``base`` is).
 
     Raises:
         TypeError: ``base`` is no ``nn.Linear``.
-        ValueError: an argument is out of range, or ``base`` has more than 65,536 input features.
+        ValueError: an argument is out of range, or without ``max_wires`` ``base`` has more than 65,536
+            input features.
 
     Example:
         >>> import torch
@@ -640,6 +688,7 @@ class QAALinear(nn.Module):
         scaling: float | None = None,
         adapter_bias: bool | None = None,
         init_angles: str = "uniform",
+        max_wires: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(base, nn.Linear):
@@ -647,7 +696,7 @@ class QAALinear(nn.Module):
         if adapter_bias is not None:
             check_flag("adapter_bias", adapter_bias)
         self.base = base.requires_grad_(False)
-        self.adapter = Adapter.create(base.in_features, n_layers, ansatz, readout, scaling)
+        self.adapter = Adapter.create(base.in_features, n_layers, ansatz, readout, scaling, max_wires)
         weight = base.weight
         dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
         theta = torch.empty(self.adapter.circuit.parameter_shape, dtype=dtype, device=weight.device)

@@ -128,6 +128,7 @@ received 'lorra' (did you mean 'lora'?)
     train_examples: int = 304
     validation_examples: int = 48
     test_examples: int = 54
+    split_seed: int = 0
     max_tokens: int = 128
     max_new_tokens: int = 56
     steps: int = 48
@@ -201,6 +202,7 @@ _MINIMUM = {
     "train_examples": 1,
     "validation_examples": 1,
     "test_examples": 1,
+    "split_seed": 0,
     "max_tokens": 8,
     "max_new_tokens": 1,
     "steps": 1,

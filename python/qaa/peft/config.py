@@ -27,7 +27,7 @@ _LINEAR = {"ansatz": "ring", "adapter_bias": False, "scale_channels": True, "sta
 #: name -> fields; see :meth:`QaaConfig.preset`
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {"n_layers": 4, "ansatz": "ring", "readout": "z", "adapter_bias": True},
-    "default": {**_LINEAR, "n_layers": 4, "readout": "state[:10]"},
+    "default": {**_LINEAR, "n_layers": 4, "readout": "state[:1/2]", "r": 4},
     "compact": {**_LINEAR, "n_layers": 4, "readout": "state[:64]", "r": 4},
     "tiny": {**_LINEAR, "n_layers": 2, "readout": "state[:16]", "up_projection": "random"},
 }
@@ -51,7 +51,8 @@ class QaaConfig(PeftConfig):
         modules_to_save: other modules that are trained in full and saved, such as a new classification head.
         n_layers: depth L of the circuit; deeper circuits mix more amplitudes, at L * n * 3 angles for ``"ring"``.
         ansatz: circuit, ``"ring"``, ``"basic_entangler"``, ``"strongly_entangling"`` or ``"brick"``.
-        readout: ``"z"``, Pauli strings, ``"probs"``, ``"probs[:K]"``, ``"state"`` or ``"state[:K]"``.
+        readout: ``"z"``, Pauli strings, ``"probs"``, ``"state"``, or a part of either, ``"state[:K]"`` or, for
+            layers of any width, ``"state[:1/2]"``; see :class:`qaa.Readout`.
         adapter_bias: whether there is a c; None means yes for Pauli readouts, no otherwise.
         scaling: s; None means 1, but ``sqrt(2**n_wires + 1)`` for quadratic readouts that are not standardised.
         init_weights: True for V = 0 (or g = 0) and c = 0, an exact no-op; False for random ones (tests).
@@ -68,6 +69,9 @@ class QaaConfig(PeftConfig):
             ``W = Re U(phi)[:K, :d_out]`` of a second trained circuit on ``m = ceil(log2(d_out))`` wires.
         r: rank of V, ``V = B M`` with ``B`` (``d_out`` x r, in the place of V above) and ``M`` (r x K) trained; None
             for V itself. At most K.
+        max_wires: most wires of a circuit, 1 to 16; a layer whose input has more than ``2**max_wires`` numbers goes
+            through its circuit in blocks of equal width, whose features stand one after the other, K for each. None:
+            a layer has one block, and at most 65,536 inputs.
         projection_key: an integer that R is drawn from.
         train_circuit: whether theta is trained; otherwise it keeps its initial values and is saved with the adapter.
 
@@ -130,8 +134,9 @@ class QaaConfig(PeftConfig):
     readout: str | list[str] = field(
         default="z",
         metadata={
-            "help": "Features: 'z' (<Z> of every wire, the paper's form, fewest parameters), a list of Pauli strings, "
-            "'probs[:K]', or 'state[:K]' (the real parts of K amplitudes of the input that is not normalised). "
+            "help": "Features: 'z' (<Z> of every wire, the paper's form), a list of Pauli strings, "
+            "'probs[:K]', or 'state[:K]' (the real parts of K amplitudes of the input that is not normalised); "
+            "'state[:1/2]' is K = 2**n_wires / 2, whatever a layer's width. "
             "'state' is linear in x: it pays when the adapter is to be merged or exported as a LoRA, or when training "
             "time counts, since no state is simulated per token. The others are quadratic in x and cannot be merged."
         },
@@ -222,9 +227,19 @@ class QaaConfig(PeftConfig):
         default=None,
         metadata={
             "help": "Rank r of V = B M, with B (d_out x r) in the place of V and M (r x K) trained, normal with "
-            "variance 1/K at the start; None: V is of full rank K. It pays with 'state[:K]' and many amplitudes, 64 or "
-            "so: the adapter learns which combinations of them it uses, at r (d_out + K) numbers per layer instead of "
-            "d_out K, and a step simulates r states instead of K. It merges and exports as a LoRA of rank r."
+            "variance 1/K at the start; None: V is of full rank K. It pays with 'state[:K]' and many amplitudes: the "
+            "adapter learns which combinations of them it uses, at r (d_out + K) numbers per layer instead of "
+            "d_out K, and a step simulates r states instead of K. Half of all amplitudes under r = 4 learned more than "
+            "64 of them, and than ten under a V of full rank. It merges and exports as a LoRA of rank r."
+        },
+    )
+    max_wires: int | None = field(
+        default=None,
+        metadata={
+            "help": "Most wires that a circuit may have. A wider input is cut into as few blocks as do, of equal "
+            "width; each goes through the same circuit, normalised by itself, and has K features of its own. It pays "
+            "where a device has few qubits, in layers of thousands of inputs under a quadratic readout, whose states "
+            "cost 2^n n each, and in layers of more than 65,536 inputs. None: one block."
         },
     )
     projection_key: int = field(
@@ -264,6 +279,8 @@ class QaaConfig(PeftConfig):
         check_key(self.projection_key)
         if self.r is not None:
             check_count("r", self.r, 2**MAX_WIRES)
+        if self.max_wires is not None:
+            check_count("max_wires", self.max_wires, MAX_WIRES)
         check_count("n_layers", self.n_layers, MAX_LAYERS)
         if isinstance(self.readout, tuple):
             self.readout = list(self.readout)
@@ -280,12 +297,13 @@ class QaaConfig(PeftConfig):
         ``"paper"``: <Z> of every wire, V and c, four layers of ``ring``. On q and v of a 24-layer model of width 2048
         (n = 11) that is ``48 * (11 * 2048 + 2048 + 4 * 11 * 3) = 1,185,984`` parameters, 0.09 % of GPT-Neo-1.3B, the
         share that the paper reports; that this is the paper's layer list is our inference.
-        ``"default"``: the real parts of 10 amplitudes of the input with scaled channels, standardised; linear in x and
-        without a constant, so that it merges and exports as a LoRA of rank 10 that any server of LoRAs can serve. Call
-        :func:`qaa.peft.calibrate` before training, or add ``calibration="first_batch"``.
-        ``"compact"``: 64 such amplitudes and V of rank 4, ``4 * (64 + d_out) + 4 * n * 3`` numbers per layer: 0.085 %
-        of SmolLM2-135M and 0.031 % of GPT-Neo-1.3B on q and v. It exports as a LoRA of rank 4, and wants layers of
-        more than 32 inputs. Calibrate it as well.
+        ``"default"``: real parts of half of the amplitudes of the input, with scaled channels, standardised, and V of
+        rank 4, ``4 * (2**n / 2 + d_out) + 4 * n * 3`` numbers per layer: 0.17 % of SmolLM2-135M and 0.045 % of
+        GPT-Neo-1.3B on q and v, less than LoRA r = 4. It is linear in x and without a constant, so that it merges and
+        exports as a LoRA of rank 4 that any server of LoRAs can serve, and wants layers of more than 4 inputs.
+        Call :func:`qaa.peft.calibrate` before training, or add ``calibration="first_batch"``.
+        ``"compact"``: likewise with 64 amplitudes, ``4 * (64 + d_out) + 4 * n * 3`` numbers per layer: 0.085 % of
+        SmolLM2-135M and 0.031 % of GPT-Neo-1.3B on q and v. It wants layers of more than 32 inputs. Calibrate it, too.
         ``"tiny"``: 16 such amplitudes, two layers and a random up-projection of which 16 gains are trained,
         ``16 + 2 * n * 3`` numbers per layer: 0.0034 % of SmolLM2-135M on q and v. Calibrate it as well.
 
@@ -293,8 +311,9 @@ class QaaConfig(PeftConfig):
             ValueError: there is no preset of that name.
 
         Example:
-            >>> QaaConfig.preset("default", target_modules=["v_proj"]).readout
-            'state[:10]'
+            >>> config = QaaConfig.preset("default", target_modules=["v_proj"])
+            >>> config.readout, config.r
+            ('state[:1/2]', 4)
         """
         if not isinstance(name, str) or name not in PRESETS:
             raise ValueError(f"expected a preset among {', '.join(PRESETS)}, received {shown(name)}")

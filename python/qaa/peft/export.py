@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qaa.nn import DenseCircuit
+from qaa.nn import Adapter, DenseCircuit
 
 from .layer import QaaLayer
 from .tuner import AdditiveLayer, AdditiveModel
@@ -142,6 +142,17 @@ class _Whiten(nn.Module):
         return x * self.scale + self.shift
 
 
+class _Cut(nn.Module):
+    """The blocks of the input, one after the other in the last dimension but one."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        super().__init__()
+        self.adapter = adapter
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.adapter._cut(x)
+
+
 def _dense(layer: AdditiveLayer, name: str) -> nn.Module:
     if not isinstance(layer, QaaLayer) or layer.qaa_adapter[name].is_linear:
         down, up, bias = layer.lora_factors(name)
@@ -154,7 +165,8 @@ def _dense(layer: AdditiveLayer, name: str) -> nn.Module:
     if whitening.channels is not None or whitening.center is not None:
         ones = theta.new_ones(layer.in_features)
         parts.append(_Whiten(ones if whitening.channels is None else whitening.channels, whitening.center))
-    parts.append(DenseCircuit(adapter.circuit, theta, adapter.readout, layer.in_features))
+    circuit = DenseCircuit(adapter.circuit, theta, adapter.readout, adapter._width)
+    parts += [circuit] if adapter.blocks == 1 else [_Cut(adapter), circuit, nn.Flatten(-2)]
     parts.append(_linear(up * adapter.scaling, None if bias is None else bias * adapter.scaling))
     # adapters in half precision compute in float32 here, as the kernels do
     return nn.Sequential(*parts).to(torch.promote_types(theta.dtype, torch.float32))

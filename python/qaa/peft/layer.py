@@ -102,7 +102,8 @@ class QaaLayer(AdditiveLayer):
 
     def _create_adapter(self, adapter_name: str, config: Any) -> None:
         scaling = 1.0 if config.scaling is None and config.standardize_features else config.scaling
-        adapter = Adapter.create(self.in_features, config.n_layers, config.ansatz, config.readout, scaling)
+        shape = (config.n_layers, config.ansatz, config.readout, scaling, config.max_wires)
+        adapter = Adapter.create(self.in_features, *shape)
         has_bias = adapter.readout.kind == "expval" if config.adapter_bias is None else config.adapter_bias
         self.qaa_adapter[adapter_name] = adapter
         self.qaa_theta[adapter_name] = draw_angles(torch.empty(adapter.circuit.parameter_shape), config.init_angles)
