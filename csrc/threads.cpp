@@ -8,6 +8,7 @@
 #include <thread>
 
 #if defined(__unix__) || defined(__APPLE__)
+#include <dlfcn.h>
 #include <pthread.h>
 #endif
 
@@ -34,11 +35,51 @@ struct Loop {
   }
 };
 
+// The threads of OpenMP go on spinning for a while after a loop, as torch's do after each operation, and would share the
+// cores with threads of ours. Where the process shows such a runtime, GNU's or LLVM's, its threads do the work.
+class OpenMp {
+ public:
+  // Whether it has been found, which may be after the first call, and gives so many threads to this one.
+  bool has(int threads) {
+#if defined(__unix__) || defined(__APPLE__)
+    if (region_ == nullptr) {
+      max_threads_ = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "omp_get_max_threads"));
+      if (max_threads_ != nullptr) region_ = reinterpret_cast<Region>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+    }
+#endif
+    return region_ != nullptr && max_threads_() >= threads;
+  }
+
+  // All of its threads come, since a smaller team would make it end the others; only so many work.
+  void run(Loop& loop, int threads) {
+    struct Team {
+      Loop& loop;
+      std::atomic<int> places;
+    } team{loop, threads};
+    auto join = [](void* it) {
+      Team& team = *static_cast<Team*>(it);
+      if (team.places.fetch_sub(1) > 0) team.loop.work();
+    };
+    region_(join, &team, 0, 0);
+  }
+
+ private:
+  // What compilers call for a parallel region: the function on so many threads, 0 for the usual number.
+  using Region = void (*)(void (*function)(void*), void* argument, unsigned threads, unsigned flags);
+
+  Region region_ = nullptr;
+  int (*max_threads_)() = nullptr;
+};
+
 class Pool {
  public:
+  explicit Pool(bool is_forked) : is_forked_(is_forked) {}
+
   void run(Loop& loop, int helpers) {
     const std::unique_lock in_use(in_use_, std::try_to_lock);
     if (!in_use) return loop.work();
+    // A forked child cannot use a runtime whose threads were its parent's.
+    if (!is_forked_ && openmp_.has(helpers + 1)) return openmp_.run(loop, helpers + 1);
     {
       const std::lock_guard lock(mutex_);
       for (; n_workers_ < helpers; ++n_workers_) {
@@ -76,6 +117,8 @@ class Pool {
     }
   }
 
+  const bool is_forked_;
+  OpenMp openmp_;
   std::mutex in_use_, mutex_;
   std::condition_variable wake_, done_;
   Loop* loop_ = nullptr;
@@ -86,14 +129,13 @@ class Pool {
 // Leaked on purpose: its threads may outlive static destructors. After fork() the child has none of the threads and
 // perhaps a locked mutex, so it gets a new pool.
 Pool* pool = nullptr;
-void new_pool() { pool = new Pool; }
 
 Pool& get_pool() {
   static std::once_flag once;
   std::call_once(once, [] {
-    new_pool();
+    pool = new Pool(false);
 #if defined(__unix__) || defined(__APPLE__)
-    pthread_atfork(nullptr, nullptr, new_pool);
+    pthread_atfork(nullptr, nullptr, [] { pool = new Pool(true); });
 #endif
   });
   return *pool;

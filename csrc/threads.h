@@ -1,4 +1,5 @@
-// A small pool of threads that lasts for the process, survives fork() and is never joined at exit.
+// Parallel loops on the threads of the process's OpenMP, such as torch's, or on a small pool that lasts for the process,
+// survives fork() and is never joined at exit.
 #pragma once
 
 #include <functional>

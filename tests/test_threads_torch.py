@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -84,3 +86,32 @@ def test_workers_of_a_data_loader_after_first_use() -> None:
     expected = torch.stack([Embedded()[seed] for seed in range(4)])
     loader = torch.utils.data.DataLoader(Embedded(), num_workers=2, multiprocessing_context="fork", timeout=60)
     assert torch.equal(torch.cat(list(loader)), expected)
+
+
+COUNT = """
+import ctypes, os, numpy as np
+{before}
+import qaa
+count = lambda: len(os.listdir("/proc/self/task"))
+circuit = qaa.ansatz("ring", 8, 2)
+theta, x = np.ones(circuit.parameter_shape), np.ones((4096, 200), np.float32)
+start = count()
+bits = {{qaa.arrays.forward(circuit, theta, x, threads=threads).tobytes() for threads in (1, 2)}}
+print(hasattr(ctypes.CDLL(None), "GOMP_parallel"), count() - start, len(bits))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads are counted in /proc")
+def test_loops_run_on_torchs_threads_where_there_are_any() -> None:
+    """Torch's spin for a while after each operation and would take the cores from threads of ours."""
+
+    def found(before: str) -> list[str]:
+        command = [sys.executable, "-c", COUNT.format(before=before)]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout.split()
+
+    torchs = "import torch; torch.set_num_threads({}); torch.ones(1 << 20).sin()"
+    if found(torchs.format(2))[0] != "True":
+        pytest.skip("this torch does not show an OpenMP runtime")
+    assert found(torchs.format(2)) == ["True", "0", "1"]
+    assert found(torchs.format(1)) == ["True", "1", "1"]  # torch is to have one, this call may have two
+    assert found("") == ["False", "1", "1"]
