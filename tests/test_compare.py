@@ -163,9 +163,10 @@ def test_bad_yaml_is_refused(tmp_path: Path, content: str, sentence: str) -> Non
 STUDY = Path(__file__).parent.parent / "docs" / "study"
 
 
-@pytest.mark.parametrize(
-    "task", ["alpaca", "toolcalls", "matched-toolcalls", "lowrank-alpaca", "lowrank-toolcalls", "long-alpaca"]
-)
+@pytest.mark.parametrize("task", [
+    "alpaca", "toolcalls", "matched-toolcalls", "again-toolcalls", "chinese", "lowrank-alpaca", "lowrank-toolcalls",
+    "long-alpaca",
+])  # fmt: skip
 def test_the_studys_results_are_those_of_its_configuration(task: str) -> None:
     chosen = settings(STUDY / f"{task}.yaml")
     found = json.loads((STUDY / f"{task}.json").read_text(encoding="utf-8"))
