@@ -181,7 +181,7 @@ def test_losses_alone_of_every_method_and_of_variants(wide: dict[str, Any]) -> N
     rows = {row["name"]: row for row in results["methods"]}
     assert list(rows) == ["lora-1", "lora-2", "lora-4", "qaa-frozen", "lora", *NEW, "untouched"]
     assert [rows[f"lora-{r}"]["trainable_parameters"] for r in (1, 2, 4)] == [r * 2 * (64 + 48) for r in (1, 2, 4)]
-    assert rows["qaa-frozen"]["trainable_parameters"] == 10 * 2 * 48
+    assert rows["qaa-frozen"]["trainable_parameters"] == 4 * 2 * (16 + 32 + 16 + 16)  # B and M of q and of v
     assert all(
         row["learning_rate"] == {"rate": 1e-3, "grid": [], "at_edge": False} for row in rows.values() if row["seeds"]
     )

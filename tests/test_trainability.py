@@ -69,7 +69,7 @@ def test_the_study_from_command_to_figures(tmp_path, capsys):
     assert "LoRA" in methods and sum(name.startswith("QAA") for name in methods) >= 2
     assert {norm.layer for norm in norms} == set(range(4)) and {norm.module for norm in norms} == {"q_proj", "v_proj"}
     for norm in norms:  # V = 0 and B = 0 stop every gradient behind them, exactly
-        assert (norm.norm == 0) == (norm.step == 0 and norm.part in ("angles", "A")), norm
+        assert (norm.norm == 0) == (norm.step == 0 and norm.part in ("angles", "M", "A")), norm
     trainability.main([*arguments, "--draw"])
     assert (folder / "flow.md").read_text(encoding="utf-8").count("\n") == 2 + len(
         {(norm.method, norm.part, norm.step) for norm in norms}
