@@ -126,20 +126,14 @@ class Pool {
   int n_workers_ = 0, invited_ = 0, busy_ = 0;
 };
 
-// Leaked on purpose: its threads may outlive static destructors. After fork() the child has none of the threads and
-// perhaps a locked mutex, so it gets a new pool.
-Pool* pool = nullptr;
-
-Pool& get_pool() {
-  static std::once_flag once;
-  std::call_once(once, [] {
-    pool = new Pool(false);
+// Leaked on purpose: its threads may outlive static destructors. After fork() the child has none of the threads, neither
+// of a pool nor of OpenMP, and perhaps a locked mutex, so it gets a new pool; also where the parent had not used its own.
+Pool* pool = [] {
 #if defined(__unix__) || defined(__APPLE__)
-    pthread_atfork(nullptr, nullptr, [] { pool = new Pool(true); });
+  pthread_atfork(nullptr, nullptr, [] { pool = new Pool(true); });
 #endif
-  });
-  return *pool;
-}
+  return new Pool(false);
+}();
 
 }  // namespace
 
@@ -147,7 +141,7 @@ void parallel_for(int n_tasks, int threads, const std::function<void(int)>& task
   Loop loop{task, n_tasks, {}, {}, {}};
   const int helpers = std::min(threads, n_tasks) - 1;
   if (helpers > 0) {
-    get_pool().run(loop, helpers);
+    pool->run(loop, helpers);
   } else {
     loop.work();
   }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import subprocess
 import sys
 import threading
@@ -86,6 +87,27 @@ def test_workers_of_a_data_loader_after_first_use() -> None:
     expected = torch.stack([Embedded()[seed] for seed in range(4)])
     loader = torch.utils.data.DataLoader(Embedded(), num_workers=2, multiprocessing_context="fork", timeout=60)
     assert torch.equal(torch.cat(list(loader)), expected)
+
+
+FORK = """
+import os, signal, numpy as np, torch, qaa
+torch.set_num_threads(2)
+torch.ones(1 << 20).sin()
+circuit = qaa.ansatz("ring", 8, 2)
+theta, x = np.ones(circuit.parameter_shape), np.ones((4096, 200), np.float32)
+if os.fork() == 0:
+    signal.alarm(60)
+    qaa.arrays.forward(circuit, theta, x, threads=2)
+    os._exit(0)
+print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
+def test_a_child_that_is_forked_before_first_use_does_not_wait_for_torchs_threads() -> None:
+    command = [sys.executable, "-W", "ignore", "-c", FORK]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert (result.returncode, result.stdout.strip()) == (0, "0"), result.stderr
 
 
 COUNT = """
