@@ -7,8 +7,8 @@
 #include <array>
 #include <exception>
 #include <optional>
-#include <stdexcept>
 
+#include "checks.h"
 #include "cuda.h"
 #include "gates.h"
 #include "noise.h"
@@ -91,14 +91,13 @@ M matrix(std::uintptr_t data, std::int64_t rows, std::int64_t columns, std::int6
 class Angles {
  public:
   Angles(std::uintptr_t address, Scalar scalar, std::size_t n) {
+    check_angle_type(scalar);
     if (scalar == Scalar::float64) {
       data_ = reinterpret_cast<const double*>(address);
-    } else if (scalar == Scalar::float32) {
+    } else {
       const float* first = reinterpret_cast<const float*>(address);
       copy_.assign(first, first + n);
       data_ = copy_.data();
-    } else {
-      throw std::invalid_argument("expected angles of float32 or float64, received a narrower type");
     }
   }
   const double* data() const { return data_; }

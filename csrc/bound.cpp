@@ -1,13 +1,12 @@
 #include "bound.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 
 namespace qaa {
 namespace {
 
-// Below this cosine a pass keeps its cosines instead of owing them; the scale owed never falls below min_scale^2.
+// Below this cosine a pass keeps its cosines instead of owing them; the scale owed never falls below min_scale.
 constexpr double min_cosine = 1.0 / 64;
 constexpr double min_scale = 1.0 / (1 << 24);
 

@@ -8,7 +8,6 @@
 // batch. The next diagonal pays it off; what remains at the end is `BoundPlan::scale`.
 #pragma once
 
-#include <memory>
 #include <utility>
 #include <vector>
 

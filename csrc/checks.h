@@ -9,17 +9,45 @@
 
 namespace qaa {
 
+// Throws what compile() throws for a circuit or a readout that there cannot be.
+void check_circuit(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vector<GateCall>& gates,
+                   const ReadoutSpec& readout);
+
+inline std::string name_of(Scalar scalar) {
+  switch (scalar) {
+    case Scalar::float16: return "float16";
+    case Scalar::bfloat16: return "bfloat16";
+    case Scalar::float32: return "float32";
+    case Scalar::float64: return "float64";
+  }
+  return "type " + std::to_string(int(scalar));
+}
+
+// What the numbers of a matrix may be beside those of the one that leads a call.
+struct Numbers {
+  Scalar scalar;
+  const char* leader;
+  bool exact = false;  // the very same type; otherwise any that is float64 if and only if the leader is
+
+  bool allow(Scalar other) const {
+    if (exact || scalar == Scalar::float64) return other == scalar;
+    return other == Scalar::float16 || other == Scalar::bfloat16 || other == Scalar::float32;
+  }
+  std::string str() const {
+    const bool any_narrow = !exact && scalar != Scalar::float64;
+    return (any_narrow ? "float16, bfloat16 or float32" : name_of(scalar)) + " numbers, as " + leader +
+           (any_narrow ? " has none of float64" : " has");
+  }
+};
+
 template <class M>
-inline void check(const M& m, const char* name, std::int64_t rows, std::int64_t columns, bool is_double) {
+inline void check(const M& m, const char* name, std::int64_t rows, std::int64_t columns, const Numbers& numbers) {
   auto refuse = [&](const std::string& expected, const std::string& received) {
     throw std::invalid_argument(std::string("expected ") + name + " with " + expected + ", received " + received);
   };
   if (m.rows != rows) refuse(std::to_string(rows) + " rows", std::to_string(m.rows));
   if (m.columns != columns) refuse(std::to_string(columns) + " columns", std::to_string(m.columns));
-  if ((m.scalar == Scalar::float64) != is_double) {
-    refuse(is_double ? "float64 numbers, as x has" : "at most float32 numbers, as x has", "the other precision");
-  }
-  if (m.scalar > Scalar::float64) refuse("a type of the list", "type " + std::to_string(int(m.scalar)));
+  if (!numbers.allow(m.scalar)) refuse(numbers.str(), name_of(m.scalar));
   if (m.rows > 0 && m.data == nullptr) refuse("data", "a null pointer");
   if constexpr (!std::is_const_v<std::remove_pointer_t<decltype(m.data)>>) {  // threads write different rows
     if (m.rows > 1 && m.row_stride < columns) {
@@ -38,8 +66,14 @@ inline void check_rows(std::int64_t rows) {
   }
 }
 
-inline void check_angles(const Plan& plan, const void* angles, const char* name) {
-  if (plan.n_parameters > 0 && angles == nullptr) {
+inline void check_angle_type(Scalar scalar) {
+  if (scalar != Scalar::float32 && scalar != Scalar::float64) {
+    throw std::invalid_argument("expected angles of float32 or float64, received " + name_of(scalar));
+  }
+}
+
+inline void check_angles(std::uint32_t n_parameters, const void* angles, const char* name) {
+  if (n_parameters > 0 && angles == nullptr) {
     throw std::invalid_argument(std::string("expected ") + name + " with data, received a null pointer");
   }
 }
@@ -47,7 +81,7 @@ inline void check_angles(const Plan& plan, const void* angles, const char* name)
 inline void check_x(const Plan& plan, const ConstMatrix& x) {
   check_rows(x.rows);
   if (x.scalar > Scalar::float64) {
-    throw std::invalid_argument("expected x of a type of the list, received type " + std::to_string(int(x.scalar)));
+    throw std::invalid_argument("expected x of float16, bfloat16, float32 or float64, received " + name_of(x.scalar));
   }
   if (x.columns < 1 || x.columns > std::int64_t{plan.n_amplitudes()}) {
     throw std::invalid_argument("expected x with 1 to " + std::to_string(plan.n_amplitudes()) + " columns for " +
@@ -57,14 +91,13 @@ inline void check_x(const Plan& plan, const ConstMatrix& x) {
 
 inline void check_forward(const Plan& plan, const ConstMatrix& x, const Matrix& features) {
   check_x(plan, x);
-  check(features, "features", x.rows, plan.n_columns(), x.scalar == Scalar::float64);
+  check(features, "features", x.rows, plan.n_columns(), {x.scalar, "x"});
   if (x.rows > 0 && x.data == nullptr) throw std::invalid_argument("expected x with data, received a null pointer");
 }
 
 inline void check_backward(const Plan& plan, const ConstMatrix& x, const ConstMatrix& grad, const Matrix& grad_x) {
   check_x(plan, x);
-  const bool is_double = x.scalar == Scalar::float64;
-  check(grad, "grad", x.rows, plan.n_columns(), is_double);
+  check(grad, "grad", x.rows, plan.n_columns(), {x.scalar, "x"});
   if (x.rows > 0 && x.data == nullptr) {
     if (plan.is_quadratic() || plan.normalize) {
       throw std::invalid_argument("expected x with data for a readout that is not linear in x, received a null "
@@ -74,7 +107,7 @@ inline void check_backward(const Plan& plan, const ConstMatrix& x, const ConstMa
       throw std::invalid_argument("expected grad_x with data where x has none, received a null pointer");
     }
   }
-  if (grad_x.data != nullptr) check(grad_x, "grad_x", x.rows, x.columns, is_double);
+  if (grad_x.data != nullptr) check(grad_x, "grad_x", x.rows, x.columns, {x.scalar, "x"});
 }
 
 }  // namespace qaa

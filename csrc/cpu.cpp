@@ -11,6 +11,10 @@
 #include "checks.h"
 #include "threads.h"
 
+#ifdef QAA_HAS_AVX2
+#include <cpuid.h>
+#endif
+
 namespace qaa {
 
 #define QAA_DECLARE_ISA(name)                     \
@@ -33,6 +37,16 @@ QAA_DECLARE_ISA(neon)
 
 namespace {
 
+// Conversions of float16 in the AVX2 and AVX-512 kernels. Not every compiler's __builtin_cpu_supports knows it.
+#ifdef QAA_HAS_AVX2
+bool supports_f16c() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
+
+bool supports_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && supports_f16c(); }
+#endif
+
 // An instruction set at one or more widths, narrowest first.
 struct Candidate {
   std::vector<const InstructionSet*> widths;
@@ -45,12 +59,12 @@ std::vector<Candidate> candidates() {
   std::vector<Candidate> out;
 #ifdef QAA_HAS_AVX512
   out.push_back({{&avx512_128::instruction_set, &avx512_256::instruction_set, &avx512::instruction_set},
-                 __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                 supports_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")});
 #endif
 #ifdef QAA_HAS_AVX2
   out.push_back({{&avx2_128::instruction_set, &avx2::instruction_set},
-                 __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")});
+                 supports_avx2()});
 #endif
 #ifdef QAA_HAS_NEON
   out.push_back({{&neon::instruction_set}, true});
@@ -256,15 +270,15 @@ PlanOptions default_options() {
 
 void forward(const ForwardCall& call) {
   check_forward(call.plan, call.x, call.features);
-  check_angles(call.plan, call.theta, "theta");
+  check_angles(call.plan.n_parameters, call.theta, "theta");
   if (call.x.rows == 0) return;
   call.x.scalar == Scalar::float64 ? forward_as<double>(call) : forward_as<float>(call);
 }
 
 void backward(const BackwardCall& call) {
   check_backward(call.plan, call.x, call.grad, call.grad_x);
-  check_angles(call.plan, call.theta, "theta");
-  check_angles(call.plan, call.grad_theta, "grad_theta");
+  check_angles(call.plan.n_parameters, call.theta, "theta");
+  check_angles(call.plan.n_parameters, call.grad_theta, "grad_theta");
   if (call.x.rows == 0) {
     std::fill_n(call.grad_theta, call.plan.n_parameters, 0.0);
     return;
@@ -279,7 +293,7 @@ void check_projection(const ConstMatrix& features, const ConstMatrix& up) {
   constexpr std::int64_t most = std::int64_t{1} << 31;  // products of two of them do not overflow
   check_rows(features.rows);
   if (features.scalar != Scalar::float32 && features.scalar != Scalar::float64) {
-    throw std::invalid_argument("expected features of float32 or float64, received a narrower type");
+    throw std::invalid_argument("expected features of float32 or float64, received " + name_of(features.scalar));
   }
   if (up.rows < 1 || up.columns < 1 || up.rows > most || up.columns > most) {
     throw std::invalid_argument("expected up with 1 to " + std::to_string(most) + " rows and columns, received " +
@@ -290,26 +304,28 @@ void check_projection(const ConstMatrix& features, const ConstMatrix& up) {
 }  // namespace
 
 void project(const ProjectCall& call) {
-  const bool is_double = call.features.scalar == Scalar::float64;
   check_projection(call.features, call.up);
-  check(call.features, "features", call.features.rows, call.up.columns, is_double);
-  check(call.up, "up", call.up.rows, call.up.columns, is_double);
-  check(call.base, "base", call.features.rows, call.up.rows, is_double);
-  check(call.out, "out", call.features.rows, call.up.rows, is_double);
-  if (call.bias.data != nullptr) check(call.bias, "bias", 1, call.up.rows, is_double);
+  const bool is_double = call.features.scalar == Scalar::float64;
+  const Numbers same{call.features.scalar, "features", true};
+  check(call.features, "features", call.features.rows, call.up.columns, same);
+  check(call.up, "up", call.up.rows, call.up.columns, same);
+  check(call.base, "base", call.features.rows, call.up.rows, same);
+  check(call.out, "out", call.features.rows, call.up.rows, same);
+  if (call.bias.data != nullptr) check(call.bias, "bias", 1, call.up.rows, same);
   if (call.features.rows == 0) return;
   is_double ? project_as<double>(call) : project_as<float>(call);
 }
 
 void project_backward(const ProjectBackwardCall& call) {
-  const bool is_double = call.features.scalar == Scalar::float64;
   check_projection(call.features, call.up);
-  check(call.features, "features", call.features.rows, call.up.columns, is_double);
-  check(call.up, "up", call.up.rows, call.up.columns, is_double);
-  check(call.grad, "grad", call.features.rows, call.up.rows, is_double);
-  check(call.grad_features, "grad_features", call.features.rows, call.up.columns, is_double);
-  check(call.grad_up, "grad_up", call.up.rows, call.up.columns, is_double);
-  if (call.grad_bias.data != nullptr) check(call.grad_bias, "grad_bias", 1, call.up.rows, is_double);
+  const bool is_double = call.features.scalar == Scalar::float64;
+  const Numbers same{call.features.scalar, "features", true};
+  check(call.features, "features", call.features.rows, call.up.columns, same);
+  check(call.up, "up", call.up.rows, call.up.columns, same);
+  check(call.grad, "grad", call.features.rows, call.up.rows, same);
+  check(call.grad_features, "grad_features", call.features.rows, call.up.columns, same);
+  check(call.grad_up, "grad_up", call.up.rows, call.up.columns, same);
+  if (call.grad_bias.data != nullptr) check(call.grad_bias, "grad_bias", 1, call.up.rows, same);
   is_double ? project_backward_as<double>(call) : project_backward_as<float>(call);
 }
 

@@ -1,6 +1,6 @@
 // The same calls as in qaa.h for arrays on a CUDA device: asynchronous on the caller's stream, without allocations and
 // without synchronisation, so that they can be captured into a graph. Where the build has no CUDA, every call but
-// `is_built` and `is_available` throws std::runtime_error.
+// `is_built`, `is_available` and `Program::can_be_known` throws std::runtime_error.
 #pragma once
 
 #include <cstddef>

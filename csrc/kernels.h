@@ -5,8 +5,10 @@
 // the second array is not touched at all.
 #pragma once
 
-#include "lanes.h"
+#include <limits>
+
 #include "bound.h"
+#include "lanes.h"
 #include "qaa.h"
 
 namespace qaa::QAA_ISA {
@@ -521,7 +523,8 @@ Norms<T> embed(const BoundPlan<T>& p, const ConstMatrix& x, std::int64_t first_r
     for (Index i = 0; i < p.n_amplitudes; ++i) ket.im[i] = Vec<T>{};
   }
   Norms<T> norms{squared, splat<T>(1)};
-  constexpr T tiny = sizeof(T) == 8 ? T(1e-250) : T(1e-24), huge = sizeof(T) == 8 ? T(1e300) : T(1e30);
+  // Squares of amplitudes are up to 1 / min_scale^2 (bound.cpp) times as large as those of the row.
+  constexpr T tiny = sizeof(T) == 8 ? T(1e-250) : T(1e-24), huge = sizeof(T) == 8 ? T(1e280) : T(1e20);
   bool extreme[w] = {}, any = false;
   for (int l = 0; p.normalize && l < n_rows; ++l) any |= extreme[l] = squared[l] > huge || squared[l] < tiny;
   if (any) {

@@ -1,7 +1,6 @@
 #include "noise.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <limits>
 #include <stdexcept>
@@ -155,8 +154,13 @@ NoisyPlan compile_noisy(std::uint32_t n_wires, std::uint32_t n_parameters, const
     throw std::invalid_argument("expected a readout of expectation values or probabilities with noise, received "
                                 "amplitudes");
   }
-  check_probability("probabilities of X, Y and Z", std::min({noise.x, noise.y, noise.z}));
-  check_probability("probabilities of X, Y and Z that add up", std::max(0.0, noise.x + noise.y + noise.z - 1e-12));
+  check_probability("a probability of X", noise.x);
+  check_probability("a probability of Y", noise.y);
+  check_probability("a probability of Z", noise.z);
+  if (const double sum = noise.x + noise.y + noise.z; sum > 1 + 1e-12) {
+    throw std::invalid_argument("expected probabilities of X, Y and Z whose sum is at most 1, received " +
+                                std::to_string(sum));
+  }
   check_probability("a probability of damping", noise.damping);
   check_probability("a probability of wrong bits", noise.readout);
   NoisyPlan plan;
@@ -190,6 +194,8 @@ NoisyPlan compile_noisy(std::uint32_t n_wires, std::uint32_t n_parameters, const
 
 void forward(const NoisyCall& call) {
   const NoisyPlan& plan = call.plan;
+  check_rows(call.x.rows);
+  check_angles(plan.n_parameters, call.theta, "theta");
   if (call.x.columns < 1 || call.x.columns > std::int64_t{plan.n_amplitudes()}) {
     throw std::invalid_argument("expected x with 1 to " + std::to_string(plan.n_amplitudes()) + " columns, received " +
                                 std::to_string(call.x.columns));
@@ -197,14 +203,14 @@ void forward(const NoisyCall& call) {
   if (call.trajectories < 1 || call.trajectories > std::int64_t{1} << 32) {
     throw std::invalid_argument("expected 1 to 2^32 trajectories, received " + std::to_string(call.trajectories));
   }
-  const bool is_double = call.x.scalar == Scalar::float64;
-  if (!is_double && call.x.scalar != Scalar::float32) {
-    throw std::invalid_argument("expected x of float32 or float64 with noise, received a narrower type");
+  if (call.x.scalar != Scalar::float32 && call.x.scalar != Scalar::float64) {
+    throw std::invalid_argument("expected x of float32 or float64 with noise, received " + name_of(call.x.scalar));
   }
-  check(call.x, "x", call.x.rows, call.x.columns, is_double);
-  check(call.features, "features", call.x.rows, plan.n_outputs, is_double);
-  if (call.errors.data != nullptr) check(call.errors, "errors", call.x.rows, plan.n_outputs, is_double);
-  is_double ? forward_as<double>(call) : forward_as<float>(call);
+  const Numbers same{call.x.scalar, "x", true};
+  check(call.x, "x", call.x.rows, call.x.columns, same);
+  check(call.features, "features", call.x.rows, plan.n_outputs, same);
+  if (call.errors.data != nullptr) check(call.errors, "errors", call.x.rows, plan.n_outputs, same);
+  call.x.scalar == Scalar::float64 ? forward_as<double>(call) : forward_as<float>(call);
 }
 
 }  // namespace qaa

@@ -6,6 +6,8 @@
 // Paulis never touch the state. The true state is P times the stored one, where P is a product of X and Z on the wires
 // (the frame, one per trajectory): a rotation about an axis that anticommutes with P is stored with the opposite angle,
 // a controlled NOT maps P to another product, and the readout takes P in as a sign.
+//
+// For the Python module: not among the headers that are installed.
 #pragma once
 
 #include "plan.h"

@@ -354,7 +354,9 @@ Vec<T> embed_noisy(const BoundNoisyPlan<T>& p, const ConstMatrix& x, const Noisy
     largest = a > largest ? a : largest;
     broken += start[i] - start[i];  // NaN where a number is NaN or infinite
   }
-  const Vec<T> unit = T(1) / (largest > 0 ? largest : splat<T>(1));
+  // Subnormal numbers have no finite inverse.
+  constexpr T least = std::numeric_limits<T>::min();
+  const Vec<T> reference = largest > least ? largest : splat<T>(least), unit = T(1) / reference;
   Vec<T> squares{};
   for (Index i = 0; i < n; ++i) {
     start[i] *= unit;
@@ -363,7 +365,7 @@ Vec<T> embed_noisy(const BoundNoisyPlan<T>& p, const ConstMatrix& x, const Noisy
   Vec<T> scale{}, inverse{};
   for (int l = 0; l < w; ++l) {
     inverse[l] = squares[l] > 0 ? T(1 / __builtin_sqrt(double(squares[l]))) : T(0);
-    scale[l] = broken[l] + (largest[l] > 0 ? (p.normalize ? T(1) : largest[l] * largest[l] * squares[l]) : T(0));
+    scale[l] = broken[l] + (largest[l] > 0 ? (p.normalize ? T(1) : reference[l] * reference[l] * squares[l]) : T(0));
   }
   for (Index i = 0; i < n; ++i) start[i] *= inverse;
   return scale;

@@ -167,7 +167,7 @@ class Observables {
       Stage& last = plan_.stages.back();
       absorb_phases(last.phases);
       if (!last.phases.empty() && plan_.options.expand && is_real_before_last()) expand(last.phases);
-      std::erase_if(last.rotations, [&](const Rotation& r) { return absorb(r, max_new_strings); });
+      std::erase_if(last.rotations, [&](const Rotation& r) { return absorb(r, true); });
       if (!last.phases.empty() || !last.rotations.empty()) return;
       plan_.stages.pop_back();
     }
@@ -211,7 +211,7 @@ class Observables {
   void absorb_phases(std::vector<Phase>& phases) {
     std::erase_if(phases, [&](const Phase& p) { return terms_hit_by(p).empty(); });
     if (!std::ranges::all_of(phases, [](const Phase& p) { return quarter_turns(p.angle) >= 0; })) return;
-    for (const Phase& phase : phases) absorb(phase, max_new_strings);
+    for (const Phase& phase : phases) absorb(phase, true);
     phases.clear();
   }
 
@@ -228,7 +228,7 @@ class Observables {
       const auto hits = std::ranges::count_if(phases, [&](const Phase& p) { return !commutes(string, p); });
       if (hits > Correlation::max_bits + 1) return;
     }
-    for (const Phase& phase : phases) absorb(phase, SIZE_MAX);
+    for (const Phase& phase : phases) absorb(phase, false);
     phases.clear();
     std::erase_if(plan_.terms, [&](const Term& term) {
       const String& string = plan_.strings[term.string];
@@ -237,16 +237,16 @@ class Observables {
     compact();
   }
 
-  // U^dagger P U = cos(a) P + sin(a) (-i P G) for U = exp(-i a G / 2) and P that anticommutes with G.
+  // U^dagger P U = cos(a) P + sin(a) (-i P G) for U = exp(-i a G / 2) and P that anticommutes with G. If `limited`,
+  // nothing is done, and false returned, where that would make too many strings or terms.
   template <class Operation>
-  bool absorb(const Operation& operation, std::size_t max_new_strings) {
+  bool absorb(const Operation& operation, bool limited) {
     const std::vector<std::size_t> hit = terms_hit_by(operation);
     if (hit.empty()) return true;
     if (const int quarters = quarter_turns(operation.angle); quarters >= 0) {
       for (const std::size_t t : hit) quarter_turn(plan_.terms[t], operation, quarters);
       return true;
     }
-    const bool limited = max_new_strings != SIZE_MAX;
     if (limited && plan_.terms.size() + hit.size() > max_terms_per_output * plan_.n_outputs) return false;
     std::vector<String> added;
     for (const std::size_t t : hit) {
@@ -256,7 +256,7 @@ class Observables {
         added.push_back(string);
       }
     }
-    if (added.size() > max_new_strings) return false;
+    if (limited && added.size() > max_new_strings) return false;
     const auto angle = std::uint32_t(plan_.absorbed.size());
     plan_.absorbed.push_back(operation.angle);
     for (const std::size_t t : hit) {
@@ -499,7 +499,6 @@ void lay_out_stages(Plan& plan) {
     if (stage.is_diagonal()) lay_out_diagonal(plan, stage);
   }
   std::erase_if(plan.stages, [](const Stage& s) { return s.phases.empty() && s.rotations.empty(); });
-  plan.real = plan.options.real && std::ranges::all_of(plan.stages, [](const Stage& s) { return s.real; });
 
   std::uint32_t n_kept = 0;
   for (std::size_t s = plan.stages.size(); s-- > 0;) {
@@ -792,7 +791,8 @@ SignedString stored_string(const std::string& letters, const Frame& frame) {
 void check(const ReadoutSpec& readout, std::uint32_t n_wires) {
   if (readout.kind == ReadoutKind::expval) {
     if (readout.paulis.empty() || readout.paulis.size() != readout.n_outputs) {
-      refuse("one Pauli string per output, at least one", std::to_string(readout.paulis.size()));
+      refuse("one Pauli string per output, at least one",
+             std::to_string(readout.paulis.size()) + " for " + std::to_string(readout.n_outputs) + " outputs");
     }
     for (const std::string& letters : readout.paulis) {
       if (letters.size() != n_wires || letters.find_first_not_of("IXYZ") != std::string::npos) {

@@ -50,8 +50,8 @@ struct Angle {
   std::vector<AngleTerm> terms;
   bool operator==(const Angle&) const = default;
   bool is_constant() const { return terms.empty(); }
-  double value(const double* theta) const;
-  void add(const Angle& other, double sign);
+  QAA_API double value(const double* theta) const;
+  QAA_API void add(const Angle& other, double sign);
 };
 
 // [a; b] <- [cos -sin; sin cos](angle / 2) [a; b] for every pair a = psi[i], b = psi[i ^ x] with parity(z & i) = 0.
@@ -155,7 +155,6 @@ struct Plan {
   std::vector<Index> inputs;  // column of x -> where its amplitude is stored
   std::vector<Stage> stages;
   bool starts_low = false;  // the first pass of the first stage is on the lowest bits of the columns, lowest first
-  bool real = true;         // the final state is real
 
   // expval
   std::vector<String> strings;
@@ -181,10 +180,6 @@ struct Operations {
   double forward, backward;
 };
 QAA_API Operations count_operations(const Plan& plan, std::uint32_t columns);
-
-// Throws what compile() throws for a circuit or a readout that there cannot be.
-void check_circuit(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vector<GateCall>& gates,
-                   const ReadoutSpec& readout);
 
 // The plan of a circuit of 1 to 16 wires and a readout; gates are applied first to last. With `normalize` rows are
 // divided by their norm, without it they go through the circuit as they are. `options` are best default_options()

@@ -9,14 +9,15 @@
 // exp(-i theta P / 2). Arrays are described by pointers, shapes and strides; nothing is copied, kept or freed.
 //
 // Errors. A call checks everything that it can see before it touches memory, and throws std::invalid_argument with one
-// sentence, "expected ..., received ...". std::bad_alloc is possible; the first call in a process may throw
-// std::runtime_error if the environment variable QAA_ISA names an instruction set that this machine or build lacks.
+// sentence, "expected ..., received ...". std::bad_alloc is possible, and std::runtime_error if the
+// environment variable QAA_ISA names an instruction set that this machine or build lacks.
 // A call that throws has written nothing, or part of its outputs.
 //
 // Threads. Every function may be called from any thread at any time; outputs of calls that run at once must not
-// overlap, nor may an output overlap an input unless it is said below. `threads` is the most that a call uses, the
-// caller's included, from one pool of the process; a call that finds the pool busy works alone. Results are the same
-// bits for any number of threads. After fork() the child gets a new pool.
+// overlap, nor may an output overlap an input unless it is said below. `threads` is the most that work on a
+// call, the caller's included. The others are those of the process's OpenMP where it has a runtime, whose threads then all
+// wake up, and of one pool of the core otherwise and in a child after fork(); a call that finds them busy works alone.
+// Results are the same bits for any number of threads.
 //
 // No function here knows of Python or of any framework.
 #pragma once

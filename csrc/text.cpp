@@ -1,5 +1,4 @@
 // A program's text -> plan; qaa.program.Program writes it.
-#include <algorithm>
 #include <charconv>
 #include <limits>
 #include <span>

@@ -1,15 +1,19 @@
 #include "threads.h"
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
 #include <exception>
 #include <mutex>
+#include <optional>
 #include <system_error>
 #include <thread>
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <dlfcn.h>
 #include <pthread.h>
+#include <sys/stat.h>
 #endif
 
 namespace qaa {
@@ -35,19 +39,35 @@ struct Loop {
   }
 };
 
+// How many threads the process has; nothing where the system does not tell.
+std::optional<int> process_threads() {
+#if defined(__linux__)
+  struct stat tasks;
+  if (stat("/proc/self/task", &tasks) == 0) return int(tasks.st_nlink) - 2;
+#endif
+  return {};
+}
+
 // The threads of OpenMP go on spinning for a while after a loop, as torch's do after each operation, and would share the
 // cores with threads of ours. Where the process shows such a runtime, GNU's or LLVM's, its threads do the work.
 class OpenMp {
  public:
-  // Whether it has been found, which may be after the first call, and gives so many threads to this one.
-  bool has(int threads) {
+  // Whether it has been found, which may be after the first call, and gives so many threads to this one. `others` are
+  // threads that are none of its own. A child that loaded this library after its fork may have a runtime whose threads
+  // were the parent's and are waited for in vain: hence not before the process has as many threads as it would use.
+  bool has(int threads, int others) {
 #if defined(__unix__) || defined(__APPLE__)
     if (region_ == nullptr) {
       max_threads_ = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "omp_get_max_threads"));
       if (max_threads_ != nullptr) region_ = reinterpret_cast<Region>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
     }
 #endif
-    return region_ != nullptr && max_threads_() >= threads;
+    if (region_ == nullptr || max_threads_() < threads) return false;
+    if (!is_alive_) {
+      const std::optional<int> known = process_threads();
+      is_alive_ = !known || *known - others >= max_threads_();
+    }
+    return is_alive_;
   }
 
   // All of its threads come, since a smaller team would make it end the others; only so many work.
@@ -67,6 +87,7 @@ class OpenMp {
   // What compilers call for a parallel region: the function on so many threads, 0 for the usual number.
   using Region = void (*)(void (*function)(void*), void* argument, unsigned threads, unsigned flags);
 
+  bool is_alive_ = false;
   Region region_ = nullptr;
   int (*max_threads_)() = nullptr;
 };
@@ -78,8 +99,7 @@ class Pool {
   void run(Loop& loop, int helpers) {
     const std::unique_lock in_use(in_use_, std::try_to_lock);
     if (!in_use) return loop.work();
-    // A forked child cannot use a runtime whose threads were its parent's.
-    if (!is_forked_ && openmp_.has(helpers + 1)) return openmp_.run(loop, helpers + 1);
+    if (!is_forked_ && openmp_.has(helpers + 1, n_workers_)) return openmp_.run(loop, helpers + 1);
     {
       const std::lock_guard lock(mutex_);
       for (; n_workers_ < helpers; ++n_workers_) {
@@ -128,12 +148,17 @@ class Pool {
 
 // Leaked on purpose: its threads may outlive static destructors. After fork() the child has none of the threads, neither
 // of a pool nor of OpenMP, and perhaps a locked mutex, so it gets a new pool; also where the parent had not used its own.
-Pool* pool = [] {
+Pool*& pool() {
+  static Pool* current = [] {
 #if defined(__unix__) || defined(__APPLE__)
-  pthread_atfork(nullptr, nullptr, [] { pool = new Pool(true); });
+    pthread_atfork(nullptr, nullptr, [] { pool() = new Pool(true); });
 #endif
-  return new Pool(false);
-}();
+    return new Pool(false);
+  }();
+  return current;
+}
+
+[[maybe_unused]] const Pool* const made_when_loaded = pool();
 
 }  // namespace
 
@@ -141,7 +166,7 @@ void parallel_for(int n_tasks, int threads, const std::function<void(int)>& task
   Loop loop{task, n_tasks, {}, {}, {}};
   const int helpers = std::min(threads, n_tasks) - 1;
   if (helpers > 0) {
-    pool->run(loop, helpers);
+    pool()->run(loop, helpers);
   } else {
     loop.work();
   }

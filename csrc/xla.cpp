@@ -54,12 +54,19 @@ const XLA_FFI_Buffer& result(const XLA_FFI_CallFrame& frame, std::int64_t positi
 
 const void* attribute(const XLA_FFI_CallFrame& frame, std::string_view name, XLA_FFI_AttrType type) {
   for (std::int64_t k = 0; k < frame.attrs.size; ++k) {
-    if (std::string_view(frame.attrs.names[k]->ptr, frame.attrs.names[k]->len) == name) {
-      if (frame.attrs.types[k] == type) return frame.attrs.attrs[k];
-      break;
-    }
+    if (std::string_view(frame.attrs.names[k]->ptr, frame.attrs.names[k]->len) != name) continue;
+    if (frame.attrs.types[k] == type) return frame.attrs.attrs[k];
+    throw std::invalid_argument("expected the attribute '" + std::string(name) + "' of XLA's type " +
+                                std::to_string(int(type)) + ", received type " +
+                                std::to_string(int(frame.attrs.types[k])));
   }
-  throw std::invalid_argument("expected the attribute '" + std::string(name) + "', received none of its type");
+  throw std::invalid_argument("expected the attribute '" + std::string(name) + "', received none");
+}
+
+std::string shape_of(const XLA_FFI_Buffer& buffer) {
+  std::string out = "(";
+  for (std::int64_t k = 0; k < buffer.rank; ++k) out += (k > 0 ? ", " : "") + std::to_string(buffer.dims[k]);
+  return out + ")";
 }
 
 // Plans by their text. One call compiles, and all later ones, in any thread, find the plan; a cache that is full is
@@ -79,7 +86,7 @@ std::shared_ptr<const Plan> plan_of(const XLA_FFI_CallFrame& frame) {
 int threads_of(const XLA_FFI_CallFrame& frame) {
   const auto& scalar = *static_cast<const XLA_FFI_Scalar*>(attribute(frame, "threads", XLA_FFI_AttrType_SCALAR));
   if (scalar.dtype != XLA_FFI_DataType_S64) {
-    throw std::invalid_argument("expected threads of int64, received another type");
+    throw std::invalid_argument("expected threads of int64, received XLA's type " + std::to_string(int(scalar.dtype)));
   }
   return int(std::clamp<std::int64_t>(*static_cast<const std::int64_t*>(scalar.value), 1, 1024));
 }
@@ -88,12 +95,13 @@ int threads_of(const XLA_FFI_CallFrame& frame) {
 std::vector<double> angles(const XLA_FFI_Buffer& theta, const Plan& plan) {
   const std::size_t n = plan.n_parameters;
   if (theta.rank != 1 || std::size_t(theta.dims[0]) != n) {
-    throw std::invalid_argument("expected theta with " + std::to_string(n) + " angles, received another shape");
+    throw std::invalid_argument("expected theta with " + std::to_string(n) + " angles, received shape " + shape_of(theta));
   }
   auto copy = [&](const auto* first) { return std::vector<double>(first, first + n); };
   if (theta.dtype == XLA_FFI_DataType_F64) return copy(static_cast<const double*>(theta.data));
   if (theta.dtype == XLA_FFI_DataType_F32) return copy(static_cast<const float*>(theta.data));
-  throw std::invalid_argument("expected theta of float32 or float64, received another type");
+  throw std::invalid_argument("expected theta of float32 or float64, received XLA's type " +
+                              std::to_string(int(theta.dtype)));
 }
 
 // ------------------------------------------------------------------------------------------------ calls
@@ -111,7 +119,8 @@ void run_backward(const XLA_FFI_CallFrame& frame) {
   const XLA_FFI_Buffer& grad_theta = result(frame, 0);
   if (grad_theta.rank != 1 || std::size_t(grad_theta.dims[0]) != theta.size() ||
       grad_theta.dtype != argument(frame, 0).dtype) {
-    throw std::invalid_argument("expected grad_theta with the shape and type of theta, received another one");
+    throw std::invalid_argument("expected grad_theta with the shape and type of theta, received shape " +
+                                shape_of(grad_theta) + " and XLA's type " + std::to_string(int(grad_theta.dtype)));
   }
   std::vector<double> sums(theta.size());
   backward({*plan, theta.data(), matrix<ConstMatrix>(argument(frame, 1)), matrix<ConstMatrix>(argument(frame, 2)),

@@ -391,3 +391,27 @@ def test_the_core_needs_rows_unless_the_readout_is_linear_in_them() -> None:
     assert np.all(grad_theta == 0)
     with pytest.raises(ValueError, match="angles of float32 or float64"):
         _core.forward(plan, theta.ctypes.data, _core.Scalar.bfloat16, nothing, features, 1)
+
+
+@pytest.mark.parametrize("narrow", ["up", "base", "out"])
+def test_the_core_projects_into_the_type_of_the_features_alone(narrow: str) -> None:
+    """float16 results beside float32 features would be written past."""
+    shapes = {"features": (4, 2), "up": (4, 2), "base": (4, 4), "out": (4, 4)}
+    held = {name: np.ones(shape, np.float16 if name == narrow else np.float32) for name, shape in shapes.items()}
+    scalars = {np.dtype(np.float16): _core.Scalar.float16, np.dtype(np.float32): _core.Scalar.float32}
+
+    def matrix(name: str) -> tuple[object, ...]:
+        a = held[name]
+        return a.ctypes.data, *a.shape, a.shape[1], scalars[a.dtype]
+
+    bias = _core.ConstMatrix(0, 0, 0, 0, _core.Scalar.float32)
+    read = [_core.ConstMatrix(*matrix(name)) for name in ("features", "up")]
+    with pytest.raises(ValueError, match=f"expected {narrow} with float32 numbers, as features has, received float16"):
+        _core.project(*read, bias, _core.ConstMatrix(*matrix("base")), 1.0, _core.Matrix(*matrix("out")), 1)
+    assert all(np.all(a == 1) for a in held.values())
+
+
+def test_the_core_refuses_probabilities_that_are_none() -> None:
+    for pauli in ([0.1, np.nan, 0.1], [-0.1, 0.1, 0.1], [0.6, 0.6, 0.6]):
+        with pytest.raises(ValueError, match=r"expected .*probabilit.*received"):
+            _core.NoisyPlan(1, 0, [("X", (0,), ())], _core.ReadoutKind.expval, 1, ["Z"], True, pauli, 0.0, 0.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -35,6 +36,15 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run("cmake", "-S", source, "-B", build, f"-DCMAKE_PREFIX_PATH={prefix}", "-DCMAKE_CXX_FLAGS=-Wall -Wextra -Werror")
     run("cmake", "--build", build)
     return build / "gradient"
+
+
+@pytest.mark.parametrize("header", ["qaa.h", "basic.h", "plan.h", "cuda.h", "cuda/program.h", "cuda/layout.h"])
+def test_every_installed_header_compiles_by_itself(header: str, tmp_path: Path) -> None:
+    include = Path(cmake_dir()).parents[2] / "include"
+    assert (include / "qaa" / header).is_file()
+    (tmp_path / "it.cpp").write_text(f"#include <qaa/{header}>\n")
+    compiler = os.environ.get("CXX", "c++")
+    run(compiler, "-std=c++20", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", f"-I{include}", tmp_path / "it.cpp")
 
 
 def numbers_after(label: str, text: str) -> np.ndarray:

@@ -247,6 +247,9 @@ def test_zero_and_broken_rows_and_narrow_types() -> None:
         np.testing.assert_array_equal(found.features[0], 0)
         assert np.isnan(found.features[2:4]).all() and np.isnan(found.standard_error[2:4]).all()
         assert np.isfinite(found.features[[1, 4, 5]]).all()
+    for dtype, size in ((np.float32, 1e-40), (np.float32, 1e-45), (np.float64, 1e-310)):  # subnormal
+        tiny = noise.forward(circuit, theta, np.full((1, 8), size, dtype), **options)
+        np.testing.assert_allclose(tiny, noise.forward(circuit, theta, np.ones((1, 8), dtype), **options), atol=1e-5)
     half = noise.forward(circuit, theta, x[:2].astype(np.float16), **options)
     assert half.dtype == np.float16
     single = noise.forward(circuit, theta, x[:2].astype(np.float32), **options)

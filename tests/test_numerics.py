@@ -43,6 +43,31 @@ def test_a_normalized_row_may_have_any_length(dtype: type, size: float, kind: st
         np.testing.assert_allclose(grad_x * largest, for_x, rtol=0, atol=bound * 4)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "exponents"),
+    [(np.float32, (9, 11, 13, 15)), (np.float64, (139, 141, 147, 149))],
+    ids=["float32", "float64"],
+)
+def test_cosines_that_are_owed_do_not_overflow(dtype: type, exponents: tuple[int, ...]) -> None:
+    """Rotations by nearly pi owe small cosines: stored amplitudes are then millions of times as large as the row's."""
+    circuit = qaa.ansatz("ring", 10)
+    theta = np.zeros(circuit.parameter_shape)
+    theta[0, :, 0] = 2.74
+    x = np.ones((1, 1024), dtype)
+    grad = np.ones((1, 10), dtype)
+    features, (grad_theta, grad_x) = (
+        qaa.arrays.forward(circuit, theta, x),
+        qaa.arrays.backward(circuit, theta, x, grad),
+    )
+    for exponent in exponents:
+        row = x * dtype(10.0**exponent)
+        tolerance = 64 * np.finfo(dtype).eps
+        np.testing.assert_allclose(qaa.arrays.forward(circuit, theta, row), features, rtol=0, atol=tolerance)
+        found_theta, found_x = qaa.arrays.backward(circuit, theta, row, grad)
+        np.testing.assert_allclose(found_theta, grad_theta, rtol=0, atol=tolerance)
+        np.testing.assert_allclose(found_x * 10.0**exponent, grad_x, rtol=0, atol=tolerance)
+
+
 def test_float16_overflows_to_infinity_and_not_before() -> None:
     """What float16 can hold is right; what it cannot is infinite, in the row that it belongs to and nowhere else."""
     x = np.array([[65504.0] * 13, [1.0] * 13, [1e-7] * 13], np.float16)

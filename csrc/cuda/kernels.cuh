@@ -1341,7 +1341,7 @@ __device__ double coefficient_of(const Arguments<T>& a, std::uint32_t t, std::ui
   return value;
 }
 
-// Below it a pass keeps its cosines. Taking them out costs no accuracy, only range: five angles make numbers 3e20 times as
+// Below it a pass keeps its cosines. Taking them out costs no accuracy, only range: five angles make numbers 4e19 times as
 // large before they are paid back.
 constexpr double min_cosine = 1.0 / 8192;
 

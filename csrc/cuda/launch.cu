@@ -5,6 +5,7 @@
 #include "checks.h"
 #include "cuda.h"
 #include "kernels.cuh"
+#include "specialize.h"
 
 namespace qaa::cuda {
 namespace {
@@ -103,6 +104,10 @@ Shape shape_of(const Program& program, std::int64_t rows, bool backward) {
 
 template <class T, class Call>
 Arguments<T> arguments(const Call& call, const Shape& shape) {
+  if (call.workspace == nullptr && shape.workspace_bytes > 0) {
+    throw std::invalid_argument("expected workspace with " + std::to_string(shape.workspace_bytes) +
+                                " bytes, received a null pointer");
+  }
   Arguments<T> a{};
   auto* workspace = static_cast<unsigned char*>(call.workspace);
   a.layout = call.program.layout;
@@ -143,11 +148,20 @@ void launch(const Kernels<T>& kernels, const void* known, const Arguments<T>& a,
 
 // A kernel for one circuit fits its program alone, and features of one type.
 void check_kernel(const Program& program, const void* kernel, Scalar rows, Scalar features, const Shape& shape) {
-  if ((kernel != nullptr) != program.is_known || (program.is_known && !shape.in_shared)) {
-    throw std::invalid_argument("expected a program for one circuit together with its kernel, received one without the other");
+  if ((kernel != nullptr) != program.is_known) {
+    throw std::invalid_argument(program.is_known ? "expected a kernel with a program for one circuit, received none"
+                                                 : "expected no kernel with a program for any circuit, received one");
   }
-  if (program.is_known && (rows == Scalar::float64 || features != known_features(program, rows))) {
-    throw std::invalid_argument("expected features of the type that the kernel was compiled for, received another");
+  if (!program.is_known) return;
+  if (!shape.in_shared) {
+    throw std::invalid_argument("expected a circuit whose states fit into a block's shared memory, received one of " +
+                                std::to_string(program.plan.n_wires) + " wires");
+  }
+  if (rows == Scalar::float64) {
+    throw std::invalid_argument("expected rows of float16, bfloat16 or float32 for one circuit's kernel, received float64");
+  }
+  if (const Scalar known = known_features(program, rows); features != known) {
+    throw std::invalid_argument("expected features of " + name_of(known) + ", received " + name_of(features));
   }
 }
 
@@ -182,9 +196,12 @@ void backward_as(const BackwardCall& call) {
   check(cudaGetLastError(), "add up the gradient of the angles");
 }
 
-void check_angles(Scalar scalar) {
-  if (scalar == Scalar::float32 || scalar == Scalar::float64) return;
-  throw std::invalid_argument("expected angles of float32 or float64, received a narrower type");
+// The device would report a null pointer as an error of the whole context, at some later call.
+template <class Call>
+void check_pointers(const Call& call) {
+  check_angle_type(call.theta_scalar);
+  check_angles(call.program.plan.n_parameters, call.theta, "theta");
+  if (call.description == nullptr) throw std::invalid_argument("expected description with data, received a null pointer");
 }
 
 }  // namespace
@@ -212,14 +229,15 @@ const void* load_kernel(const void* image) { return load_function(image, "qaa_kn
 
 void forward(const ForwardCall& call) {
   check_forward(call.program.plan, call.x, call.features);
-  check_angles(call.theta_scalar);
   if (call.x.rows == 0) return;
+  check_pointers(call);
   call.x.scalar == Scalar::float64 ? forward_as<double>(call) : forward_as<float>(call);
 }
 
 void backward(const BackwardCall& call) {
   check_backward(call.program.plan, call.x, call.grad, call.grad_x);
-  check_angles(call.theta_scalar);
+  check_pointers(call);
+  check_angles(call.program.plan.n_parameters, call.grad_theta, "grad_theta");
   call.x.scalar == Scalar::float64 ? backward_as<double>(call) : backward_as<float>(call);
 }
 

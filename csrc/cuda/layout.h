@@ -6,7 +6,7 @@
 // and is addressed by offsets.
 #pragma once
 
-#include "basic.h"
+#include "../basic.h"
 
 #if defined(__CUDACC__) || defined(__CUDACC_RTC__)
 #define QAA_ANYWHERE __host__ __device__

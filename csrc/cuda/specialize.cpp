@@ -1,10 +1,9 @@
 // A circuit as constants in CUDA C++: what `Described` in kernels.cuh reads from memory, a compiler knows here. Loops over
 // passes, signs, masks and unused halves of complex numbers then cost nothing.
+#include "specialize.h"
+
 #include <algorithm>
 #include <sstream>
-#include <string>
-
-#include "cuda.h"
 
 namespace qaa::cuda {
 namespace {
