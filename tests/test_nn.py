@@ -85,7 +85,7 @@ def test_quantum_layer_travels_through_state_dicts_and_pickle():
 
 
 def test_quantum_layer_refuses_bad_arguments():
-    with pytest.raises(TypeError, match=r"expected a qaa\.Circuit, received str"):
+    with pytest.raises(TypeError, match=r"expected circuit to be a qaa\.Circuit, received str"):
         QuantumLayer("ring")
     with pytest.raises(ValueError, match="expected Pauli strings of 3 letters"):
         QuantumLayer(qaa.ansatz("ring", 3), ["ZZ"])
@@ -207,11 +207,11 @@ def test_squares_angles_learn_what_a_frozen_circuit_cannot():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0, 1), "expected in_features of at least 1, received 0"),
-        ((16, 1.0), r"expected out_features of at least 1, received 1\.0"),
-        ((16, 1, 17), "expected n_wires from 1 to 16, received 17"),
-        ((16, 1, 4, 0), "expected n_layers from 1 to 10000, received 0"),
-        ((16, 1, 4, 1, True), "expected hidden_features of at least 1, received True"),
+        ((0, 1), "expected in_features to be an integer from 1 to 2147483647, received 0"),
+        ((16, 1.0), r"expected out_features to be an integer from 1 to 2147483647, received 1\.0"),
+        ((16, 1, 17), "expected n_wires to be an integer from 1 to 16, received 17"),
+        ((16, 1, 4, 0), "expected n_layers to be an integer from 1 to 10000, received 0"),
+        ((16, 1, 4, 1, True), "expected hidden_features to be an integer from 1 to 2147483647, received True"),
     ],
 )
 def test_square_refuses_bad_arguments(arguments, message):
@@ -321,10 +321,10 @@ def test_known_rows_follow_the_angles():
 
     with torch.no_grad():
         torch.testing.assert_close(layer(x), expected(), **FLOAT32)
-        first = layer.adapter.down(layer.theta)
-        assert layer.adapter.down(layer.theta) is first
+        first = layer.adapter._down(layer.theta, None)
+        assert layer.adapter._down(layer.theta, None) is first is not layer.adapter.down(layer.theta)
         layer.theta.data[0, 0, 0] += 1.0  # what autograd's version counter does not see
-        assert layer.adapter.down(layer.theta) is not first
+        assert layer.adapter._down(layer.theta, None) is not first
         torch.testing.assert_close(layer(x), expected(), **FLOAT32)
     with torch.inference_mode():
         layer.theta.add_(0.5)
@@ -391,7 +391,7 @@ def test_an_adapter_in_float64_is_that_under_autocast_as_well():
     ("kwargs", "message"),
     [
         ({"base": nn.Conv1d(3, 4, 1)}, r"expected base to be a torch\.nn\.Linear, received Conv1d"),
-        ({"n_layers": 0}, "expected n_layers from 1 to 10000, received 0"),
+        ({"n_layers": 0}, "expected n_layers to be an integer from 1 to 10000, received 0"),
         ({"ansatz": "rings"}, "expected an ansatz among ring, .*, received 'rings'"),
         ({"readout": "y"}, "expected a readout 'z', .*, received 'y'"),
         ({"readout": "state[:17]"}, "expected between 1 and 16 outputs for readout 'state' on 4 wires, received 17"),
@@ -405,7 +405,7 @@ def test_qaa_linear_refuses_bad_arguments(kwargs, message):
 
 
 def test_a_layer_that_is_too_wide_is_refused():
-    with pytest.raises(ValueError, match="expected a layer with 1 to 65536 input features, received 65537"):
+    with pytest.raises(ValueError, match="expected in_features to be an integer from 1 to 65536, received 65537"):
         QAALinear(nn.Linear(65537, 1, device="meta"))
 
 
@@ -449,7 +449,7 @@ def test_blocks_are_of_qaa_linear_and_have_limits():
     layer = QAALinear(base, max_wires=10)
     assert layer.adapter.blocks == 69 and layer.up.shape == (2, 690)
     assert layer(torch.empty(3, 70_000, device="meta")).shape == (3, 2)
-    with pytest.raises(ValueError, match="expected max_wires from 1 to 16, received 17"):
+    with pytest.raises(ValueError, match="expected max_wires to be an integer from 1 to 16, received 17"):
         Adapter.create(8, max_wires=17)
     with pytest.raises(ValueError, match="expected at most 256 features for 16 blocks of 2 wires, received 272"):
         Adapter.create(64, max_wires=2, readout=["ZI"] * 17)

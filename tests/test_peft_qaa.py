@@ -767,8 +767,8 @@ def test_generation_in_inference_mode_and_training_afterwards():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"n_layers": 0}, "expected n_layers from 1 to 10000, received 0"),
-        ({"n_layers": 2.5}, "expected n_layers from 1 to 10000, received 2.5"),
+        ({"n_layers": 0}, "expected n_layers to be an integer from 1 to 10000, received 0"),
+        ({"n_layers": 2.5}, "expected n_layers to be an integer from 1 to 10000, received 2.5"),
         ({"ansatz": "star"}, "expected ansatz among ring, .*, received 'star'"),
         ({"readout": "x"}, "expected a readout 'z', .*, received 'x'"),
         ({"readout": "state[:0]"}, "expected between 1 and 65536 outputs for readout 'state'.*, received 0"),
@@ -781,8 +781,8 @@ def test_generation_in_inference_mode_and_training_afterwards():
         ({"init_angles": "none"}, "expected init_angles among uniform, small, zero, received 'none'"),
         ({"center_channels": 1}, "expected center_channels to be True or False, received 1"),
         ({"up_projection": "none"}, "expected up_projection among full, random, circuit, received 'none'"),
-        ({"r": 0}, "expected r from 1 to 65536, received 0"),
-        ({"r": 4.0}, "expected r from 1 to 65536, received 4.0"),
+        ({"r": 0}, "expected r to be an integer from 1 to 65536, received 0"),
+        ({"r": 4.0}, "expected r to be an integer from 1 to 65536, received 4.0"),
         ({"projection_key": 0.5}, "expected projection_key to be an integer of 64 bits, received 0.5"),
         ({"calibration": "never"}, "expected calibration among explicit, first_batch, received 'never'"),
         ({"calibration": "first_batch"}, "expected one of scale_channels, .* with calibration 'first_batch', received"),
@@ -816,7 +816,9 @@ def test_what_does_not_fit_the_model_is_refused_by_name(config, error, message):
 
 def test_a_layer_above_sixteen_wires_is_refused():
     model = nn.Sequential(nn.Linear(2**16 + 1, 2, device="meta"))
-    with pytest.raises(ValueError, match="cannot adapt the module 0: expected a layer with 1 to 65536 input features"):
+    with pytest.raises(
+        ValueError, match="cannot adapt the module 0: expected in_features to be an integer from 1 to 65536"
+    ):
         get_peft_model(model, QaaConfig(target_modules=["0"]))
 
 
@@ -924,7 +926,7 @@ def test_parameter_groups():
     assert len(parameter_groups(adapted(random_config("z", train_circuit=False)), 1e-3, 1e-2)) == 1
     with pytest.raises(ValueError, match="expected a model with QAA adapters, received a LlamaForCausalLM without any"):
         parameter_groups(llama(), 1e-3, 1e-2)
-    with pytest.raises(ValueError, match="expected angle_lr to be positive, received 0"):
+    with pytest.raises(ValueError, match="expected angle_lr to be a positive number, received 0"):
         parameter_groups(model, 1e-3, 0)
 
 
@@ -1435,3 +1437,171 @@ def test_a_whitened_model_compiles_without_graph_breaks(readout: str) -> None:
     torch.testing.assert_close(compiled(x), model(x), **CLOSE)
     compiled(x).sum().backward()
     assert all(p.grad.abs().max() > 0 for p in model.parameters() if p.requires_grad)
+
+
+# ------------------------------------------------------------------------------------------------ what users stumble on
+
+
+def test_a_second_adapter_of_the_same_name_replaces_the_first() -> None:
+    """Nothing of the first is left: here signs of a random V, M, c, and statistics."""
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(16, 4))
+    fields = {"target_modules": ["0"], "readout": STATE, "adapter_bias": True, "scale_channels": True}
+    get_peft_model(base, QaaConfig(**fields, up_projection="random", r=2, standardize_features=True))
+    with pytest.warns(UserWarning, match="second time"):
+        model = get_peft_model(base, QaaConfig(target_modules=["0"], readout=STATE, init_weights=False))
+    assert set(get_peft_model_state_dict(model)) == {f"base_model.model.0.qaa_{name}" for name in ("theta", "up")}
+    layer, x = layers_of(model)[0], torch.randn(3, 16)
+    rows = layer.qaa_adapter["default"].down(layer.qaa_theta["default"])
+    expected = layer.base_layer(x) + x @ rows.T @ layer.qaa_up["default"].T
+    torch.testing.assert_close(layer(x), expected, **CLOSE)
+
+
+def test_an_adapter_that_is_refused_changes_nothing() -> None:
+    model = adapted(random_config(STATE, target_modules=["q_proj"]))
+    expected, before = logits(model), {name: p.clone() for name, p in model.named_parameters()}
+    for layer in layers_of(model):
+        with pytest.raises(ValueError, match="expected r of at most 5"):
+            layer.update_layer("default", random_config(STATE, r=6, scale_channels=True))
+        with pytest.raises(ValueError, match="expected r of at most 5"):
+            layer.update_layer("other", random_config(STATE, r=6, scale_channels=True))
+        assert layer._get_available_adapters() == {"default"}
+    assert torch.equal(logits(model), expected)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+@pytest.mark.parametrize("first", ["linear", "quadratic"])
+def test_a_refused_merge_leaves_every_layer_as_it_was(first: str) -> None:
+    configs = {"linear": random_config(STATE), "quadratic": random_config("z")}
+    second = next(name for name in configs if name != first)
+    model = adapted(configs[first], adapter_name=first)
+    model.add_adapter(second, configs[second])
+    model.base_model.set_adapter([first, second])
+    expected = logits(model)
+    for action in (model.merge_adapter, model.merge_and_unload, layers_of(model)[0].merge):
+        with pytest.raises(ValueError, match="'quadratic' is quadratic in its layer's input"):
+            action()
+        assert not any(layer.merged for layer in layers_of(model))
+        assert torch.equal(logits(model), expected)
+
+
+def test_a_constant_is_refused_before_any_layer_has_merged() -> None:
+    """Of the two layers the first has a bias and could take c in; the second has none."""
+    base = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 4, bias=False))
+    model = get_peft_model(
+        base, QaaConfig(target_modules=["0", "1"], readout=STATE, adapter_bias=True, init_weights=False)
+    )
+    x = torch.randn(3, 16)
+    expected = model(x)
+    with pytest.raises(ValueError, match="it has a bias, and the Linear that it adapts has none"):
+        model.merge_adapter()
+    assert not any(layer.merged for layer in layers_of(model)) and torch.equal(model(x), expected)
+
+
+def test_training_with_statistics_that_nobody_measured_is_warned_about_once() -> None:
+    def step(model: Any) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model.train()(input_ids=tokens()).logits.sum().backward()
+        return [str(w.message) for w in caught if "never measured" in str(w.message)]
+
+    preset = QaaConfig.preset("compact", readout=STATE)
+    model = adapted(preset)
+    with torch.no_grad():
+        assert not step_quietly(model)
+    found = step(model)
+    assert len(found) == len(layers_of(model)) and "qaa.peft.calibrate" in found[0] and "first_batch" in found[0]
+    assert not step(model)
+
+    calibrated = adapted(preset)
+    calibrate(calibrated, [{"input_ids": tokens()}])
+    assert not step(calibrated)
+    loaded = adapted(preset)
+    set_peft_model_state_dict(loaded, get_peft_model_state_dict(calibrated))
+    assert not step(loaded)
+    assert not step(adapted(QaaConfig.preset("compact", readout=STATE, calibration="first_batch")))
+    assert not step(adapted(random_config("z")))
+
+
+def step_quietly(model: Any) -> list[Any]:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        model.train()(input_ids=tokens())
+    return caught
+
+
+@pytest.mark.parametrize("config_cls", [QaaConfig, qaa.peft.SoraConfig])
+def test_every_container_that_is_accepted_can_be_saved(config_cls: Any, tmp_path: Path) -> None:
+    config = config_cls(
+        target_modules=frozenset({"q_proj"}), exclude_modules=("v_proj",), layers_to_transform=range(1, 2),
+        layers_pattern=("layers",), modules_to_save={"lm_head"},
+    )  # fmt: skip
+    model = get_peft_model(llama(), config)
+    model.save_pretrained(tmp_path)
+    again = PeftConfig.from_pretrained(tmp_path)
+    assert again.layers_to_transform == [1] and again.modules_to_save == ["lm_head"]
+    assert set(again.target_modules) == {"q_proj"} and again.layers_pattern == ["layers"]
+    assert sum(isinstance(m, (QaaLayer, qaa.peft.SoraLayer)) for m in model.modules()) == 1
+    with pytest.raises(ValueError, match="`layers_to_transform` must also be specified"):
+        config_cls(target_modules=["q_proj"], layers_pattern="layers")
+
+
+def test_numpy_integers_are_integers() -> None:
+    config = QaaConfig(
+        n_layers=np.int64(2), r=np.int32(3), max_wires=np.int64(4), readout="state[:1/2]", target_modules=["q_proj"]
+    )
+    assert [type(value) for value in (config.n_layers, config.r, config.max_wires)] == [int, int, int]
+    assert qaa.ansatz("ring", np.int64(3), np.int64(2)) == qaa.ansatz("ring", 3, 2)
+
+
+def test_an_adapter_is_measured_where_it_will_run() -> None:
+    """Under another active adapter the layers above the first would see what they never see again."""
+    config = random_config(STATE, scale_channels=True)
+    model = adapted(random_config("z"))
+    model.add_adapter("second", config)
+    with pytest.raises(
+        ValueError, match=r"'second' to be active .* received a model whose active adapters are default"
+    ):
+        calibrate(model, [{"input_ids": tokens()}], "second")
+    model.set_adapter("second")
+    assert calibrate(model, [{"input_ids": tokens()}], "second") == len(layers_of(model))
+
+
+def test_calibration_leaves_every_module_in_its_mode() -> None:
+    model = adapted(random_config(STATE, scale_channels=True)).train()
+    model.base_model.model.lm_head.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    calibrate(model, [{"input_ids": tokens()}])
+    assert {name: module.training for name, module in model.named_modules()} == modes
+
+
+@pytest.mark.parametrize("center", [False, True])
+def test_a_channel_that_was_nearly_silent_does_not_drown_the_others(center: bool) -> None:
+    config = QaaConfig(target_modules=["0"], readout=STATE, scale_channels=True, center_channels=center)
+    model = get_peft_model(nn.Sequential(nn.Linear(16, 4)), config)
+    x = torch.randn(400, 16)
+    x[:, 3] *= 1e-5
+    x[:, 4] = 0
+    calibrate(model, [x], forward=lambda model, x: model(x))
+    factors = layers_of(model)[0].qaa_channels["default"]
+    others = factors[torch.arange(16) != 3].median().item()
+    assert factors[3].item() == pytest.approx(1000 * others, rel=0.2) and factors[4] == 1
+
+
+def test_rows_that_are_kept_for_the_next_call_are_nobodys_to_write_to() -> None:
+    model = adapted(random_config(STATE))
+    layer = layers_of(model)[0]
+    adapter, theta = layer.qaa_adapter["default"], layer.qaa_theta["default"]
+    with torch.no_grad():
+        expected = adapter.down(theta).clone()
+        adapter.down(theta).zero_()
+        layer.lora_factors("default")[0].zero_()
+        assert torch.equal(adapter.down(theta), expected)
+
+
+def test_modules_are_imported_on_first_use() -> None:
+    code = (
+        "import sys, qaa; assert 'torch' not in sys.modules; qaa.nn.QuantumLayer(qaa.ansatz('ring', 2)); "
+        "qaa.peft.QaaConfig; assert not hasattr(qaa, 'nothing')"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=300)

@@ -263,11 +263,14 @@ def test_a_constant_threshold_may_start_late():
         ({"schedule": "linear"}, "expected max_xi with every schedule but 'constant', received max_xi=None"),
         ({"max_xi": 1.0}, "expected max_xi with every schedule but 'constant', received max_xi=1.0"),
         ({"xi": 0.0, "max_xi": 1.0, "schedule": "exp_linear"}, "expected a threshold xi of at least 0 .*received 0.0"),
-        ({"xi": 1.0, "max_xi": 0.5, "schedule": "linear"}, "expected max_xi to be at least xi=1.0, received 0.5"),
+        (
+            {"xi": 1.0, "max_xi": 0.5, "schedule": "linear"},
+            "expected max_xi to be a number of at least xi=1.0, received 0.5",
+        ),
         ({"dense_share": 1.0}, "expected dense_share from 0 to below 1, received 1.0"),
-        ({"rounds": 1}, "expected at least 2 rounds or None, received 1"),
+        ({"rounds": 1}, "expected rounds to be an integer of at least 2 or None, received 1"),
         ({"operator": "hard"}, "expected an operator among soft, repository, received 'hard'"),
-        ({"l1": -1.0}, "expected l1 to be at least 0, received -1.0"),
+        ({"l1": -1.0}, "expected l1 to be a number of at least 0, received -1.0"),
     ],
 )
 def test_the_callback_refuses_bad_arguments(kwargs, message):
@@ -397,8 +400,8 @@ def test_pruning_refuses_an_adapter_without_any_rank_left(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"r": 0}, "expected r from 1 to 65536, received 0"),
-        ({"r": 2.0}, "expected r from 1 to 65536, received 2.0"),
+        ({"r": 0}, "expected r to be an integer from 1 to 65536, received 0"),
+        ({"r": 2.0}, "expected r to be an integer from 1 to 65536, received 2.0"),
         ({"sora_alpha": 0}, "expected sora_alpha to be a positive number, received 0"),
         ({"sora_dropout": 1.0}, "expected sora_dropout from 0 to below 1, received 1.0"),
         ({"init_weights": "yes"}, "expected init_weights to be True or False, received 'yes'"),

@@ -49,11 +49,11 @@ def load(adapter: Path) -> Any:
 HUGE = 10**12
 #: fields of a hostile configuration, and the sentence that refuses it
 HOSTILE: list[tuple[dict[str, Any], str]] = [
-    ({"n_layers": HUGE}, "expected n_layers from 1 to 10000"),
-    ({"n_layers": -1}, "expected n_layers from 1 to 10000"),
-    ({"n_layers": 1.5}, "expected n_layers from 1 to 10000"),
-    ({"n_layers": "4"}, "expected n_layers from 1 to 10000"),
-    ({"n_layers": [4]}, "expected n_layers from 1 to 10000"),
+    ({"n_layers": HUGE}, "expected n_layers to be an integer from 1 to 10000"),
+    ({"n_layers": -1}, "expected n_layers to be an integer from 1 to 10000"),
+    ({"n_layers": 1.5}, "expected n_layers to be an integer from 1 to 10000"),
+    ({"n_layers": "4"}, "expected n_layers to be an integer from 1 to 10000"),
+    ({"n_layers": [4]}, "expected n_layers to be an integer from 1 to 10000"),
     ({"readout": f"state[:{HUGE}]"}, "expected a readout"),
     ({"readout": "state[:65]"}, "expected between 1 and 64 outputs"),
     ({"readout": "probs[:65536]"}, "expected between 1 and 64 outputs"),
@@ -69,7 +69,7 @@ HOSTILE: list[tuple[dict[str, Any], str]] = [
     ({"scaling": 1e400}, "expected scaling to be a finite number"),
     ({"scaling": "1"}, "expected scaling to be a finite number"),
     ({"scaling": 10**400}, "expected scaling to be a finite number"),
-    ({"r": 10**9}, "expected r from 1 to 65536"),
+    ({"r": 10**9}, "expected r to be an integer from 1 to 65536"),
     ({"r": 17, "readout": "state[:16]"}, "expected r of at most 16"),
     ({"projection_key": 10**30}, "expected projection_key to be an integer of 64 bits"),
     ({"init_angles": {}}, "expected init_angles among"),
@@ -84,7 +84,7 @@ HOSTILE: list[tuple[dict[str, Any], str]] = [
     ({"layers_to_transform": "0"}, "expected layers_to_transform to be integers of at least 0"),
     ({"target_modules": ["../../0"]}, "not found in the base model"),
     ({"readout": "z"}, "size mismatch"),  # another shape than the weights'
-    ({"peft_type": "SORA", "r": HUGE}, "expected r from 1 to 65536"),
+    ({"peft_type": "SORA", "r": HUGE}, "expected r to be an integer from 1 to 65536"),
     ({"peft_type": "SORA", "r": 65536}, "expected r of at most 64"),
     ({"peft_type": "SORA", "r": 8, "sora_alpha": 1e400}, "expected sora_alpha to be a positive number"),
     ({"peft_type": "SORA", "r": 8, "sora_dropout": True}, "expected sora_dropout from 0 to below 1"),

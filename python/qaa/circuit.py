@@ -12,6 +12,7 @@ radians, and a rotation about the Pauli operator P is ``R_P(theta) = exp(-i thet
 from __future__ import annotations
 
 import math
+import operator
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -109,7 +110,7 @@ class Circuit:
     parameter_shape: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        check_count("n_wires", self.n_wires, MAX_WIRES)
+        object.__setattr__(self, "n_wires", check_count("n_wires", self.n_wires, MAX_WIRES))
         if not isinstance(self.gates, Iterable):
             raise TypeError(f"expected gates to be a sequence of qaa.Gate, received {type(self.gates).__name__}")
         object.__setattr__(self, "gates", tuple(self.gates))
@@ -413,7 +414,7 @@ class Readout:
                     )
                 n_outputs = 2**n_wires // n_outputs
             parsed = Readout(match[1], n_outputs)
-        elif isinstance(readout, Iterable):
+        elif isinstance(readout, Sequence):  # a set has no order
             paulis = tuple(readout)
             parsed = Readout("expval", len(paulis), paulis)
         else:
@@ -456,10 +457,21 @@ def shown(value: object) -> str:
     return text if len(text) <= 100 else f"{text[:80]}... ({len(text)} characters)"
 
 
-def check_count(what: str, count: object, limit: int) -> None:
-    """Raises ``ValueError`` unless ``count`` is an integer from 1 to ``limit``."""
-    if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= limit:
-        raise ValueError(f"expected {what} from 1 to {limit}, received {shown(count)}")
+def check_circuit(circuit: object) -> None:
+    """Raises ``TypeError`` unless ``circuit`` is a :class:`Circuit`."""
+    if not isinstance(circuit, Circuit):
+        raise TypeError(f"expected circuit to be a qaa.Circuit, received {type(circuit).__name__}")
+
+
+def check_count(what: str, count: object, limit: int) -> int:
+    """``count`` as an ``int`` (NumPy has integers of its own); ``ValueError`` unless it is one from 1 to ``limit``."""
+    try:
+        number = 0 if isinstance(count, bool) else operator.index(count)  # type: ignore[arg-type]
+    except TypeError:
+        number = 0
+    if not 1 <= number <= limit:
+        raise ValueError(f"expected {what} to be an integer from 1 to {limit}, received {shown(count)}")
+    return number
 
 
 def _indices(what: str, values: int | Iterable[int]) -> tuple[int, ...]:
@@ -552,9 +564,7 @@ def ansatz(name: str, n_wires: int, n_layers: int = 1) -> Circuit:
     """
     if not isinstance(name, str) or name not in ANSATZE:
         raise ValueError(f"expected an ansatz among {', '.join(ANSATZE)}, received {shown(name)}")
-    check_count("n_wires", n_wires, MAX_WIRES)
-    check_count("n_layers", n_layers, MAX_LAYERS)
-    return _ansatz(name, n_wires, n_layers)
+    return _ansatz(name, check_count("n_wires", n_wires, MAX_WIRES), check_count("n_layers", n_layers, MAX_LAYERS))
 
 
 @lru_cache(maxsize=256)

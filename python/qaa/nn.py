@@ -20,8 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qaa import ops
-from qaa.circuit import MAX_WIRES, Circuit, Readout, ansatz, check_count, shown
-from qaa.noise import NoiseModel
+from qaa.circuit import MAX_WIRES, Circuit, Readout, ansatz, check_circuit, check_count, shown
+from qaa.noise import NoiseModel, check_noise
 from qaa.shots import check_shots
 
 #: name -> half-width of the uniform distribution (radians) that the angles are drawn from
@@ -127,10 +127,9 @@ class Adapter:
         """
         limit = 2**MAX_WIRES
         if max_wires is not None:
-            check_count("max_wires", max_wires, MAX_WIRES)
+            max_wires = check_count("max_wires", max_wires, MAX_WIRES)
             limit = 2**31 - 1
-        if isinstance(in_features, bool) or not isinstance(in_features, int) or not 1 <= in_features <= limit:
-            raise ValueError(f"expected a layer with 1 to {limit} input features, received {shown(in_features)}")
+        in_features = check_count("in_features", in_features, limit)
         n_wires = max(1, (in_features - 1).bit_length())
         if max_wires is not None:
             n_wires = min(n_wires, max_wires)
@@ -177,10 +176,20 @@ class Adapter:
         With several blocks A has ``Re U(theta)[:K / blocks]`` for each of them on its diagonal, and zeros elsewhere.
 
         ``M A`` costs as many simulated states as M has rows: row by row it is ``Re U^T m``, since m is real.
+
+        Shapes: ``theta`` the circuit's, ``mix`` ``(r, K)``, result ``(K, in_features)`` or ``(r, in_features)``.
+
+        Raises:
+            ValueError: the readout is another one.
         """
         if not self.is_linear:
             raise ValueError(f"expected the readout 'state', which is linear in x, received {str(self.readout)!r}")
-        return self._down(theta, mix)
+        return self._own(self._down(theta, mix))
+
+    def _own(self, rows: Tensor) -> Tensor:
+        """Rows that a caller may write to: not those that are kept for the next call."""
+        known = self._known_rows.get("last")
+        return rows.clone() if known is not None and known[2] is rows else rows
 
     def _down(
         self, theta: Tensor, mix: Tensor | None, channels: Tensor | None = None, dtype: torch.dtype | None = None
@@ -249,7 +258,11 @@ class Adapter:
         """``f(u)``, or ``M f(u)``: from shape ``(..., in_features)`` to ``(..., K)`` or ``(..., r)``, in x's dtype.
 
         ``u = (x - mu) s`` with the whitening's ``center`` and ``channels``; standardisation is not applied here.
+
+        Raises:
+            ValueError: x is not ``in_features`` wide.
         """
+        _check_width(x, self.in_features)
         return ops._narrowed(self._features(theta, x, whitening, mix), self.n_features if mix is None else len(mix))
 
     def _features(self, theta: Tensor, x: Tensor, whitening: Whitening, mix: Tensor | None) -> Tensor:
@@ -321,7 +334,7 @@ class Adapter:
         up, bias = up.to(down.dtype), None if bias is None else bias.to(down.dtype)
         if offset is not None:
             bias = up @ offset if bias is None else bias + up @ offset
-        return down, up * self.scaling, None if bias is None else bias * self.scaling
+        return self._own(down), up * self.scaling, None if bias is None else bias * self.scaling
 
 
 def _are_equal(these: tuple[Tensor, ...], those: tuple[Tensor, ...]) -> bool:
@@ -386,14 +399,19 @@ class QuantumLayer(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(circuit, Circuit):
-            raise TypeError(f"expected a qaa.Circuit, received {type(circuit).__name__}")
+        check_circuit(circuit)
         self.circuit = circuit
         self.readout = Readout.parse(readout, circuit.n_wires)
         check_flag("normalize", normalize)
         if shots is not None:
             check_shots(shots)
-        elif generator is not None and noise is None:
+        if noise is not None or trajectories is not None:
+            if noise is None or trajectories is None or shots is not None:
+                raise ValueError("expected noise and trajectories together and without shots, received another choice")
+            check_noise(noise, trajectories)
+        if self.readout.kind == "state" and (shots is not None or noise is not None):
+            raise ValueError(f"expected Pauli strings or 'probs' with shots or noise, received {str(self.readout)!r}")
+        if generator is not None and shots is None and noise is None:
             raise ValueError("expected a generator together with shots or noise, received one without")
         self.normalize = normalize
         self.shots, self.noise, self.trajectories, self.generator = shots, noise, trajectories, generator
@@ -468,8 +486,7 @@ class Square(nn.Module):
         super().__init__()
         sizes = {"in_features": in_features, "out_features": out_features, "hidden_features": hidden_features}
         for what, size in sizes.items():
-            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-                raise ValueError(f"expected {what} of at least 1, received {size!r}")
+            check_count(what, size, 2**31 - 1)
         circuit = ansatz("ring", n_wires, n_layers)
         width = 2**n_wires
         self.in_features = in_features
@@ -602,6 +619,7 @@ class DenseCircuit(nn.Module):
         width: int | None = None,
     ) -> None:
         super().__init__()
+        check_circuit(circuit)
         parsed = Readout.parse(readout, circuit.n_wires)
         if parsed.kind == "state":
             raise ValueError(f"expected a readout of probabilities or Pauli strings, received {str(parsed)!r}")
@@ -737,8 +755,7 @@ def random_signs(out_features: int, n_features: int, key: int) -> Tensor:
                 [-1,  1,  1]], dtype=torch.int8)
     """
     for what, size in (("out_features", out_features), ("n_features", n_features)):
-        if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size < 2**31:
-            raise ValueError(f"expected {what} from 1 to {2**31 - 1}, received {size!r}")
+        check_count(what, size, 2**31 - 1)
     check_key(key)
     count = out_features * n_features
     digest = hashlib.shake_256(f"qaa up-projection {key} {out_features} {n_features}".encode()).digest(-(-count // 8))

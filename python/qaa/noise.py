@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from qaa import _core, arrays, shots
-from qaa.circuit import Circuit, Readout
+from qaa.circuit import Circuit, Readout, check_count
 from qaa.program import Program, plan_arguments, program
 
 
@@ -221,14 +221,17 @@ def backward(
     return shots._shift_gradient(what, theta, x, grad, features)
 
 
+def check_noise(noise: object, trajectories: object) -> None:
+    """Raises ``TypeError`` unless ``noise`` is a :class:`NoiseModel`, ``ValueError`` for no count of trajectories."""
+    if not isinstance(noise, NoiseModel):
+        raise TypeError(f"expected noise to be a qaa.noise.NoiseModel, received {type(noise).__name__}")
+    check_count("trajectories", trajectories, 2**32)
+
+
 def _checked(
     circuit: Circuit, readout: str | Sequence[str] | Readout, normalize: bool, noise: NoiseModel, trajectories: int
 ) -> Program:
-    if not isinstance(noise, NoiseModel):
-        raise TypeError(f"expected noise to be a qaa.noise.NoiseModel, received {type(noise).__name__}")
-    number = trajectories
-    if isinstance(number, bool) or not isinstance(number, (int, np.integer)) or not 1 <= number <= 2**32:
-        raise ValueError(f"expected trajectories to be an integer from 1 to 2**32, received {trajectories!r}")
+    check_noise(noise, trajectories)
     what = program(circuit, readout, normalize)
     if what.is_complex:
         raise ValueError(f"expected Pauli strings or 'probs' with noise, received {str(what.readout)!r}")

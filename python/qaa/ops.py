@@ -19,7 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 from qaa import _core, cuda
 from qaa import noise as noisy
 from qaa import shots as estimates
-from qaa.circuit import Circuit, Gate, Readout, check_count
+from qaa.circuit import Circuit, Gate, Readout, check_circuit, check_count
 from qaa.program import Program, program
 
 _SCALARS = {
@@ -226,6 +226,7 @@ def mixed_rows(circuit: Circuit, theta: Tensor, mix: Tensor, *, width: int | Non
         >>> torch.allclose(mixed_rows(circuit, theta, mix), mix @ amplitude_rows(circuit, theta, 5).real, atol=1e-6)
         True
     """
+    check_circuit(circuit)
     if not isinstance(mix, Tensor):
         raise TypeError(f"expected mix to be a torch.Tensor, received {type(mix).__name__}")
     if not mix.is_floating_point():

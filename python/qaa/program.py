@@ -9,7 +9,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from qaa import _core
-from qaa.circuit import Circuit, Readout
+from qaa.circuit import Circuit, Readout, check_circuit
 
 #: Rewrites of the plan compiler; naming some in QAA_PLAN_WITHOUT (comma-separated) switches them off, for tests.
 REWRITES = ("fuse", "rename", "absorb", "expand", "real", "tangent", "link")
@@ -77,8 +77,7 @@ class Program:
 
 def program(circuit: Circuit, readout: str | Sequence[str] | Readout, normalize: bool) -> Program:
     """The program of a circuit, a readout in any accepted form, and a normalization."""
-    if not isinstance(circuit, Circuit):
-        raise TypeError(f"expected circuit to be a qaa.Circuit, received {type(circuit).__name__}")
+    check_circuit(circuit)
     if not isinstance(normalize, bool):
         raise TypeError(f"expected normalize to be a bool, received {type(normalize).__name__}")
     if isinstance(readout, (str, Readout)):

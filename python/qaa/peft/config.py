@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftType
 from qaa.circuit import ANSATZE, MAX_LAYERS, MAX_WIRES, Readout, check_count, shown
 from qaa.nn import INIT_ANGLES, check_flag, check_key, check_scaling
 
-from .tuner import check_flags, check_layer_selection, check_modules, module_set
+from .tuner import check_flags, settle_modules
 
 CALIBRATIONS = ("explicit", "first_batch")
 UP_PROJECTIONS = ("full", "random", "circuit")
@@ -260,10 +260,7 @@ class QaaConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PeftType.QAA  # type: ignore[attr-defined]
-        check_modules(self)
-        self.target_modules = module_set(self.target_modules)
-        self.exclude_modules = module_set(self.exclude_modules)
-        check_layer_selection(self)
+        settle_modules(self)
         check_flags(self, "init_weights", "train_circuit", "scale_channels", "center_channels", "standardize_features")
         if self.adapter_bias is not None:
             check_flag("adapter_bias", self.adapter_bias)
@@ -278,10 +275,10 @@ class QaaConfig(PeftConfig):
             raise ValueError(f"expected one of {', '.join(measured)} with calibration 'first_batch', received none")
         check_key(self.projection_key)
         if self.r is not None:
-            check_count("r", self.r, 2**MAX_WIRES)
+            self.r = check_count("r", self.r, 2**MAX_WIRES)
         if self.max_wires is not None:
-            check_count("max_wires", self.max_wires, MAX_WIRES)
-        check_count("n_layers", self.n_layers, MAX_LAYERS)
+            self.max_wires = check_count("max_wires", self.max_wires, MAX_WIRES)
+        self.n_layers = check_count("n_layers", self.n_layers, MAX_LAYERS)
         if isinstance(self.readout, tuple):
             self.readout = list(self.readout)
         # how many wires there are depends on the layer: here only the form is checked

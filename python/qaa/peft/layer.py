@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from qaa.circuit import MAX_WIRES
 from qaa.nn import Adapter, Whitening, draw_angles, is_private_result, random_signs
-from qaa.ops import _is_cast_back
+from qaa.ops import _is_cast_back, _is_plain
 
 from .tuner import AdditiveLayer
 
@@ -67,8 +68,14 @@ class Moments:
 
 
 def _reciprocal(size: Tensor, reference: Tensor) -> Tensor:
-    """``1 / size``; 1 for constants and zeros, whose size is no more than float32's rounding of the reference."""
-    return torch.where(size > 1e-6 * reference, 1 / size, 1.0)
+    """``1 / size``; 1 for constants and zeros, whose size is no more than float32's rounding of the reference.
+
+    No factor is more than 1000 times that of the median of the others: what was nearly silent in the batches that were
+    measured would drown everything else once it speaks.
+    """
+    varies = size > 1e-6 * reference
+    floor = 1e-3 * size[varies].median() if varies.any() else 0.0
+    return torch.where(varies, 1 / size.clamp_min(floor), 1.0)
 
 
 class QaaLayer(AdditiveLayer):
@@ -94,9 +101,10 @@ class QaaLayer(AdditiveLayer):
         self.qaa_center = nn.ParameterDict()  # mu, (in_features,)
         self.qaa_mean = nn.ParameterDict()  # m, (K,)
         self.qaa_gain = nn.ParameterDict()  # r, (K,)
-        # of adapters that calibrate themselves: a saved mark, (1,), not 0 once that is done, and what is still to be
-        # done, so that a step of training asks no tensor: "measure", or "verify" that the mark has stayed, or nothing
+        # of adapters that calibrate themselves: a saved mark, (1,), not 0 once that is done
         self.qaa_calibrated = nn.ParameterDict()
+        # what the next step of training has to do, so that it asks no tensor: "measure", then "verify" that the mark
+        # has stayed; "warn", where others are to measure, if nobody has; or nothing
         self.qaa_pending: dict[str, str] = {}
         self.qaa_adapter: dict[str, Adapter] = {}
 
@@ -138,9 +146,13 @@ class QaaLayer(AdditiveLayer):
                 self.qaa_mean[adapter_name] = torch.zeros(adapter.n_features)
         if config.calibration == "first_batch":
             self.qaa_calibrated[adapter_name] = torch.zeros(1)
-            self.qaa_pending[adapter_name] = "measure"
+        if self.stages(adapter_name):
+            self.qaa_pending[adapter_name] = self._to_do(adapter_name)
         frozen = self.frozen_names if config.train_circuit else (*self.frozen_names, *self.angle_names)
         self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: frozen}
+
+    def _to_do(self, adapter_name: str) -> str:
+        return "measure" if adapter_name in self.qaa_calibrated else "warn"
 
     def _parameters_of(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor | None, Whitening, Tensor | None]:
         """The angles, V (or B of V = B M), c, the statistics, and M."""
@@ -201,7 +213,7 @@ class QaaLayer(AdditiveLayer):
         """Keeps an adapter from calibrating itself from now on, here and where it will be loaded."""
         if adapter_name in self.qaa_calibrated:
             self.qaa_calibrated[adapter_name].fill_(1)
-            self.qaa_pending[adapter_name] = ""
+        self.qaa_pending[adapter_name] = ""
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
@@ -236,9 +248,21 @@ class QaaLayer(AdditiveLayer):
         if dist.is_available() and dist.is_initialized():
             self.qaa_pending[adapter_name] = "verify"
 
+    def _warn_if_neutral(self, adapter_name: str) -> None:
+        """Warns, once, where training starts with statistics that nobody has measured or loaded."""
+        self.qaa_pending[adapter_name] = ""
+        neutral = {"qaa_channels": 1, "qaa_gain": 1, "qaa_center": 0, "qaa_mean": 0}
+        found = [(self._get(name, adapter_name), value) for name, value in neutral.items()]
+        if all(tensor is None or bool((tensor == value).all()) for tensor, value in found):
+            warnings.warn(
+                f"the QAA adapter {adapter_name!r} starts to train with statistics that were never measured: call "
+                "qaa.peft.calibrate(model, batches) before, or set calibration='first_batch'",
+                stacklevel=2,
+            )
+
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self.qaa_pending = dict.fromkeys(self.qaa_pending, "measure")
+        self.qaa_pending = {name: self._to_do(name) for name in self.qaa_pending}
 
     def _cast(self, x: Tensor, dtype: torch.dtype) -> Tensor:
         """PEFT's cast of the input to an adapter's dtype, but not of what autocast would cast back."""
@@ -249,9 +273,12 @@ class QaaLayer(AdditiveLayer):
         return self.qaa_adapter[adapter_name].delta(self._cast(x, parameters[1].dtype), *parameters)
 
     def add_to(self, base: Tensor, adapter_name: str, x: Tensor) -> Tensor:
-        is_step = self.qaa_pending.get(adapter_name) and self.training and torch.is_grad_enabled()
-        if is_step and self.qaa_up[adapter_name].requires_grad:
-            self._calibrate_on(adapter_name, x)
+        pending = self.qaa_pending.get(adapter_name)
+        if pending and self.training and torch.is_grad_enabled() and self.qaa_up[adapter_name].requires_grad:
+            if pending != "warn":
+                self._calibrate_on(adapter_name, x)
+            elif _is_plain(self.qaa_up[adapter_name]):
+                self._warn_if_neutral(adapter_name)
         parameters = self._parameters_of(adapter_name)
         x = self._cast(x, parameters[1].dtype)
         in_place = is_private_result(self.base_layer)
@@ -263,9 +290,21 @@ class QaaLayer(AdditiveLayer):
             raise ValueError(not_mergeable(adapter_name))
         return adapter.low_rank(*self._parameters_of(adapter_name))
 
+    def check_mergeable(self, adapter_name: str) -> None:
+        if not self.qaa_adapter[adapter_name].is_linear:
+            raise ValueError(not_mergeable(adapter_name))
+        base_layer = self.get_base_layer()
+        if self._has_constant(adapter_name) and getattr(base_layer, "bias", None) is None:
+            raise ValueError(
+                f"cannot merge the QAA adapter {adapter_name!r}: it has a bias, and the {type(base_layer).__name__} "
+                "that it adapts has none"
+            )
+
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        has_constant = adapter_name in self.qaa_bias or adapter_name in self.qaa_center
-        return self.qaa_adapter[adapter_name].is_linear and not has_constant
+        return self.qaa_adapter[adapter_name].is_linear and not self._has_constant(adapter_name)
+
+    def _has_constant(self, adapter_name: str) -> bool:
+        return adapter_name in self.qaa_bias or adapter_name in self.qaa_center
 
 
 def up_circuit(out_features: int, n_features: int, config: Any) -> Adapter:

@@ -9,9 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qaa.noise import NoiseModel
+from qaa.circuit import shown
+from qaa.noise import NoiseModel, check_noise
 
-from .layer import STAGES, QaaLayer, not_mergeable
+from .layer import STAGES, QaaLayer
 from .tuner import AdditiveModel
 
 
@@ -21,19 +22,13 @@ class QaaModel(AdditiveModel):
     prefix = "qaa_"
     tuner_layer_cls = QaaLayer
 
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()  # type: ignore[no-untyped-call]
-        # with both kinds of adapters present, the layers know which one is meant
-        configs: dict[str, Any] = self.peft_config
-        if not any(str(config.readout).startswith("state") for config in configs.values()):
-            raise ValueError(not_mergeable(next(iter(self.peft_config))))
-
 
 def parameter_groups(model: nn.Module, lr: float, angle_lr: float) -> list[dict[str, Any]]:
     """Parameter groups for a torch optimizer that give the angles of QAA adapters their own learning rate.
 
     Angles are a few numbers of order one; V starts at zero and multiplies features whose size depends on the readout
-    and on the scaling, so that one rate rarely suits both. For ``"z"``, 5e-3 with 5e-2 for the angles is a start.
+    and on the scaling, so that one rate rarely suits both. For the paper's form 3e-4, with
+    3e-3 for the angles, is a start.
 
     Args:
         model: a model with QAA adapters (PEFT's, or a plain one with injected adapters).
@@ -47,13 +42,14 @@ def parameter_groups(model: nn.Module, lr: float, angle_lr: float) -> list[dict[
         >>> import peft, torch
         >>> from qaa.peft import QaaConfig
         >>> model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 2)), QaaConfig(target_modules=["0"]))
-        >>> groups = parameter_groups(model, lr=5e-3, angle_lr=5e-2)
+        >>> groups = parameter_groups(model, lr=3e-4, angle_lr=3e-3)
         >>> [(group["lr"], sum(p.numel() for p in group["params"])) for group in groups]
-        [(0.05, 36), (0.005, 8)]
+        [(0.003, 36), (0.0003, 8)]
     """
     for name, value in (("lr", lr), ("angle_lr", angle_lr)):
-        if not value > 0:
-            raise ValueError(f"expected {name} to be positive, received {value!r}")
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number or not 0 < value < float("inf"):
+            raise ValueError(f"expected {name} to be a positive number, received {shown(value)}")
     layers = [module for module in model.modules() if isinstance(module, QaaLayer)]
     if not layers:
         raise ValueError(f"expected a model with QAA adapters, received a {type(model).__name__} without any")
@@ -86,7 +82,8 @@ def calibrate(
     those of an iterator are kept in memory.
 
     Run it once, before training, on a few batches of the training data (padding counts as data); with
-    ``calibration="first_batch"`` the adapter then leaves its statistics as they are. A fresh adapter is an
+    ``calibration="first_batch"`` the adapter then leaves its statistics as they are. The adapter has to be active, so
+    that the layers above see what it adds. A fresh adapter is an
     exact no-op before and after; a trained one changes its outputs. Where ``torch.distributed`` is initialised, every
     process has to call it, each with batches of its own, and all get the statistics of all of them; the model must not
     be sharded yet, and the angles have to be the same everywhere.
@@ -102,8 +99,8 @@ def calibrate(
 
     Raises:
         ValueError: no layer has such an adapter with ``scale_channels``, ``center_channels`` or
-            ``standardize_features``, there is no batch, a layer was not reached, its input is not finite, or processes
-            hold different angles.
+            ``standardize_features``, it is not active, there is no batch, a layer was not reached, its input is not
+            finite, or processes hold different angles.
 
     Example:
         >>> import peft, torch
@@ -125,6 +122,14 @@ def calibrate(
             f"expected a model whose QAA adapter {adapter_name!r} has scale_channels, center_channels or "
             "standardize_features, received one without any"
         )
+    for layer in layers.values():
+        if adapter_name not in layer.active_adapters:
+            raise ValueError(
+                f"expected the QAA adapter {adapter_name!r} to be active while it is measured, received a model whose "
+                f"active adapters are {', '.join(layer.active_adapters)}: call model.set_adapter({adapter_name!r})"
+            )
+    if isinstance(batches, (dict, Tensor)):
+        raise ValueError(f"expected batches to be a list of batches, received one {type(batches).__name__}")
     _check_same_angles(list(layers.values()), adapter_name)
     stages = [stage for stage in STAGES if any(stage in layer.stages(adapter_name) for layer in layers.values())]
     if "features" in stages and isinstance(batches, Iterator):
@@ -169,13 +174,14 @@ def _run_with_hooks(
 ) -> None:
     """Runs the model in evaluation mode on every batch with a forward pre-hook on each of the layers."""
     handles = [layer.register_forward_pre_hook(hook) for layer in layers]
-    was_training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         for batch in batches:
             model(**batch) if forward is None else forward(model, batch)
     finally:
-        model.train(was_training)
+        for module, was_training in modes:
+            module.training = was_training
         for handle in handles:
             handle.remove()
 
@@ -212,6 +218,8 @@ def set_noise(
         raise ValueError(f"expected a model with a QAA adapter {adapter_name!r}, received one without")
     if (noise is None) != (trajectories is None):
         raise ValueError(f"expected noise and trajectories together, received {noise} and {trajectories}")
+    if noise is not None:
+        check_noise(noise, trajectories)
     noisy = [layer.qaa_adapter[adapter_name].with_noise(noise, trajectories) for layer in layers]
     for layer, adapter in zip(layers, noisy, strict=True):
         layer.qaa_adapter[adapter_name] = adapter

@@ -25,7 +25,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qaa.circuit import MAX_WIRES, check_count, shown
 
-from .tuner import AdditiveLayer, AdditiveModel, check_flags, check_layer_selection, check_modules, module_set
+from .tuner import AdditiveLayer, AdditiveModel, check_flags, settle_modules
 
 OPERATORS = ("soft", "repository")
 SCHEDULES = ("constant", "linear", "log_linear", "exp_linear")
@@ -103,12 +103,9 @@ class SoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PeftType.SORA  # type: ignore[attr-defined]
-        check_modules(self)
-        self.target_modules = module_set(self.target_modules)
-        self.exclude_modules = module_set(self.exclude_modules)
-        check_layer_selection(self)
+        settle_modules(self)
         check_flags(self, "init_weights")
-        check_count("r", self.r, 2**MAX_WIRES)
+        self.r = check_count("r", self.r, 2**MAX_WIRES)
         if not _is_number(self.sora_alpha) or not 0 < self.sora_alpha <= sys.float_info.max:
             raise ValueError(f"expected sora_alpha to be a positive number, received {shown(self.sora_alpha)}")
         if not _is_number(self.sora_dropout) or not 0 <= self.sora_dropout < 1:
@@ -178,6 +175,14 @@ def soft_threshold(gate: Tensor, xi: float, operator: str = "soft") -> Tensor:
     ``"repository"`` does what the authors' program does in place: gates beyond ``xi`` shrink by ``xi``, and what is
     then below ``xi`` is set to zero, so that everything below ``2 xi`` vanishes at once.
 
+    Args:
+        gate: gates of any shape.
+        xi: the threshold, at least 0.
+        operator: ``"soft"`` or ``"repository"``.
+
+    Raises:
+        ValueError: ``xi`` or the operator is none of these.
+
     Example:
         >>> soft_threshold(torch.tensor([0.5, 1.5, -3.0]), 1.0).tolist()
         [0.0, 0.5, -2.0]
@@ -186,8 +191,8 @@ def soft_threshold(gate: Tensor, xi: float, operator: str = "soft") -> Tensor:
     """
     if operator not in OPERATORS:
         raise ValueError(f"expected an operator among {', '.join(OPERATORS)}, received {operator!r}")
-    if not (math.isfinite(xi) and xi >= 0):
-        raise ValueError(f"expected a threshold xi of at least 0, received {xi!r}")
+    if not _is_number(xi) or not 0 <= xi <= sys.float_info.max:
+        raise ValueError(f"expected a threshold xi of at least 0, received {shown(xi)}")
     if operator == "soft":
         return gate.sign() * (gate.abs() - xi).clamp_min(0)
     shrunk = torch.where(gate.abs() > xi, gate - gate.sign() * xi, gate)
@@ -224,18 +229,42 @@ def sora_proximal_step(model: nn.Module, xi: float, *, operator: str = "soft", a
 
     Raises:
         ValueError: the model has no such adapter, or an argument is out of range.
+
+    Example:
+        >>> import peft
+        >>> config = SoraConfig(r=4, target_modules=["0"])
+        >>> model = peft.get_peft_model(torch.nn.Sequential(torch.nn.Linear(16, 3)), config)
+        >>> sora_proximal_step(model, xi=100.0)
+        >>> sora_sparsity(model), sora_l1(model).item()
+        (1.0, 0.0)
     """
     for gate in _gates(model, adapter_name):
         gate.copy_(soft_threshold(gate, xi, operator))
 
 
 def sora_l1(model: nn.Module, adapter_name: str | None = None) -> Tensor:
-    """``sum |g| / (number of gates)`` over all layers, a scalar to be weighted and added to the loss."""
+    """``sum |g| / (number of gates)`` over all layers, a scalar to be weighted and added to the loss.
+
+    Args:
+        model: a model with SoRA adapters.
+        adapter_name: which adapter; None means the active ones.
+
+    Raises:
+        ValueError: the model has no such adapter.
+    """
     return torch.cat([gate.flatten().float() for gate in _gates(model, adapter_name)]).abs().mean()
 
 
 def sora_sparsity(model: nn.Module, adapter_name: str | None = None) -> float:
-    """Share of the gates that are exactly zero, from 0 to 1."""
+    """Share of the gates that are exactly zero, from 0 to 1.
+
+    Args:
+        model: a model with SoRA adapters.
+        adapter_name: which adapter; None means the active ones.
+
+    Raises:
+        ValueError: the model has no such adapter.
+    """
     return torch.cat([gate.detach().flatten() == 0 for gate in _gates(model, adapter_name)]).float().mean().item()
 
 
@@ -245,10 +274,15 @@ def threshold_at(progress: float, xi: float, max_xi: float | None, schedule: str
     ``"linear"``: ``xi + p (max_xi - xi)``; ``"log_linear"``: ``log((1 - p) e^xi + p e^max_xi)``; ``"exp_linear"``:
     ``xi (max_xi / xi)^p``, a geometric progression. Names and formulas are the authors' (src/sparse_optimizer.py).
 
+    Raises:
+        ValueError: there is no such schedule.
+
     Example:
         >>> round(threshold_at(0.5, 1e-4, 1e-2, "exp_linear"), 6)
         0.001
     """
+    if schedule not in SCHEDULES:
+        raise ValueError(f"expected a schedule among {', '.join(SCHEDULES)}, received {shown(schedule)}")
     if schedule == "constant" or max_xi is None:
         return xi
     if schedule == "linear":
@@ -298,18 +332,19 @@ class SoraCallback(TrainerCallback):
             raise ValueError(
                 f"expected max_xi with every schedule but 'constant', received max_xi={max_xi!r} with {schedule!r}"
             )
-        if not (math.isfinite(xi) and (xi > 0 if schedule == "exp_linear" else xi >= 0)):
-            raise ValueError(f"expected a threshold xi of at least 0 (above 0 for 'exp_linear'), received {xi!r}")
-        if max_xi is not None and not max_xi >= xi:
-            raise ValueError(f"expected max_xi to be at least xi={xi!r}, received {max_xi!r}")
-        if not 0 <= dense_share < 1:
-            raise ValueError(f"expected dense_share from 0 to below 1, received {dense_share!r}")
-        if rounds is not None and rounds < 2:
-            raise ValueError(f"expected at least 2 rounds or None, received {rounds!r}")
+        most = sys.float_info.max
+        if not _is_number(xi) or not 0 <= xi <= most or (xi == 0 and schedule == "exp_linear"):
+            raise ValueError(f"expected a threshold xi of at least 0 (above 0 for 'exp_linear'), received {shown(xi)}")
+        if max_xi is not None and (not _is_number(max_xi) or not xi <= max_xi <= most):
+            raise ValueError(f"expected max_xi to be a number of at least xi={xi!r}, received {shown(max_xi)}")
+        if not _is_number(dense_share) or not 0 <= dense_share < 1:
+            raise ValueError(f"expected dense_share from 0 to below 1, received {shown(dense_share)}")
+        if rounds is not None and (not isinstance(rounds, int) or rounds < 2):
+            raise ValueError(f"expected rounds to be an integer of at least 2 or None, received {shown(rounds)}")
         if operator not in OPERATORS:
             raise ValueError(f"expected an operator among {', '.join(OPERATORS)}, received {operator!r}")
-        if not l1 >= 0:
-            raise ValueError(f"expected l1 to be at least 0, received {l1!r}")
+        if not _is_number(l1) or not 0 <= l1 <= most:
+            raise ValueError(f"expected l1 to be a number of at least 0, received {shown(l1)}")
         self.xi, self.max_xi, self.schedule = xi, max_xi, schedule
         self.dense_share, self.rounds, self.operator, self.l1 = dense_share, rounds, operator, l1
 

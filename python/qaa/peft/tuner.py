@@ -115,10 +115,22 @@ class AdditiveLayer(nn.Module, BaseTunerLayer):
     # ------------------------------------------------------------------------------------------------- the layer
 
     def update_layer(self, adapter_name: str, config: PeftConfig) -> None:
-        """Adds an adapter to the layer."""
-        self._create_adapter(adapter_name, config)
+        """Adds an adapter to the layer, in place of one of that name; one that is refused changes nothing."""
+        replaced = self._take_out(adapter_name)
+        try:
+            self._create_adapter(adapter_name, config)
+        except ValueError:
+            self._take_out(adapter_name)
+            for container, value in replaced:
+                container[adapter_name] = value
+            raise
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _take_out(self, adapter_name: str) -> list[tuple[Any, Any]]:
+        """Everything that the layer has of the adapter, each with the container that it was in."""
+        containers = [getattr(self, name) for name in (*self.adapter_layer_names, *self.other_param_names)]
+        return [(container, container.pop(adapter_name)) for container in containers if adapter_name in container]
 
     def _has_adapter(self, adapter_name: str) -> bool:
         return adapter_name in getattr(self, self.adapter_layer_names[0])
@@ -155,12 +167,14 @@ class AdditiveLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """The weight that the adapter adds, in the layout of the base layer's weight."""
-        down, up, _ = self.lora_factors(adapter_name)
+        return self._weight_of(*self.lora_factors(adapter_name)[:2])
+
+    def _weight_of(self, down: Tensor, up: Tensor) -> Tensor:
         delta = up @ down
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return False
+    def check_mergeable(self, adapter_name: str) -> None:
+        """Raises ``ValueError`` where the adapter is no weight, or has a bias and the base layer has none."""
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Adds the adapters (the active ones for None) to the base weight; ``safe_merge`` refuses NaN and infinity.
@@ -168,7 +182,10 @@ class AdditiveLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: an adapter is not linear in x, has a bias where the base layer has none, or is not finite.
         """
-        for name in filter(self._has_adapter, check_adapters_to_merge(self, adapter_names)):
+        names = list(filter(self._has_adapter, check_adapters_to_merge(self, adapter_names)))
+        for name in names:
+            self.check_mergeable(name)
+        for name in names:
             self._add_to_base(name, 1, safe_merge)
             self.merged_adapters.append(name)
 
@@ -183,12 +200,8 @@ class AdditiveLayer(nn.Module, BaseTunerLayer):
     def _add_to_base(self, adapter_name: str, sign: int, check_finite: bool = False) -> None:
         base_layer = self.get_base_layer()
         base_bias: Any = getattr(base_layer, "bias", None)
-        delta, delta_bias = self.get_delta_weight(adapter_name), self.lora_factors(adapter_name)[2]
-        if delta_bias is not None and base_bias is None:
-            raise ValueError(
-                f"cannot merge the {self.method} adapter {adapter_name!r}: it has a bias, and the "
-                f"{type(base_layer).__name__} that it adapts has none"
-            )
+        down, up, delta_bias = self.lora_factors(adapter_name)
+        delta = self._weight_of(down, up)
         # the sum is taken in the wider of both types and rounded once
         weight: Tensor = self.get_base_weight()
         weight = (weight + sign * delta).to(weight.dtype)
@@ -256,6 +269,26 @@ class AdditiveModel(BaseTuner):
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """As PEFT's; an adapter that a layer cannot take in is refused before any layer has changed."""
+        self._check_every_layer(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self, merge: bool = True, progressbar: bool = False, safe_merge: bool = False, adapter_names: Any = None
+    ) -> Any:
+        if merge:
+            self._check_every_layer(adapter_names)
+        unload: Any = super()._unload_and_optionally_merge
+        return unload(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_every_layer(self, adapter_names: list[str] | None) -> None:
+        self._check_merge_allowed()  # type: ignore[no-untyped-call]
+        for layer in (module for module in self.modules() if isinstance(module, AdditiveLayer)):
+            for name in filter(layer._has_adapter, adapter_names or layer.active_adapters):
+                if name not in layer.merged_adapters:
+                    layer.check_mergeable(name)
+
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """PEFT puts new parameters in place of those that it casts; those of frozen ones stay frozen here."""
         layers = [module for module in self.modules() if isinstance(module, AdditiveLayer)]
@@ -296,27 +329,36 @@ def _insert_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], 
     return args, {**kwargs, "adapter_names": adapter_names}
 
 
-def module_set(modules: Any) -> Any:
-    """Lists of module names as sets, the form in which PEFT keeps them; strings (patterns) and None as they are."""
-    return set(modules) if isinstance(modules, (list, tuple)) else modules
+def settle_modules(config: Any) -> None:
+    """Checks which modules a configuration selects, and puts names and indices into the containers that PEFT saves.
 
-
-def check_layer_selection(config: Any) -> None:
-    """Refuses layer indices beside a pattern: PEFT would ignore them."""
+    Refused are names that are no text, indices of layers that are no integers from 0, and what PEFT would ignore:
+    indices beside a pattern of module names, and a pattern of layers without indices.
+    """
+    _check_modules(config)
+    for name in ("target_modules", "exclude_modules"):
+        value = getattr(config, name)
+        if value is not None and not isinstance(value, str):
+            setattr(config, name, set(value))
+    for name in ("layers_to_transform", "layers_pattern", "modules_to_save"):
+        value = getattr(config, name)
+        if isinstance(value, (tuple, set, frozenset, range)):
+            setattr(config, name, sorted(value) if isinstance(value, (set, frozenset)) else list(value))
     for name in ("layers_to_transform", "layers_pattern"):
         if isinstance(config.target_modules, str) and getattr(config, name) is not None:
             raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified.")
 
 
-def check_modules(config: Any) -> None:
-    """Refuses names of modules that are no text, and indices of layers that are no integers from 0."""
+def _check_modules(config: Any) -> None:
     for name in ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"):
         value = getattr(config, name)
         is_list = isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(item, str) for item in value)
         if value is not None and not is_list and (name == "modules_to_save" or not isinstance(value, str)):
             raise ValueError(f"expected {name} to be a list of names, received {shown(value)}")
     layers = config.layers_to_transform
-    indices = layers if isinstance(layers, (list, tuple, set, range)) else [layers]
+    indices = layers if isinstance(layers, (list, tuple, set, frozenset, range)) else [layers]
     if layers is not None and any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in indices):
         raise ValueError(f"expected layers_to_transform to be integers of at least 0, received {shown(layers)}")
 
