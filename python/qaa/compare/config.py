@@ -330,10 +330,10 @@ def _error_probabilities(given: Any) -> tuple[float, ...]:
 
 
 def _rates(name: str, rates: Any) -> tuple[float, ...]:
-    listed = (rates,) if isinstance(rates, (int, float)) else rates
+    # YAML 1.1 reads 2e-2 (without a point) as text
+    listed = (rates,) if isinstance(rates, (int, float, str)) else rates
     try:
-        # YAML 1.1 reads 2e-2 (without a point) as text
-        values = tuple(float(rate) for rate in listed)
+        values = tuple(float(rate) for rate in listed if not isinstance(rate, bool))
     except (TypeError, ValueError):
         values = ()
     if not values or any(not 0 < rate < float("inf") for rate in values):

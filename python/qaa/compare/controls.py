@@ -7,6 +7,7 @@ its features f come from elsewhere. Where a control does as well as QAA, the cir
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -173,6 +174,16 @@ CONTROLS: dict[str, type[Control]] = {
     "whitened-lora": WhitenedLora,
     "largest-channels": LargestChannels,
 }
+
+
+def check_control_options(kind: type[Control], options: Iterable[str]) -> None:
+    """Raises ``TypeError`` for an option that no constructor of the control has."""
+    classes = [each for each in kind.__mro__ if issubclass(each, Control)]
+    known = {name for each in classes for name in inspect.signature(each.__init__).parameters}
+    known -= {"self", "base", "options"}
+    for name in options:
+        if name not in known:
+            raise TypeError(f"expected options among {', '.join(sorted(known))}, received {name!r}")
 
 
 def wrap(model: nn.Module, names: Iterable[str], kind: type[Control], options: dict[str, Any]) -> None:

@@ -296,15 +296,15 @@ def _difference(report: dict[str, Any], palette: Palette, reference: str) -> Any
     edge = max(abs(bound) for item in found for bound in (item["low"], item["high"])) * 1.08 or 0.01
     axes.set_xlim(-edge, edge)
     axes.xaxis.set_major_locator(MaxNLocator(5))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _signed(value, 2)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _signed(value)))
     axes.spines["left"].set_visible(False)
     _axis_labels(axes, palette, f"test loss minus that of {labels[reference]}, nats per token   (left is better)", "")
     return figure
 
 
-def _signed(value: float, digits: int = 3) -> str:
-    text = f"{value:+.{digits}f}"
-    return text.replace("-", "\N{MINUS SIGN}") if float(text) else f"{0:.{digits}f}"
+def _signed(value: float) -> str:
+    text = f"{value:+.3f}"
+    return text.replace("-", "\N{MINUS SIGN}") if float(text) else "0.000"
 
 
 def _trade_off(report: dict[str, Any], palette: Palette) -> Any:

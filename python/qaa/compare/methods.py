@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from .config import CompareError, Settings
-from .controls import CONTROLS, controls, wrap
+from .controls import CONTROLS, check_control_options, controls, wrap
 from .controls import calibrate as calibrate_controls
 from .models import answer_losses, decoder_layers
 
@@ -169,70 +169,87 @@ def build(row: Row, model: Any, tokenizer: Any, scope: Scope) -> tuple[Any, list
 Built = tuple[Any, list[Any]]
 
 
-def _in_layers(scope: Scope) -> dict[str, Any]:
-    return {
-        "target_modules": list(scope.targets), "layers_to_transform": scope.layers, "task_type": "CAUSAL_LM",
-    }  # fmt: skip
-
-
-def _qaa(name: str, model: Any, tokenizer: Any, scope: Scope, options: dict[str, Any]) -> Built:
+def peft_config(method: str, options: Mapping[str, Any], **where: Any) -> Any:
+    """The configuration of a method that is PEFT's or made for it, with a row's options; None for other methods."""
     import peft
 
-    config = qaa_config(name, **{**_in_layers(scope), **options})
-    return peft.get_peft_model(model, config), []
+    from qaa.peft import QaaConfig, SoraConfig
+
+    if method in ("qaa", "qaa-paper"):
+        return QaaConfig.preset("paper" if method == "qaa-paper" else "default", **{**where, **options})
+    rank = 10 if method == "lora-frozen-a" else 8
+    lora = {"r": rank, "lora_alpha": 2 * rank, "use_rslora": method == "rslora"}
+    known: dict[str, tuple[Any, dict[str, Any]]] = {
+        "sora": (SoraConfig, {"r": 8}),
+        **dict.fromkeys(("lora", "rslora", "lora-frozen-a"), (peft.LoraConfig, lora)),
+        "vera": (peft.VeraConfig, {}),
+        "ia3": (peft.IA3Config, {"feedforward_modules": []}),
+        "road": (peft.RoadConfig, {}),
+        "prefix": (peft.PrefixTuningConfig, {"num_virtual_tokens": 8}),
+    }
+    if method not in known:
+        return None
+    kind, fixed = known[method]
+    return kind(**{"task_type": "CAUSAL_LM", **fixed, **where, **options})
 
 
-def qaa_config(method: str, **fields: Any) -> Any:
-    """The configuration of a method that is a form of QAA: its preset with ``fields`` changed."""
-    from qaa.peft import QaaConfig
+def check_options(row: Row) -> None:
+    """Refuses options that the row's method does not have, before there is a model.
 
-    return QaaConfig.preset("paper" if method == "qaa-paper" else "default", **fields)
+    Raises:
+        CompareError: an option that is unknown, or that the method's configuration refuses.
+    """
+    options, method = dict(row.options), row.method.name
+    try:
+        if method in CONTROLS:
+            check_control_options(CONTROLS[method], options)
+        elif method in ("bias", "full"):
+            _no_options(options)
+        else:
+            peft_config(method, {key: value for key, value in options.items() if key not in _OWN.get(method, ())})
+    except (TypeError, ValueError) as error:
+        raise CompareError(f"method {row.name} cannot be set up: {error}") from error
+
+
+_OWN = {"sora": ("xi",), "prefix": ("text",)}  # options of a row that its configuration does not know
+
+
+def _adapted(name: str, model: Any, scope: Scope, options: Mapping[str, Any]) -> Any:
+    import peft
+
+    where = {"target_modules": list(scope.targets), "layers_to_transform": scope.layers, "task_type": "CAUSAL_LM"}
+    return peft.get_peft_model(model, peft_config(name, options, **where))
+
+
+def _plain(name: str, model: Any, tokenizer: Any, scope: Scope, options: dict[str, Any]) -> Built:
+    return _adapted(name, model, scope, options), []
 
 
 def _sora(name: str, model: Any, tokenizer: Any, scope: Scope, options: dict[str, Any]) -> Built:
-    import peft
-
-    from qaa.peft import SoraCallback, SoraConfig
+    from qaa.peft import SoraCallback
 
     callback = SoraCallback(xi=float(options.pop("xi", 1e-3)))
-    return peft.get_peft_model(model, SoraConfig(**{"r": 8, **_in_layers(scope), **options})), [callback]
+    return _adapted(name, model, scope, options), [callback]
 
 
-def _lora(name: str, model: Any, tokenizer: Any, scope: Scope, options: dict[str, Any]) -> Built:
-    import peft
-
-    rank = 10 if name == "lora-frozen-a" else 8
-    fixed = {"r": rank, "lora_alpha": 2 * rank, "use_rslora": name == "rslora"}
-    adapted = peft.get_peft_model(model, peft.LoraConfig(**{**fixed, **_in_layers(scope), **options}))
-    if name == "lora-frozen-a":
-        for key, parameter in adapted.named_parameters():
-            if ".lora_A." in key:
-                parameter.requires_grad_(False)
+def _lora_frozen_a(name: str, model: Any, tokenizer: Any, scope: Scope, options: dict[str, Any]) -> Built:
+    adapted = _adapted(name, model, scope, options)
+    for key, parameter in adapted.named_parameters():
+        if ".lora_A." in key:
+            parameter.requires_grad_(False)
     return adapted, []
 
 
-def _vera(name: str, model: Any, tokenizer: Any, scope: Scope, options: dict[str, Any]) -> Built:
-    import peft
-
-    return peft.get_peft_model(model, peft.VeraConfig(**{**_in_layers(scope), **options})), []
-
-
-def _ia3(name: str, model: Any, tokenizer: Any, scope: Scope, options: dict[str, Any]) -> Built:
-    import peft
-
-    # IA3 and RoAd know no layers_to_transform: every layer is named
-    fixed = {"target_modules": adapted_layers(model, scope), "feedforward_modules": [], "task_type": "CAUSAL_LM"}
-    return peft.get_peft_model(model, peft.IA3Config(**{**fixed, **options})), []
-
-
-def _road(name: str, model: Any, tokenizer: Any, scope: Scope, options: dict[str, Any]) -> Built:
+def _named(name: str, model: Any, tokenizer: Any, scope: Scope, options: dict[str, Any]) -> Built:
+    """IA3 and RoAd, which know no ``layers_to_transform``: every layer is named."""
     import peft
 
     names = adapted_layers(model, scope)
-    # pairs of channels are formed inside groups, which have to divide every layer's width
-    group = math.gcd(64, *(model.get_submodule(layer).out_features for layer in names))
-    fixed = {"target_modules": names, "group_size": group, "task_type": "CAUSAL_LM"}
-    return peft.get_peft_model(model, peft.RoadConfig(**{**fixed, **options})), []
+    where: dict[str, Any] = {"target_modules": names}
+    if name == "road":
+        # pairs of channels are formed inside groups, which have to divide every layer's width
+        where["group_size"] = math.gcd(64, *(model.get_submodule(layer).out_features for layer in names))
+    return peft.get_peft_model(model, peft_config(name, options, **where)), []
 
 
 def _bias(name: str, model: Any, tokenizer: Any, scope: Scope, options: dict[str, Any]) -> Built:
@@ -266,7 +283,7 @@ def _prefix(name: str, model: Any, tokenizer: Any, scope: Scope, options: dict[s
     import peft
 
     text = options.pop("text", PREFIX_TEXT)
-    config = peft.PrefixTuningConfig(**{"num_virtual_tokens": 8, "task_type": "CAUSAL_LM", **options})
+    config = peft_config(name, options)
     adapted = peft.get_peft_model(model, config)
     if not config.prefix_projection:
         # random keys and values would swamp the attention of every layer: start from those of a text
@@ -277,8 +294,9 @@ def _prefix(name: str, model: Any, tokenizer: Any, scope: Scope, options: dict[s
 
 
 _BUILDERS: dict[str, Callable[[str, Any, Any, Scope, dict[str, Any]], Built]] = {
-    "qaa-paper": _qaa, "qaa": _qaa, "lora": _lora, "sora": _sora, "prefix": _prefix, "full": _full,
-    "rslora": _lora, "vera": _vera, "ia3": _ia3, "road": _road, "bias": _bias, "lora-frozen-a": _lora,
+    **dict.fromkeys(("qaa-paper", "qaa", "lora", "rslora", "vera"), _plain),
+    **dict.fromkeys(("ia3", "road"), _named),
+    "sora": _sora, "prefix": _prefix, "full": _full, "bias": _bias, "lora-frozen-a": _lora_frozen_a,
     **dict.fromkeys(CONTROLS, _control),
 }  # fmt: skip
 

@@ -17,9 +17,9 @@ from .training import Job, _quiet, _skipping, _start
 
 def has_noise(row: Any) -> bool:
     """Whether the row's features are observables: QAA with a quadratic readout; amplitudes of a state are none."""
-    from .methods import qaa_config
+    from .methods import peft_config
 
-    return row.method.is_qaa and not str(qaa_config(row.method.name, **row.options).readout).startswith("state")
+    return row.method.is_qaa and not str(peft_config(row.method.name, row.options).readout).startswith("state")
 
 
 def evaluate_noise(

@@ -129,13 +129,19 @@ def findings(report: dict[str, Any]) -> list[str]:
                 f"{_listed(level)} cannot be told from {rows[reference]['label']}: the 95 % interval of the "
                 "difference includes zero."
             )
-    at_edge = [row["label"] for row in trained if row["learning_rate"] and row["learning_rate"]["at_edge"]]
+    at_edge = [row["label"] for row in trained if _is_at_edge(row["learning_rate"])]
     if at_edge:
         said.append(
             f"The chosen learning rate of {_listed(at_edge)} lies at the edge of the rates that were tried; "
             "others may do better."
         )
     return said + _noise_findings(report, rows)
+
+
+def _is_at_edge(chosen: dict[str, Any] | None) -> bool:
+    """Whether the rate that was used is the smallest or the largest of several that were tried."""
+    tried = sorted(rate for rate, _ in chosen["grid"]) if chosen else []
+    return len(tried) > 1 and chosen is not None and chosen["rate"] in (tried[0], tried[-1])
 
 
 def _noise_findings(report: dict[str, Any], rows: dict[str, dict[str, Any]]) -> list[str]:
@@ -192,10 +198,11 @@ def limits(report: dict[str, Any]) -> list[str]:
                 "model, so neither its loss nor its time is a like-for-like comparison"
             )
         said.append(f"{words}.")
-    said.append(
-        f"Learning rates were chosen in runs of {settings['tuning_steps']} steps, a fraction of a full run, on few "
-        "examples. No other setting was tuned."
-    )
+    searches = [row["learning_rate"] for row in report["methods"] if row.get("learning_rate")]
+    if any(len(search["grid"]) > 1 for search in searches):
+        steps, whole = settings["tuning_steps"], settings["steps"]
+        how = f"runs of {steps} steps, a fraction of a full run" if steps < whole else "whole runs with the first seed"
+        said.append(f"Learning rates were chosen in {how}, on few examples. No other setting was tuned.")
     if report.get("noise", {"rows": {}})["rows"]:
         said.append(
             "Noise is depolarizing and stands after the gates of the circuits alone: preparing a state from a vector, "

@@ -277,10 +277,12 @@ def _prepare(chosen: Settings, found: dict[str, sources.Source], cache: Path, ou
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from .data import read_examples, save_splits, split
-    from .methods import adapted_targets
+    from .methods import adapted_targets, check_options, row
     from .models import decoder_layers, first_adapted_layer, load_tokenizer
     from .training import Job, choose_device
 
+    for name in chosen.methods:
+        check_options(row(chosen, name))
     device = choose_device(chosen.device)
     examples = read_examples(found["data"].path)
     model_path = sources.plain_model(found["model"], cache)
