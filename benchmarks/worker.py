@@ -23,6 +23,7 @@ from benchmarks.rivals import RIVALS
 from benchmarks.task import Rival, Task
 
 PASSES = ("forward", "step")
+WARM_UP = 0.2  # seconds, of several threads
 PACKAGES = (
     "numpy",
     "torch",
@@ -44,14 +45,21 @@ PACKAGES = (
 
 
 def seconds(call: Callable[[], Any], at_least: float) -> float:
-    """Seconds of one call, averaged over as many calls as take ``at_least`` seconds together."""
-    count, start = 0, time.perf_counter()
-    while True:
-        call()
-        count += 1
-        elapsed = time.perf_counter() - start
-        if elapsed >= at_least:
-            return elapsed / count
+    """Seconds of one call, averaged over as many calls as take ``at_least`` seconds together, after a warm-up.
+
+    This process has slept while others were timed: its data are out of the caches, and its threads may wake up on one
+    and the same core and wait for each other there for a tenth of a second (docs/performance.md). A call that takes the
+    whole warm-up alone is not repeated.
+    """
+    warm_up = max(at_least, WARM_UP) if int(os.environ.get("OMP_NUM_THREADS", "1")) > 1 else at_least
+    for limit in (warm_up, at_least):
+        count, start = 0, time.perf_counter()
+        while (elapsed := time.perf_counter() - start) < limit:
+            call()
+            count += 1
+        if count == 1:
+            break
+    return elapsed / count
 
 
 def versions() -> dict[str, str]:
