@@ -40,6 +40,7 @@ from qaa.compare.methods import (
     adapted_targets,
     build,
     calibrate,
+    check_options,
     optimizer_groups,
     parameter_counts,
     row,
@@ -98,12 +99,13 @@ def job(model_folder: Path, tokenizer: Any, tmp_path: Path) -> Job:
 def test_options_override_yaml_which_overrides_the_budget(tmp_path: Path) -> None:
     file = tmp_path / "compare.yaml"
     file.write_text(
-        "budget: smoke\nsteps: 7\nseeds: [3, 4]\nlayers: all\nvariants: {lora: {learning_rates: [2e-2, 1e-2]}}\n"
+        "budget: smoke\nsteps: 7\nseeds: [3, 4]\nlayers: all\n"
+        "variants: {lora: {learning_rates: [2e-2, 1e-2]}, sora: {learning_rates: 2e-2}}\n"
     )
     chosen = settings(config=file, seeds=[5], out=None)
     assert (chosen.steps, chosen.seeds, chosen.layers) == (7, (5,), None)
     assert chosen.max_tokens == BUDGETS["smoke"]["max_tokens"]
-    assert chosen.row("lora").learning_rates == (0.01, 0.02)
+    assert chosen.row("lora").learning_rates == (0.01, 0.02) and chosen.row("sora").learning_rates == (0.02,)
     assert chosen.methods == DEFAULT_METHODS
     assert [settings(noise=given).noise for given in (None, False, True, 0.1, [1e-2, 1e-3])] == [
         (), (), NOISE, (0.1,), (1e-3, 1e-2),
@@ -164,8 +166,8 @@ STUDY = Path(__file__).parent.parent / "docs" / "study"
 
 
 @pytest.mark.parametrize("task", [
-    "alpaca", "toolcalls", "matched-toolcalls", "again-toolcalls", "chinese", "lowrank-alpaca", "lowrank-toolcalls",
-    "long-alpaca",
+    "alpaca", "toolcalls", "matched-toolcalls", "again-toolcalls", "smallest-toolcalls", "chinese", "lowrank-alpaca",
+    "lowrank-toolcalls", "long-alpaca",
 ])  # fmt: skip
 def test_the_studys_results_are_those_of_its_configuration(task: str) -> None:
     chosen = settings(STUDY / f"{task}.yaml")
@@ -449,6 +451,35 @@ def test_options_that_a_method_does_not_have_are_refused(
 ) -> None:
     with pytest.raises(CompareError, match=f"method {name} cannot be set up"):
         build(plain(name, **options), model, tokenizer, Scope(2, 4, ("q_proj",)))
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("qaa", {"n_layer": 2}),
+        ("qaa-paper", {"n_layers": 0}),
+        ("lora", {"rank": 3}),
+        ("sora", {"r": 0}),
+        ("vera", {"rank": 3}),
+        ("ia3", {"r": 3}),
+        ("road", {"r": 3}),
+        ("prefix", {"tokens": 3}),
+        ("full", {"r": 3}),
+        ("bias", {"r": 3}),
+        ("whitened-lora", {"rank": 3}),
+        ("largest-channels", {"r": 3, "rank": 3}),
+    ],
+)
+def test_bad_options_are_found_before_there_is_a_model(name: str, options: dict[str, Any]) -> None:
+    with pytest.raises(CompareError, match=f"method {name} cannot be set up"):
+        check_options(plain(name, **options))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_methods_without_options_are_accepted_and_known(name: str) -> None:
+    check_options(plain(name))
+    extra = {"sora": {"xi": 1e-2}, "prefix": {"text": "One."}, "whitened-lora": {"r": 2, "alpha": 4.0}}
+    check_options(plain(name, **extra.get(name, {})))
 
 
 # ---------------------------------------------------------------------------------------------------- controls
@@ -909,7 +940,12 @@ def test_intervals_over_seeds_and_examples_cover_the_truth_nearly_as_often_as_th
 
 def _report(best: float, lora: float, low: float, high: float) -> dict[str, Any]:
     def row(name: str, label: str, loss: float, parameters: int) -> dict[str, Any]:
-        rate = {"at_edge": name == "lora"}
+        tried = [(1e-3, 2.0), (1e-2, 1.9), (3e-2, 1.9)]
+        rate = {
+            "rate": 1e-3 if name == "lora" else 1e-2,
+            "grid": tried,
+            "at_edge": name == "qaa",
+        }  # at_edge: of the best
         return {
             "name": name,
             "method": name,
@@ -964,7 +1000,7 @@ def test_findings_name_what_is_not_settled() -> None:
     said = " ".join(findings(_report(1.50, 1.51, -0.03, 0.01)))
     assert "QAA (paper form) is not clearly below the untouched model" in said
     assert "QAA (paper form) and QAA cannot be told from LoRA" in said
-    assert "learning rate of LoRA lies at the edge" in said
+    assert "learning rate of LoRA lies at the edge" in said  # the one that was used, whichever had the lowest loss
 
 
 def test_limits_say_what_a_smoke_test_is() -> None:
@@ -979,6 +1015,11 @@ def test_limits_say_what_a_smoke_test_is() -> None:
     assert "cover the choice of seeds and of test examples" in also and "from only 3 seeds is too narrow" in also
     assert "BLEU" not in also and "Prefix changes every layer" in also
     assert "smoke test" in said and "top 4 of 30 layers" in said and "quantized" in said
+    assert "Learning rates" not in said  # none was searched for
+    for tuning, words in ((4, "runs of 4 steps, a fraction of a full run"), (8, "whole runs with the first seed")):
+        searched = {**report, "settings": {**chosen, "steps": 8, "tuning_steps": tuning}}
+        searched["methods"] = [{"method": "lora", "learning_rate": {"rate": 1.0, "grid": [(1.0, 2.0), (3.0, 2.5)]}}]
+        assert f"Learning rates were chosen in {words}, on few examples." in " ".join(limits(searched))
 
 
 # ------------------------------------------------------------------------------------------------ command line

@@ -31,18 +31,18 @@ INIT_ANGLES: dict[str, float] = {"uniform": math.pi, "small": 0.1, "zero": 0.0}
 class Whitening(NamedTuple):
     r"""Frozen statistics that bring an adapter's input and features to unit size; None leaves a step out.
 
-    .. math:: u = (x - \mu) \odot s, \qquad g = (f(u) - m) \odot r
+    .. math:: u = (x - \mu) \odot \sigma, \qquad g = (f(u) - m) \odot \rho
 
     Attributes:
-        channels: s, shape ``(in_features,)``, 1/std of each input channel where there is a centre, else 1/rms.
+        channels: sigma, shape ``(in_features,)``, 1/std of each input channel where there is a centre, else 1/rms.
         center: mu, shape ``(in_features,)``, the mean of each input channel.
         mean: m, shape ``(K,)``, the mean of each feature.
-        gain: r, shape ``(K,)``, 1/std of each feature where there is a mean, else 1/rms.
+        gain: rho, shape ``(K,)``, 1/std of each feature where there is a mean, else 1/rms.
 
-    m is for adapters that have a c: without one, subtracting it would add the constant ``-V diag(r) m``.
+    m is for adapters that have a c: without one, subtracting it would add the constant ``-V diag(rho) m``.
 
-    Where f is linear nothing of this costs a pass over x: s goes into the matrix, mu into a constant. Where f is
-    quadratic, u is one fused operation before the kernel. In both, r and m go into the up-projection and its bias.
+    Where f is linear nothing of this costs a pass over x: sigma goes into the matrix, mu into a constant. Where f
+    is quadratic, u is one fused operation before the kernel. In both, rho and m go into the up-projection and its bias.
 
     Example:
         >>> adapter, x = Adapter.create(in_features=8, readout="state[:3]"), torch.randn(5, 8)
@@ -194,7 +194,7 @@ class Adapter:
     def _down(
         self, theta: Tensor, mix: Tensor | None, channels: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
-        """``A diag(s)``, or ``M A diag(s)``, in ``dtype``; zeros may follow the rows (:func:`qaa.ops._room`)."""
+        """``A diag(sigma)``, or M times it, in ``dtype``; zeros may follow the rows (:func:`qaa.ops._room`)."""
         asked = tuple(tensor for tensor in (theta, mix, channels) if tensor is not None)
         is_trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in asked)
         # A GPU has made the rows anew before it can tell the host whether the angles are the same.
@@ -227,7 +227,7 @@ class Adapter:
     def _affine(
         self, theta: Tensor, whitening: Whitening, mix: Tensor | None, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """``(A', -A' mu)`` with ``A' = A diag(s)``, so that ``A u = A' x - A' mu``; with a mix ``M A`` is A."""
+        """``(A', -A' mu)`` with ``A' = A diag(sigma)``, so that ``A u = A' x - A' mu``; with a mix ``M A`` is A."""
         channels, center = whitening.channels, whitening.center
         if center is None:
             return self._down(theta, mix, channels, dtype), None
@@ -241,7 +241,7 @@ class Adapter:
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """V', c' and M' with ``V g + c = V' M' f(u) + c'``; costs as many operations as V, or V and M, have numbers.
 
-        ``V' = V diag(r)`` and ``c' = c - V' m`` without one, else ``M' = M diag(r)`` and ``c' = c - V M' m``.
+        ``V' = V diag(rho)`` and ``c' = c - V' m`` without one, else ``M' = M diag(rho)`` and ``c' = c - V M' m``.
         """
         mean, gain = whitening.mean, whitening.gain
         if gain is not None:
@@ -257,7 +257,7 @@ class Adapter:
     ) -> Tensor:
         """``f(u)``, or ``M f(u)``: from shape ``(..., in_features)`` to ``(..., K)`` or ``(..., r)``, in x's dtype.
 
-        ``u = (x - mu) s`` with the whitening's ``center`` and ``channels``; standardisation is not applied here.
+        ``u = (x - mu) sigma`` with the whitening's ``center`` and ``channels``; standardisation is not applied here.
 
         Raises:
             ValueError: x is not ``in_features`` wide.

@@ -128,7 +128,7 @@ class DenseAdapted(nn.Module):
 
 
 class _Whiten(nn.Module):
-    """``u = (x - mu) s`` as one multiplication and one addition."""
+    """``u = (x - mu) sigma`` as one multiplication and one addition."""
 
     scale: Tensor
     shift: Tensor

@@ -97,10 +97,10 @@ class QaaLayer(AdditiveLayer):
         self.qaa_up_adapter: dict[str, Adapter] = {}  # that circuit, W = qaa_up_adapter.down(phi)
         self.qaa_bias = nn.ParameterDict()  # c, (out_features,), if the adapter has one
         # frozen statistics, see Whitening, each if the adapter has it; neutral until they are measured
-        self.qaa_channels = nn.ParameterDict()  # s, (in_features,)
+        self.qaa_channels = nn.ParameterDict()  # sigma, (in_features,)
         self.qaa_center = nn.ParameterDict()  # mu, (in_features,)
         self.qaa_mean = nn.ParameterDict()  # m, (K,)
-        self.qaa_gain = nn.ParameterDict()  # r, (K,)
+        self.qaa_gain = nn.ParameterDict()  # rho, (K,)
         # of adapters that calibrate themselves: a saved mark, (1,), not 0 once that is done
         self.qaa_calibrated = nn.ParameterDict()
         # what the next step of training has to do, so that it asks no tensor: "measure", then "verify" that the mark

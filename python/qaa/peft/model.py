@@ -73,20 +73,21 @@ def calibrate(
     r"""Measures the channels and features of an adapter on a few batches and sets its frozen statistics.
 
     .. math::
-        u = (x - \mu) \odot s, \qquad s_i = 1 / \operatorname{std} x_i \ \text{ or, without centre, } \
+        u = (x - \mu) \odot \sigma, \qquad \sigma_i = 1 / \operatorname{std} x_i \ \text{ or, without centre, } \
         \bigl(\operatorname{mean} x_i^2\bigr)^{-1/2}
 
-    over all vectors that reach a layer, and then in the same way m and r of the features ``f(u)`` with the angles as
-    they are; see :class:`qaa.nn.Whitening`. What does not vary (or, without centre, is zero) keeps the factor 1. Sums
-    are float64 and streaming. Adapters with ``standardize_features`` take a second pass over the batches, for which
-    those of an iterator are kept in memory.
+    over all vectors that reach a layer, and then in the same way m and rho of the features ``f(u)`` with the angles as
+    they are; see :class:`qaa.nn.Whitening`. What does not vary (or, without centre, is zero) keeps the factor 1, and no
+    factor is more than 1000 times the layer's median: what was nearly silent may speak later. Sums are float64 and
+    streaming. Adapters with ``standardize_features`` take a second pass over the batches, for which those of an
+    iterator are kept in memory.
 
     Run it once, before training, on a few batches of the training data (padding counts as data); with
     ``calibration="first_batch"`` the adapter then leaves its statistics as they are. The adapter has to be active, so
-    that the layers above see what it adds. A fresh adapter is an
-    exact no-op before and after; a trained one changes its outputs. Where ``torch.distributed`` is initialised, every
-    process has to call it, each with batches of its own, and all get the statistics of all of them; the model must not
-    be sharded yet, and the angles have to be the same everywhere.
+    that the layers above see what it adds. A fresh adapter is an exact no-op before and after; a trained one changes
+    its outputs. Where ``torch.distributed`` is initialised, every process has to call it, each with batches of its own,
+    and all get the statistics of all of them; the model must not be sharded yet, and the angles have to be the same
+    everywhere.
 
     Args:
         model: a model with QAA adapters.
