@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
     effort = Effort(repeats=options.repeats)
     if options.quick:
         cases = {name: made_small(case) for name, case in cases.items()}
-        effort = Effort(repeats=2, at_least=0.002)
+        effort = Effort(repeats=2, at_least=0.002, wake_up=0.0)
     thread_counts = options.threads or sorted({1, machine.processors()})
     found = run(cases, thread_counts, effort, options.output)
     return 1 if options.check and not all(goal.met for goal in found) else 0

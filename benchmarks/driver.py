@@ -37,12 +37,14 @@ class Effort:
 
     Args:
         repeats: interleaved repeats.
-        at_least: seconds that one sample takes, at least.
+        at_least: seconds that one sample takes, at least, and the warm-up before it.
+        wake_up: seconds that this warm-up takes, at least, where there are several threads.
         build_limit, time_limit: seconds after which a process that builds, or times one sample, is given up.
     """
 
     repeats: int = 7
     at_least: float = 0.03
+    wake_up: float = 0.2
     build_limit: float = 150.0
     time_limit: float = 30.0
 
@@ -211,7 +213,9 @@ class Driver:
         spent = sum(m.rows * sample for sample in m.samples if sample is not None)
         if (repeat > 0 and spent > budget) or m.rival not in self.workers:
             return None
-        request = {"do": "time", "which": m.which, "at_least": self.effort.at_least}
+        at_least = self.effort.at_least
+        warm_up = max(at_least, self.effort.wake_up) if self.threads > 1 else at_least
+        request = {"do": "time", "which": m.which, "warm_up": warm_up, "at_least": at_least}
         reply = self._ask(m.rival, m.task, request, self.effort.time_limit, m.case)
         return None if reply is None else reply["seconds"] / m.rows
 

@@ -1,7 +1,8 @@
 """A process of its own for one rival: ``python -m benchmarks.worker``, JSON lines in and out.
 
 ``{"do": "build", "rival": …, "task": …, "answer": file}``: builds the rival, runs it, writes what it computed.
-``{"do": "time", "task": …, "which": "forward" | "step", "at_least": seconds}``: seconds of one call.
+``{"do": "time", "task": …, "which": "forward" | "step", "warm_up": s, "at_least": s}``: seconds of one
+call.
 ``{"do": "forget", "task": …}``: frees a rival that was built. ``{"do": "memory"}``: the most memory held so far.
 """
 
@@ -23,7 +24,6 @@ from benchmarks.rivals import RIVALS
 from benchmarks.task import Rival, Task
 
 PASSES = ("forward", "step")
-WARM_UP = 0.2  # seconds, of several threads
 PACKAGES = (
     "numpy",
     "torch",
@@ -44,14 +44,13 @@ PACKAGES = (
 )
 
 
-def seconds(call: Callable[[], Any], at_least: float) -> float:
-    """Seconds of one call, averaged over as many calls as take ``at_least`` seconds together, after a warm-up.
+def seconds(call: Callable[[], Any], warm_up: float, at_least: float) -> float:
+    """Seconds of one call, averaged over as many as take ``at_least`` seconds together, after ``warm_up`` seconds.
 
     This process has slept while others were timed: its data are out of the caches, and its threads may wake up on one
     and the same core and wait for each other there for a tenth of a second (docs/performance.md). A call that takes the
     whole warm-up alone is not repeated.
     """
-    warm_up = max(at_least, WARM_UP) if int(os.environ.get("OMP_NUM_THREADS", "1")) > 1 else at_least
     for limit in (warm_up, at_least):
         count, start = 0, time.perf_counter()
         while (elapsed := time.perf_counter() - start) < limit:
@@ -106,7 +105,7 @@ def main() -> None:
             return {}
         if request["do"] == "time":
             call = getattr(built[task], request["which"])
-            return {"seconds": seconds(call, request["at_least"])}
+            return {"seconds": seconds(call, request["warm_up"], request["at_least"])}
         rival = RIVALS[request["rival"]].build(task)
         answer = answer_of(rival)
         if request["answer"] is not None:

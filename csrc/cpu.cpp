@@ -288,8 +288,8 @@ void backward(const BackwardCall& call) {
 
 namespace {
 
-// Projections work on numbers as they are: float32 or float64, no narrower ones.
-void check_projection(const ConstMatrix& features, const ConstMatrix& up) {
+// Projections work on numbers as they are: float32 or float64, no narrower ones, and one type for all, which is returned.
+Numbers check_projection(const ConstMatrix& features, const ConstMatrix& up) {
   constexpr std::int64_t most = std::int64_t{1} << 31;  // products of two of them do not overflow
   check_rows(features.rows);
   if (features.scalar != Scalar::float32 && features.scalar != Scalar::float64) {
@@ -299,34 +299,30 @@ void check_projection(const ConstMatrix& features, const ConstMatrix& up) {
     throw std::invalid_argument("expected up with 1 to " + std::to_string(most) + " rows and columns, received " +
                                 std::to_string(up.rows) + " and " + std::to_string(up.columns));
   }
+  const Numbers same{features.scalar, "features", true};
+  check(features, "features", features.rows, up.columns, same);
+  check(up, "up", up.rows, up.columns, same);
+  return same;
 }
 
 }  // namespace
 
 void project(const ProjectCall& call) {
-  check_projection(call.features, call.up);
-  const bool is_double = call.features.scalar == Scalar::float64;
-  const Numbers same{call.features.scalar, "features", true};
-  check(call.features, "features", call.features.rows, call.up.columns, same);
-  check(call.up, "up", call.up.rows, call.up.columns, same);
+  const Numbers same = check_projection(call.features, call.up);
   check(call.base, "base", call.features.rows, call.up.rows, same);
   check(call.out, "out", call.features.rows, call.up.rows, same);
   if (call.bias.data != nullptr) check(call.bias, "bias", 1, call.up.rows, same);
   if (call.features.rows == 0) return;
-  is_double ? project_as<double>(call) : project_as<float>(call);
+  same.scalar == Scalar::float64 ? project_as<double>(call) : project_as<float>(call);
 }
 
 void project_backward(const ProjectBackwardCall& call) {
-  check_projection(call.features, call.up);
-  const bool is_double = call.features.scalar == Scalar::float64;
-  const Numbers same{call.features.scalar, "features", true};
-  check(call.features, "features", call.features.rows, call.up.columns, same);
-  check(call.up, "up", call.up.rows, call.up.columns, same);
+  const Numbers same = check_projection(call.features, call.up);
   check(call.grad, "grad", call.features.rows, call.up.rows, same);
   check(call.grad_features, "grad_features", call.features.rows, call.up.columns, same);
   check(call.grad_up, "grad_up", call.up.rows, call.up.columns, same);
   if (call.grad_bias.data != nullptr) check(call.grad_bias, "grad_bias", 1, call.up.rows, same);
-  is_double ? project_backward_as<double>(call) : project_backward_as<float>(call);
+  same.scalar == Scalar::float64 ? project_backward_as<double>(call) : project_backward_as<float>(call);
 }
 
 }  // namespace qaa

@@ -27,7 +27,7 @@ from benchmarks.worker import answer_of
 from qaa import ansatz
 
 TASK = Task(n_wires=4, width=13, batch=8, layers=2)
-FAST = Effort(repeats=2, at_least=0.0005)
+FAST = Effort(repeats=2, at_least=0.0005, wake_up=0.0)
 GIGA = machine.Peak(1e9, 1.0, 1.0)
 CHECKED = [name for name, entry in RIVALS.items() if entry.simulates and "compiled" not in name]
 

@@ -137,6 +137,10 @@ def test_options_override_yaml_which_overrides_the_budget(tmp_path: Path) -> Non
         ({"variants": [1]}, r"expected variants to map names to values, received \[1\]"),
         ({"variants": {"b": {"method": "lora"}}, "methods": ["bb"]}, r"expected methods among .*, b, received 'bb'"),
         ({"methods": ["lora"], "references": ["sora"]}, "expected references among lora, untouched, received 'sora'"),
+        (
+            {"variants": {"lora": {"learning_rates": [True, 0.01]}}},
+            r"expected the learning rates of lora to be positive numbers, received \[True, 0.01\]",
+        ),
         ({"generate": "no"}, "expected generate to be true or false, received 'no'"),
         ({"model": ""}, "expected model to be text, received ''"),
         ({"noise": [0.0]}, r"expected noise to be true, false or probabilities above 0, received \[0\.0\]"),

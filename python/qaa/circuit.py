@@ -463,6 +463,11 @@ def check_circuit(circuit: object) -> None:
         raise TypeError(f"expected circuit to be a qaa.Circuit, received {type(circuit).__name__}")
 
 
+def is_number(value: object) -> bool:
+    """Whether ``value`` is a real number; True and False are none."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
 def check_count(what: str, count: object, limit: int) -> int:
     """``count`` as an ``int`` (NumPy has integers of its own); ``ValueError`` unless it is one from 1 to ``limit``."""
     try:

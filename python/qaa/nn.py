@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from qaa import ops
-from qaa.circuit import MAX_WIRES, Circuit, Readout, ansatz, check_circuit, check_count, shown
+from qaa.circuit import MAX_WIRES, Circuit, Readout, ansatz, check_circuit, check_count, is_number, shown
 from qaa.noise import NoiseModel, check_noise
 from qaa.shots import check_shots
 
@@ -403,16 +403,13 @@ class QuantumLayer(nn.Module):
         self.circuit = circuit
         self.readout = Readout.parse(readout, circuit.n_wires)
         check_flag("normalize", normalize)
+        ops._check_estimates(shots, noise, trajectories, generator)
         if shots is not None:
             check_shots(shots)
-        if noise is not None or trajectories is not None:
-            if noise is None or trajectories is None or shots is not None:
-                raise ValueError("expected noise and trajectories together and without shots, received another choice")
+        if noise is not None:
             check_noise(noise, trajectories)
         if self.readout.kind == "state" and (shots is not None or noise is not None):
             raise ValueError(f"expected Pauli strings or 'probs' with shots or noise, received {str(self.readout)!r}")
-        if generator is not None and shots is None and noise is None:
-            raise ValueError("expected a generator together with shots or noise, received one without")
         self.normalize = normalize
         self.shots, self.noise, self.trajectories, self.generator = shots, noise, trajectories, generator
         self.theta = nn.Parameter(torch.empty(circuit.parameter_shape))
@@ -782,7 +779,6 @@ def _check_width(x: Tensor, width: int) -> None:
 
 def check_scaling(scaling: float) -> float:
     """``scaling`` as a float; ``ValueError`` unless it is a finite number."""
-    is_number = isinstance(scaling, (int, float)) and not isinstance(scaling, bool)
-    if not is_number or not abs(scaling) <= sys.float_info.max:
+    if not is_number(scaling) or not abs(scaling) <= sys.float_info.max:
         raise ValueError(f"expected scaling to be a finite number or None, received {shown(scaling)}")
     return float(scaling)

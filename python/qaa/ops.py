@@ -86,15 +86,12 @@ def quantum_features(
         >>> theta.grad.shape
         torch.Size([2, 3, 3])
     """
-    if noise is not None or trajectories is not None:
-        if noise is None or trajectories is None or shots is not None:
-            raise ValueError("expected noise and trajectories together and without shots, received another choice")
+    _check_estimates(shots, noise, trajectories, generator)
+    if noise is not None:
         how: dict[str, Any] = {"noise": noise, "trajectories": trajectories}
         return _estimated_features(noisy, circuit, theta, x, readout, normalize, how, generator)
     if shots is not None:
         return _estimated_features(estimates, circuit, theta, x, readout, normalize, {"shots": shots}, generator)
-    if generator is not None:
-        raise ValueError("expected a generator together with shots or noise, received one without")
     if torch.compiler.is_compiling():
         features = torch.ops.qaa.forward(theta, x.reshape(-1, x.shape[-1]), _text(circuit, readout, normalize))
         return features.reshape(*x.shape[:-1], features.shape[-1])
@@ -139,6 +136,15 @@ def _estimated_features(
     seed = int(torch.randint(2**63 - 1, (), generator=generator, device=device))
     features = _Estimates.apply(theta, x.reshape(-1, x.shape[-1]), what, source, how, seed)
     return features.reshape(*x.shape[:-1], what.n_outputs)
+
+
+def _check_estimates(shots: Any, noise: Any, trajectories: Any, generator: Any) -> None:
+    """Raises ``ValueError`` unless these are shots, or noise with trajectories, or neither and then no generator."""
+    if noise is not None or trajectories is not None:
+        if noise is None or trajectories is None or shots is not None:
+            raise ValueError("expected noise and trajectories together and without shots, received another choice")
+    elif generator is not None and shots is None:
+        raise ValueError("expected a generator together with shots or noise, received one without")
 
 
 def amplitude_rows(circuit: Circuit, theta: Tensor, k: int, *, width: int | None = None, real: bool = False) -> Tensor:

@@ -333,7 +333,7 @@ def _rates(name: str, rates: Any) -> tuple[float, ...]:
     # YAML 1.1 reads 2e-2 (without a point) as text
     listed = (rates,) if isinstance(rates, (int, float, str)) else rates
     try:
-        values = tuple(float(rate) for rate in listed if not isinstance(rate, bool))
+        values = () if any(isinstance(rate, bool) for rate in listed) else tuple(float(rate) for rate in listed)
     except (TypeError, ValueError):
         values = ()
     if not values or any(not 0 < rate < float("inf") for rate in values):

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from qaa.circuit import shown
+from qaa.circuit import is_number, shown
 from qaa.noise import NoiseModel, check_noise
 
 from .layer import STAGES, QaaLayer
@@ -47,8 +47,7 @@ def parameter_groups(model: nn.Module, lr: float, angle_lr: float) -> list[dict[
         [(0.003, 36), (0.0003, 8)]
     """
     for name, value in (("lr", lr), ("angle_lr", angle_lr)):
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not is_number or not 0 < value < float("inf"):
+        if not is_number(value) or not 0 < value < float("inf"):
             raise ValueError(f"expected {name} to be a positive number, received {shown(value)}")
     layers = [module for module in model.modules() if isinstance(module, QaaLayer)]
     if not layers:

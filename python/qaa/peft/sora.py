@@ -23,7 +23,7 @@ from peft import PeftConfig, PeftType
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from qaa.circuit import MAX_WIRES, check_count, shown
+from qaa.circuit import MAX_WIRES, check_count, is_number, shown
 
 from .tuner import AdditiveLayer, AdditiveModel, check_flags, settle_modules
 
@@ -106,14 +106,10 @@ class SoraConfig(PeftConfig):
         settle_modules(self)
         check_flags(self, "init_weights")
         self.r = check_count("r", self.r, 2**MAX_WIRES)
-        if not _is_number(self.sora_alpha) or not 0 < self.sora_alpha <= sys.float_info.max:
+        if not is_number(self.sora_alpha) or not 0 < self.sora_alpha <= sys.float_info.max:
             raise ValueError(f"expected sora_alpha to be a positive number, received {shown(self.sora_alpha)}")
-        if not _is_number(self.sora_dropout) or not 0 <= self.sora_dropout < 1:
+        if not is_number(self.sora_dropout) or not 0 <= self.sora_dropout < 1:
             raise ValueError(f"expected sora_dropout from 0 to below 1, received {shown(self.sora_dropout)}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class SoraLayer(AdditiveLayer):
@@ -191,7 +187,7 @@ def soft_threshold(gate: Tensor, xi: float, operator: str = "soft") -> Tensor:
     """
     if operator not in OPERATORS:
         raise ValueError(f"expected an operator among {', '.join(OPERATORS)}, received {operator!r}")
-    if not _is_number(xi) or not 0 <= xi <= sys.float_info.max:
+    if not is_number(xi) or not 0 <= xi <= sys.float_info.max:
         raise ValueError(f"expected a threshold xi of at least 0, received {shown(xi)}")
     if operator == "soft":
         return gate.sign() * (gate.abs() - xi).clamp_min(0)
@@ -333,17 +329,17 @@ class SoraCallback(TrainerCallback):
                 f"expected max_xi with every schedule but 'constant', received max_xi={max_xi!r} with {schedule!r}"
             )
         most = sys.float_info.max
-        if not _is_number(xi) or not 0 <= xi <= most or (xi == 0 and schedule == "exp_linear"):
+        if not is_number(xi) or not 0 <= xi <= most or (xi == 0 and schedule == "exp_linear"):
             raise ValueError(f"expected a threshold xi of at least 0 (above 0 for 'exp_linear'), received {shown(xi)}")
-        if max_xi is not None and (not _is_number(max_xi) or not xi <= max_xi <= most):
+        if max_xi is not None and (not is_number(max_xi) or not xi <= max_xi <= most):
             raise ValueError(f"expected max_xi to be a number of at least xi={xi!r}, received {shown(max_xi)}")
-        if not _is_number(dense_share) or not 0 <= dense_share < 1:
+        if not is_number(dense_share) or not 0 <= dense_share < 1:
             raise ValueError(f"expected dense_share from 0 to below 1, received {shown(dense_share)}")
         if rounds is not None and (not isinstance(rounds, int) or rounds < 2):
             raise ValueError(f"expected rounds to be an integer of at least 2 or None, received {shown(rounds)}")
         if operator not in OPERATORS:
             raise ValueError(f"expected an operator among {', '.join(OPERATORS)}, received {operator!r}")
-        if not _is_number(l1) or not 0 <= l1 <= most:
+        if not is_number(l1) or not 0 <= l1 <= most:
             raise ValueError(f"expected l1 to be a number of at least 0, received {shown(l1)}")
         self.xi, self.max_xi, self.schedule = xi, max_xi, schedule
         self.dense_share, self.rounds, self.operator, self.l1 = dense_share, rounds, operator, l1
