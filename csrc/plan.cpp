@@ -12,11 +12,10 @@
 #include <utility>
 
 #include "gates.h"
+#include "gf2.h"
 
 namespace qaa {
 namespace {
-
-bool parity(Index bits) { return std::popcount(bits) & 1; }
 
 // ------------------------------------------------------------------------------------------------ frame
 
@@ -294,20 +293,6 @@ class Observables {
 
 // ------------------------------------------------------------------------------------------------ layout
 
-// Reduces `mask` by an echelon basis; zero means that it depends on the basis.
-Index reduce(const std::vector<Index>& basis, Index mask) {
-  for (const Index b : basis) mask = std::min(mask, mask ^ b);
-  return mask;
-}
-bool extend(std::vector<Index>& basis, Index mask) {
-  mask = reduce(basis, mask);
-  if (mask == 0) return false;
-  for (Index& b : basis) b = std::min(b, b ^ mask);
-  basis.push_back(mask);
-  std::ranges::sort(basis, std::greater{});
-  return true;
-}
-
 // The size of the next group when `left` items go into as few groups of at most `radix` as possible, evenly.
 std::uint32_t next_group(std::uint32_t left, int radix) {
   const std::uint32_t groups = (left + radix - 1) / radix;
@@ -369,10 +354,11 @@ std::uint32_t lowest_first(std::vector<Rotation>& rotations, const std::vector<I
 std::vector<std::vector<Index>> independent_groups(std::vector<Index> masks, int radix) {
   std::vector<std::vector<Index>> groups;
   while (!masks.empty()) {
-    std::vector<Index> group, basis, rest;
+    Span span;
+    std::vector<Index> group, rest;
     const std::uint32_t size = next_group(std::uint32_t(masks.size()), radix);
     for (const Index mask : masks) {
-      if (group.size() < size && extend(basis, mask)) {
+      if (group.size() < size && span.extend(mask)) {
         group.push_back(mask);
       } else {
         rest.push_back(mask);
@@ -386,10 +372,9 @@ std::vector<std::vector<Index>> independent_groups(std::vector<Index> masks, int
 
 Pass flip_pass(const std::vector<Index>& masks, std::uint32_t first, std::uint32_t n_wires) {
   Pass pass{first, std::uint32_t(masks.size()), 0, masks, {}, {}, {}};
-  std::vector<Index> basis;
-  for (const Index mask : masks) extend(basis, mask);
+  const Span span(masks);
   for (Index i = 0; i < (Index{1} << n_wires); ++i) {
-    if (reduce(basis, i) == i) pass.representatives.push_back(i);
+    if (span.reduce(i) == i) pass.representatives.push_back(i);
   }
   return pass;
 }
@@ -409,10 +394,11 @@ std::vector<Tree> sum_trees(const std::vector<Index>& masks, const std::vector<s
   }
   while (!left.empty() || plain_sum != Tree::unused) {
     Tree tree;
-    std::vector<Index> basis, chosen;
+    Span span;
+    std::vector<Index> chosen;
     std::vector<std::size_t> rest;
     for (const std::size_t k : left) {
-      if (extend(basis, masks[k])) {
+      if (span.extend(masks[k])) {
         chosen.push_back(masks[k]);
         tree.slots.push_back(items[k]);
       } else {
@@ -420,38 +406,16 @@ std::vector<Tree> sum_trees(const std::vector<Index>& masks, const std::vector<s
       }
     }
     for (std::uint32_t bit = 0; bit < n_wires; ++bit) {
-      if (extend(basis, Index{1} << bit)) {
+      if (span.extend(Index{1} << bit)) {
         chosen.push_back(Index{1} << bit);
         tree.slots.push_back(Tree::unused);
       }
     }
     tree.slots.push_back(std::exchange(plain_sum, Tree::unused));
-    // Dual basis by Gauss-Jordan elimination: parity(chosen[j] & dual[k]) = (j == k).
-    std::vector<Index> rows = chosen, inverse(n_wires);
-    for (std::uint32_t j = 0; j < n_wires; ++j) inverse[j] = Index{1} << j;
-    for (std::uint32_t bit = 0; bit < n_wires; ++bit) {
-      std::uint32_t pivot = bit;
-      while (!((rows[pivot] >> bit) & 1)) ++pivot;
-      std::swap(rows[pivot], rows[bit]);
-      std::swap(inverse[pivot], inverse[bit]);
-      for (std::uint32_t j = 0; j < n_wires; ++j) {
-        if (j != bit && ((rows[j] >> bit) & 1)) {
-          rows[j] ^= rows[bit];
-          inverse[j] ^= inverse[bit];
-        }
-      }
-    }
-    // inverse[bit] holds which chosen masks add up to e_bit: index i has bit `bit` = parity(inverse[bit] & b).
+    const std::vector<Index> dual = dual_basis(chosen);
     tree.order.resize(Index{1} << n_wires);
-    std::vector<Index> dual(n_wires, 0);
-    for (std::uint32_t bit = 0; bit < n_wires; ++bit) {
-      for (std::uint32_t j = 0; j < n_wires; ++j) {
-        if ((inverse[bit] >> j) & 1) dual[j] |= Index{1} << bit;
-      }
-    }
     for (Index b = 1; b < tree.order.size(); ++b) {
-      const Index low = b & (b - 1);
-      tree.order[b] = tree.order[low] ^ dual[std::countr_zero(b)];
+      tree.order[b] = tree.order[b & (b - 1)] ^ dual[std::size_t(std::countr_zero(b))];
     }
     trees.push_back(std::move(tree));
     left = std::move(rest);
@@ -588,15 +552,10 @@ std::vector<Correlation> correlations(const std::vector<String>& strings, std::u
     c.x = x;
     c.imaginary = parity(x & strings[first].z);
     std::vector<Index> basis;
-    auto combination = [&](std::uint32_t mask) {
-      Index z = 0;
-      for (std::size_t j = 0; j < basis.size(); ++j) z ^= (mask >> j) & 1 ? basis[j] : 0;
-      return z;
-    };
     std::erase_if(left, [&](std::uint32_t s) {
       const Index z = strings[s].z & ~low;
       std::uint32_t mask = 0;
-      while (mask < (1u << basis.size()) && combination(mask) != z) ++mask;
+      while (mask < (1u << basis.size()) && combination(basis, mask) != z) ++mask;
       if (mask == (1u << basis.size())) {
         if (basis.size() == Correlation::max_bits) return false;
         basis.push_back(z);

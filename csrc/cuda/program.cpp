@@ -9,30 +9,10 @@
 #include <string>
 #include <utility>
 
+#include "../gf2.h"
+
 namespace qaa::cuda {
 namespace {
-
-bool parity(Index bits) { return std::popcount(bits) & 1; }
-
-// A subspace of GF(2)^n as a reduced basis.
-class Span {
- public:
-  Span() = default;
-  explicit Span(const std::vector<Index>& vectors) {
-    for (const Index v : vectors) extend(v);
-  }
-  // Returns false if the vector was in it already.
-  bool extend(Index v) {
-    for (const Index b : basis_) v = std::min(v, v ^ b);
-    if (v == 0) return false;
-    basis_.push_back(v);
-    std::ranges::sort(basis_, std::greater{});
-    return true;
-  }
-
- private:
-  std::vector<Index> basis_;
-};
 
 // Vectors that complete `masks` to a basis of GF(2)^n, the ones for the lanes first. The lowest `lanes` bits of lane
 // vector j are the unit vector e_j, so that the lanes of a warp differ in the bits that choose a bank whatever is
