@@ -10,11 +10,33 @@ namespace {
 constexpr double min_cosine = 1.0 / 64;
 constexpr double min_scale = 1.0 / (1 << 24);
 
+constexpr std::size_t cache_line = 64;
+
+// The rotations of a pass, of which `angle(k)` is the k-th angle. Returns whether cosines are owed.
+template <class T, class Angle>
+bool turn(std::uint32_t radix, Angle angle, bool allow_tangent, double& scale, T* keep, T* mix) {
+  double product = 1;
+  bool tangent = allow_tangent;
+  for (std::uint32_t k = 0; k < radix; ++k) {
+    const double cosine = std::cos(angle(k) / 2);
+    product *= cosine;
+    tangent &= std::abs(cosine) >= min_cosine;
+  }
+  tangent &= std::abs(product * scale) >= min_scale;
+  for (std::uint32_t k = 0; k < radix; ++k) {
+    const double half = angle(k) / 2;
+    keep[k] = T(std::cos(half));
+    mix[k] = T(tangent ? std::tan(half) : std::sin(half));
+  }
+  if (tangent) scale *= product;
+  return tangent;
+}
+
 template <class T>
-RotatePass<T> rotate_pass(const Pass& pass, const std::vector<double>& angles, std::int64_t columns, bool allow_tangent,
-                          double& scale) {
+RotatePass<T> rotate_pass(const Pass& pass, const std::vector<double>& angles, std::uint32_t first_slot,
+                          std::int64_t columns, bool allow_tangent, double& scale) {
   RotatePass<T> out{};
-  out.radix = pass.radix;
+  out.radix = pass.radix();
   out.extra = pass.extra;
   out.links = pass.links.empty() ? nullptr : pass.links.data();
   out.representatives = pass.representatives.data();
@@ -22,24 +44,32 @@ RotatePass<T> rotate_pass(const Pass& pass, const std::vector<double>& angles, s
   out.n_reached = pass.first_columns.empty() ? out.n_representatives
                                              : std::uint32_t(std::ranges::lower_bound(pass.first_columns, columns) -
                                                              pass.first_columns.begin());
-  std::copy(pass.masks.begin(), pass.masks.end(), out.masks);
+  std::ranges::copy(pass.masks, out.masks);
+  for (std::uint32_t k = 0; k < out.radix; ++k) out.slots[k] = first_slot + pass.rotations[k];
   out.overlap_scale = scale * scale;
-  double product = 1;
-  bool tangent = allow_tangent;
-  for (std::uint32_t k = 0; k < pass.radix; ++k) {
-    const double cosine = std::cos(angles[pass.first + k] / 2);
-    product *= cosine;
-    tangent &= std::abs(cosine) >= min_cosine;
-  }
-  tangent &= std::abs(product * scale) >= min_scale;
-  out.tangent = tangent;
-  for (std::uint32_t k = 0; k < pass.radix; ++k) {
-    const double half = angles[pass.first + k] / 2;
-    out.keep[k] = T(std::cos(half));
-    out.mix[k] = T(tangent ? std::tan(half) : std::sin(half));
-  }
-  if (tangent) scale *= product;
+  out.tangent = turn(out.radix, [&](std::uint32_t k) { return angles[pass.rotations[k]]; }, allow_tangent, scale,
+                     out.keep, out.mix);
   out.link_scale = T(scale);  // over the scale at the end of the stage, squared, when that is known
+  return out;
+}
+
+template <class T>
+LanePass<T> lane_pass(const std::vector<std::uint32_t>& lanes, const std::vector<double>& angles,
+                      std::uint32_t first_slot, bool allow_tangent, double& scale) {
+  LanePass<T> out{};
+  for (std::uint32_t bit = 0; bit < lanes.size(); ++bit) {
+    const bool turned = lanes[bit] != StageLayout::none;
+    out.slots[bit] = turned ? first_slot + lanes[bit] : StageLayout::none;
+    if (turned) out.n_bits = bit + 1;
+  }
+  double before = scale;
+  out.tangent = turn(out.n_bits, [&](std::uint32_t bit) {
+    return lanes[bit] != StageLayout::none ? angles[lanes[bit]] : 0.0;
+  }, allow_tangent, scale, out.keep, out.mix);
+  for (std::uint32_t bit = 0; bit < out.n_bits; ++bit) {
+    out.overlap_scale[bit] = before * before;
+    if (out.tangent && lanes[bit] != StageLayout::none) before *= std::cos(angles[lanes[bit]] / 2);
+  }
   return out;
 }
 
@@ -73,18 +103,20 @@ void multiply_out(const Stage& stage, const Tree& tree, const double* theta, con
   }
 }
 
-// The diagonal of a stage at every index.
-void fill(const Stage& stage, const double* theta, const Diagonal& table, const Diagonal& product) {
-  for (std::size_t i = 0; i < stage.constant.size(); ++i) {
-    table.re[i] = stage.constant[i].real();
-    table.im[i] = stage.constant[i].imag();
+// The diagonal of a stage at every place.
+void fill(const Stage& stage, const StageLayout& layout, const double* theta, const Diagonal& table,
+          const Diagonal& product) {
+  for (std::size_t i = 0; i < layout.constant.size(); ++i) {
+    table.re[i] = layout.constant[i].real();
+    table.im[i] = layout.constant[i].imag();
   }
-  for (const Tree& tree : stage.trees) {
-    multiply_out(stage, tree, theta, product);
-    const bool first = &tree == &stage.trees.front() && stage.constant.empty();
+  for (std::size_t t = 0; t < stage.trees.size(); ++t) {
+    multiply_out(stage, stage.trees[t], theta, product);
+    const std::vector<Index>& order = layout.orders[t];
+    const bool first = t == 0 && layout.constant.empty();
     for (std::size_t b = 0; b < table.size; ++b) {
       const double re = product.re[b], im = product.im[b];
-      double &to_re = table.re[tree.order[b]], &to_im = table.im[tree.order[b]];
+      double &to_re = table.re[order[b]], &to_im = table.im[order[b]];
       const double new_re = first ? re : to_re * re - to_im * im;
       to_im = first ? im : to_re * im + to_im * re;
       to_re = new_re;
@@ -99,6 +131,12 @@ void store(T* out, const Diagonal& table, double scale, bool conjugate) {
   const double imaginary = conjugate ? -scale : scale;
   for (std::size_t i = 0; i < size; ++i) out[i] = T(scale * table.re[i]);
   for (std::size_t i = 0; i < size; ++i) out[size + i] = T(imaginary * table.im[i]);
+}
+
+// The first entry of a table on a cache line of its own. Another line behind the last one may be read.
+template <class T>
+T* on_line(T* data) {
+  return reinterpret_cast<T*>((reinterpret_cast<std::uintptr_t>(data) + cache_line - 1) / cache_line * cache_line);
 }
 
 // The coefficient of a term, or its derivative with respect to the angle of one of its factors.
@@ -128,18 +166,20 @@ void add_to(double* grad_theta, const Angle& angle, double derivative) {
 }  // namespace
 
 template <class T>
-BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta, std::int64_t columns, bool with_adjoint)
-    : plan_(plan), tables_((with_adjoint ? 4 : 2) * plan.n_amplitudes() * n_diagonals(plan)) {
+BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const Layout& layout, const double* theta, std::int64_t columns,
+                                      bool with_adjoint)
+    : plan_(plan),
+      tables_((with_adjoint ? 4 : 2) * plan.n_amplitudes() * n_diagonals(plan) + 2 * cache_line / sizeof(T)) {
   const std::size_t n_stages = plan.stages.size(), size = plan.n_amplitudes();
-  std::size_t n_passes = 0, n_trees = plan.trees.size();
-  for (const Stage& stage : plan.stages) {
+  std::size_t n_passes = 0, n_trees = layout.trees.size();
+  for (const StageLayout& stage : layout.stages) {
     n_passes += stage.rotate.size() + stage.unwind.size();
     n_trees += stage.trees.size();
   }
   stages_.resize(n_stages);
   passes_.reserve(n_passes);
   trees_.reserve(n_trees);
-  T* next_table = tables_.data();
+  T* next_table = on_line(tables_.data());
   // The diagonals are computed once and stored twice, with the scales owed in either direction.
   Spare<double> numbers(2 * size * (n_diagonals(plan) + 1));
   std::vector<Diagonal> diagonals(n_stages);
@@ -156,9 +196,11 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta, std
     angles.clear();
     for (const Rotation& r : stage.rotations) angles.push_back(r.angle.value(theta));
   };
-  auto add_trees = [&](const std::vector<Tree>& trees) {
+  auto add_trees = [&](const std::vector<LaneTree>& trees) {
     const SumTree* first = trees_.data() + trees_.size();
-    for (const Tree& tree : trees) trees_.push_back({tree.order.data(), tree.slots.data()});
+    for (const LaneTree& tree : trees) {
+      trees_.push_back({tree.order.data(), tree.members.data(), std::uint32_t(tree.members.size())});
+    }
     return first;
   };
 
@@ -167,35 +209,48 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta, std
   bool complex = !plan.options.real;
   for (std::size_t s = 0; s < n_stages; ++s) {
     const Stage& stage = plan.stages[s];
+    const StageLayout& laid_out = layout.stages[s];
     BoundStage<T>& out = stages_[s];
+    out = {};
     out.diagonal = stage.is_diagonal();
     out.real = stage.real;
+    out.moves = laid_out.moves.data();
+    out.n_moves = std::uint32_t(laid_out.moves.size());
     out.from_complex = complex;
     complex |= !stage.real;
     out.first_slot = slot;
     if (stage.is_diagonal()) {
       diagonals[s] = take_diagonal();
-      fill(stage, theta, diagonals[s], product);
+      fill(stage, laid_out, theta, diagonals[s], product);
       out.re = next_table;
       out.im = next_table + size;
       store(next_table, diagonals[s], scale, false);
       next_table += 2 * size;
       scale = 1;
-      out.trees = add_trees(stage.trees);
-      out.n_trees = std::uint32_t(stage.trees.size());
+      out.trees = add_trees(laid_out.trees);
+      out.n_trees = std::uint32_t(laid_out.trees.size());
+      slot_lanes_.resize(slot + stage.phases.size(), 0);
+      for (const LaneTree& tree : laid_out.trees) {
+        for (const LaneTree::Member& member : tree.members) slot_lanes_[slot + member.item] = member.lanes;
+      }
       slot += std::uint32_t(stage.phases.size());
     } else {
-      out.kept = stage.kept;
+      out.kept = laid_out.kept;
       out.keep = T(scale);  // over the scale that the bra will have
-      bound_.n_kept += stage.kept;
+      bound_.n_kept += out.kept;
       stage_angles(stage);
+      out.lanes = lane_pass<T>(laid_out.lanes, angles, slot, plan.options.tangent, scale);
       out.rotate = passes_.data() + passes_.size();
-      out.n_rotate = std::uint32_t(stage.rotate.size());
-      for (const Pass& pass : stage.rotate) {
-        passes_.push_back(rotate_pass<T>(pass, angles, columns, plan.options.tangent, scale));
+      out.n_rotate = std::uint32_t(laid_out.rotate.size());
+      for (const Pass& pass : laid_out.rotate) {
+        passes_.push_back(rotate_pass<T>(pass, angles, slot, columns, plan.options.tangent, scale));
       }
-      for (std::size_t k = passes_.size() - stage.rotate.size(); k < passes_.size(); ++k) {
+      for (std::size_t k = passes_.size() - out.n_rotate; k < passes_.size(); ++k) {
         passes_[k].link_scale *= passes_[k].link_scale / T(scale * scale);
+      }
+      slot_lanes_.resize(slot + stage.rotations.size(), 0);
+      for (std::uint32_t bit = 0; bit < out.lanes.n_bits; ++bit) {
+        if (laid_out.lanes[bit] != StageLayout::none) slot_lanes_[slot + laid_out.lanes[bit]] = 1u << bit;
       }
       slot += std::uint32_t(stage.rotations.size());
     }
@@ -213,62 +268,71 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const double* theta, std
       scale = 1;
     } else {
       stage_angles(stage);
+      const StageLayout& laid_out = layout.stages[s];
       out.unwind = passes_.data() + passes_.size();
-      out.n_unwind = std::uint32_t(stage.unwind.size());
+      out.n_unwind = std::uint32_t(laid_out.unwind.size());
       const double scale_before = scale;
-      for (const Pass& pass : stage.unwind) {
-        passes_.push_back(rotate_pass<T>(pass, angles, columns, plan.options.tangent, scale));
-        passes_.back().first_slot = out.first_slot + pass.first;
+      for (const Pass& pass : laid_out.unwind) {
+        passes_.push_back(rotate_pass<T>(pass, angles, out.first_slot, columns, plan.options.tangent, scale));
       }
+      out.unwind_lanes = lane_pass<T>(laid_out.lanes, angles, out.first_slot, plan.options.tangent, scale);
       // Overlaps after all rotations of the bra where the ket was kept, and before them at the first stage.
-      const double of_overlaps = stage.kept ? scale : scale_before;
-      for (std::size_t k = 0; (stage.kept || s == 0) && k < stage.unwind.size(); ++k) {
-        passes_[passes_.size() - 1 - k].overlap_scale = of_overlaps * of_overlaps;
+      if (out.kept || s == 0) {
+        const double of_overlaps = out.kept ? scale : scale_before;
+        for (std::size_t k = 0; k < out.n_unwind; ++k) {
+          passes_[passes_.size() - 1 - k].overlap_scale = of_overlaps * of_overlaps;
+        }
+        std::ranges::fill(out.unwind_lanes.overlap_scale, of_overlaps * of_overlaps);
       }
       out.keep = T(double(out.keep) / scale);
     }
   }
   bound_.unwound_scale = T(scale);
 
-  for (const Pass& pass : plan.flips) {
-    const auto n = std::uint32_t(pass.representatives.size());
-    flips_.push_back({pass.first, pass.radix, n, pass.representatives.data(), {}});
-    std::copy(pass.masks.begin(), pass.masks.end(), flips_.back().masks);
+  for (const Pass& pass : layout.flips) {
+    flips_.push_back({pass.radix(), std::uint32_t(pass.representatives.size()), pass.representatives.data(), {}, {}});
+    std::ranges::copy(pass.masks, flips_.back().masks);
+    std::ranges::copy(pass.rotations, flips_.back().strings);
   }
-  for (const Correlation& c : plan.correlations) {
-    correlations_.push_back(
-        {c.x, c.imaginary, c.n_bits, std::uint32_t(c.members.size()), c.order.data(), c.members.data()});
+  for (const Correlation& c : layout.correlations) {
+    correlations_.push_back({c.vectors, c.lanes, c.imaginary, c.n_bits, std::uint32_t(c.members.size()), c.order.data(),
+                             std::uint32_t(c.order.size()), c.members.data()});
   }
   for (const Angle& angle : plan.absorbed) absorbed_.push_back(std::polar(1.0, angle.value(theta)));
   for (const Term& term : plan.terms) {
     terms_.push_back({term.output, term.string, T(coefficient(term, absorbed_)), !term.factors.empty()});
   }
 
-  bound_.n_wires = plan.n_wires;
-  bound_.n_amplitudes = plan.n_amplitudes();
+  bound_.lane_bits = layout.lane_bits;
+  bound_.n_bits = plan.n_wires - layout.lane_bits;
+  bound_.n_vectors = layout.n_vectors;
   bound_.normalize = plan.normalize;
   bound_.readout = plan.readout;
   bound_.n_outputs = plan.n_outputs;
   bound_.n_columns = plan.n_columns();
   bound_.starts_real = plan.options.real;
   bound_.ends_complex = complex;
-  bound_.starts_low = plan.starts_low;
-  bound_.inputs = plan.inputs.data();
+  bound_.loads_lanes = layout.loads_lanes;
+  bound_.starts_low = layout.starts_low;
+  bound_.inputs = layout.inputs.data();
   bound_.stages = stages_.data();
   bound_.n_stages = std::uint32_t(n_stages);
   bound_.n_strings = std::uint32_t(plan.strings.size());
   bound_.terms = terms_.data();
   bound_.n_terms = std::uint32_t(terms_.size());
-  bound_.trees = add_trees(plan.trees);
-  bound_.n_trees = std::uint32_t(plan.trees.size());
+  bound_.string_lanes = layout.string_lanes.data();
+  bound_.trees = add_trees(layout.trees);
+  bound_.n_trees = std::uint32_t(layout.trees.size());
   bound_.flips = flips_.data();
-  bound_.n_flips = std::uint32_t(plan.flips.size());
+  bound_.n_flips = std::uint32_t(flips_.size());
   bound_.correlations = correlations_.data();
   bound_.n_correlations = std::uint32_t(correlations_.size());
-  bound_.outputs = plan.outputs.data();
+  bound_.outputs = layout.outputs.data();
   bound_.signs = plan.signs.data();
   bound_.first_term_slot = slot;
   bound_.n_slots = slot + std::uint32_t(plan.terms.size());
+  for (const Term& term : plan.terms) slot_lanes_.push_back(layout.string_lanes[term.string]);
+  bound_.slot_lanes = slot_lanes_.data();
 }
 
 template <class T>

@@ -26,26 +26,40 @@ struct RotatePass {
   Index masks[max_radix];  // extra + radix
   const Link* links;       // of masks k and k + 1, or null where this pass reads no string
   T link_scale;            // turns products of amplitudes after this pass into those after the last pass
-  bool tangent;                   // a - mix b, b + mix a; else keep a - mix b, keep b + mix a
+  bool tangent;            // a - mix b, b + mix a; else keep a - mix b, keep b + mix a
   T keep[max_radix], mix[max_radix];
-  std::uint32_t first_slot;  // where the derivatives with respect to the angles go
-  double overlap_scale;      // scale^2 of the two states when the overlaps of this pass are taken
+  std::uint32_t slots[max_radix];  // where the derivatives with respect to the angles go
+  double overlap_scale;            // scale^2 of the two states when the overlaps of this pass are taken
+};
+
+// Rotations on lane bits. Bits that have none are left as they are: keep = 1, mix = 0.
+template <class T>
+struct LanePass {
+  std::uint32_t n_bits;  // one past the highest bit that has a rotation; 0: there is nothing to do
+  bool tangent;
+  T keep[max_lane_bits], mix[max_lane_bits];
+  std::uint32_t slots[max_lane_bits];   // or StageLayout::none
+  double overlap_scale[max_lane_bits];  // when the overlap of each is taken, before it is undone and after those below
 };
 
 struct SumTree {
   const Index* order;
-  const std::uint32_t* slots;  // n_wires + 1 entries
+  const LaneTree::Member* members;
+  std::uint32_t n_members;
 };
 
 template <class T>
 struct BoundStage {
   bool diagonal, real;
   bool from_complex;  // the state is complex before this stage
+  const Move* moves;
+  std::uint32_t n_moves;
+  LanePass<T> lanes, unwind_lanes;
   const RotatePass<T>*rotate, *unwind;
   std::uint32_t n_rotate, n_unwind;
   bool kept;      // the adjoint keeps `keep` times the ket from before this stage: as the bra will be when it gets here
   T keep;
-  const T *re, *im;            // the diagonal times the scale owed in the forward direction
+  const T *re, *im;            // the diagonal times the scale owed in the forward direction, amplitude by amplitude
   const T *back_re, *back_im;  // its conjugate times the scale owed in the adjoint direction
   const SumTree* trees;
   std::uint32_t n_trees;
@@ -54,16 +68,19 @@ struct BoundStage {
 };
 
 struct FlipPass {
-  std::uint32_t first, radix, n_representatives;
+  std::uint32_t radix, n_representatives;
   const Index* representatives;
   Index masks[max_radix];
+  std::uint32_t strings[max_radix];
 };
 
 struct CorrelationPass {
-  Index x;
+  Index vectors;
+  std::uint32_t lanes;
   bool imaginary;
   std::uint32_t n_bits, n_members;
   const Index* order;
+  std::uint32_t n_order;
   const Correlation::Member* members;
 };
 
@@ -77,20 +94,23 @@ struct BoundTerm {
 // What a kernel needs to know of a circuit, its readout and its angles.
 template <class T>
 struct BoundPlan {
-  std::uint32_t n_wires;
-  Index n_amplitudes;
+  std::uint32_t lane_bits;  // that number the amplitudes of one row in a vector
+  std::uint32_t n_bits;     // that number the vectors
+  Index n_vectors;
   bool normalize;
   ReadoutKind readout;
   std::uint32_t n_outputs, n_columns;
   bool starts_real, ends_complex;
-  bool starts_low;      // the first pass of the first stage is on the lowest bits of the columns, lowest first
-  const Index* inputs;  // column of x -> where its amplitude is stored
+  bool loads_lanes;     // the first stage's lanes are the columns', as rows are loaded
+  bool starts_low;      // and its first pass is on the lowest bits of the vectors of columns, lowest first
+  const Index* inputs;  // vector of columns of x -> where it is stored
   const BoundStage<T>* stages;
   std::uint32_t n_stages, n_kept;
   T scale;          // owed after the last stage
   T unwound_scale;  // owed by both states after the adjoint has reached the input
 
   std::uint32_t n_strings;
+  const std::uint32_t* string_lanes;  // the lanes of each string's sign
   const BoundTerm<T>* terms;
   std::uint32_t n_terms;
   const SumTree* trees;
@@ -99,11 +119,12 @@ struct BoundPlan {
   std::uint32_t n_flips;
   const CorrelationPass* correlations;
   std::uint32_t n_correlations;
-  const Index* outputs;
+  const Index* outputs;  // vector and lane of the amplitude, the lane in the lowest bits
   const std::int8_t* signs;
 
   std::uint32_t n_slots;          // derivatives with respect to angles of stages, then one per term
   std::uint32_t first_term_slot;  // the derivative with respect to each term's coefficient
+  const std::uint32_t* slot_lanes;  // a slot is a sum over lanes with the signs of these
 };
 
 // A vector that a thread keeps from call to call while it is small, as plans may be of any depth: memory that is freed
@@ -127,12 +148,13 @@ class Spare {
   std::vector<T> vector_;
 };
 
-// Owns what a BoundPlan for rows of so many columns points to, with the adjoint's part of it or without. The plan must
-// outlive it.
+// Owns what a BoundPlan for rows of so many columns points to, with the adjoint's part of it or without. The plan,
+// whose layout it is, must outlive it.
 template <class T>
 class BoundPlanStorage {
  public:
-  BoundPlanStorage(const Plan& plan, const double* theta, std::int64_t columns, bool with_adjoint);
+  BoundPlanStorage(const Plan& plan, const Layout& layout, const double* theta, std::int64_t columns,
+                   bool with_adjoint);
   const BoundPlan<T>& bound() const { return bound_; }
   // theta's gradient from the derivatives with respect to slots.
   void chain_rule(const double* slots, double* grad_theta) const;
@@ -147,6 +169,7 @@ class BoundPlanStorage {
   std::vector<FlipPass> flips_;
   std::vector<CorrelationPass> correlations_;
   std::vector<BoundTerm<T>> terms_;
+  std::vector<std::uint32_t> slot_lanes_;
   std::vector<std::complex<double>> absorbed_;  // cosine and sine of every absorbed angle
 };
 

@@ -24,12 +24,9 @@ namespace qaa {
 QAA_DECLARE_ISA(baseline)
 #ifdef QAA_HAS_AVX2
 QAA_DECLARE_ISA(avx2)
-QAA_DECLARE_ISA(avx2_128)
 #endif
 #ifdef QAA_HAS_AVX512
 QAA_DECLARE_ISA(avx512)
-QAA_DECLARE_ISA(avx512_256)
-QAA_DECLARE_ISA(avx512_128)
 #endif
 #ifdef QAA_HAS_NEON
 QAA_DECLARE_ISA(neon)
@@ -47,50 +44,50 @@ bool supports_f16c() {
 bool supports_avx2() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && supports_f16c(); }
 #endif
 
-// An instruction set at one or more widths, narrowest first.
 struct Candidate {
-  std::vector<const InstructionSet*> widths;
+  const InstructionSet* set;
   bool runs_here;
-  const InstructionSet& widest() const { return *widths.back(); }
 };
 
 // Best first.
 std::vector<Candidate> candidates() {
   std::vector<Candidate> out;
 #ifdef QAA_HAS_AVX512
-  out.push_back({{&avx512_128::instruction_set, &avx512_256::instruction_set, &avx512::instruction_set},
+  out.push_back({&avx512::instruction_set,
                  supports_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")});
 #endif
 #ifdef QAA_HAS_AVX2
-  out.push_back({{&avx2_128::instruction_set, &avx2::instruction_set},
-                 supports_avx2()});
+  out.push_back({&avx2::instruction_set, supports_avx2()});
 #endif
 #ifdef QAA_HAS_NEON
-  out.push_back({{&neon::instruction_set}, true});
+  out.push_back({&neon::instruction_set, true});
 #endif
-  out.push_back({{&baseline::instruction_set}, true});
+  out.push_back({&baseline::instruction_set, true});
   return out;
 }
 
-Candidate choose() {
+const InstructionSet& choose() {
   const char* wanted = std::getenv("QAA_ISA");
   const std::vector<Candidate> all = candidates();
-  if (wanted == nullptr || *wanted == '\0') return *std::ranges::find_if(all, &Candidate::runs_here);
+  if (wanted == nullptr || *wanted == '\0') return *std::ranges::find_if(all, &Candidate::runs_here)->set;
   std::string names;
   for (const Candidate& c : all) {
     if (!c.runs_here) continue;
-    if (std::string(wanted) == c.widest().name) return c;
-    names += (names.empty() ? "" : ", ") + std::string(c.widest().name);
+    if (std::string(wanted) == c.set->name) return *c.set;
+    names += (names.empty() ? "" : ", ") + std::string(c.set->name);
   }
   throw std::runtime_error("expected QAA_ISA to be one of " + names + " on this machine, received '" + wanted + "'");
 }
 
-// Leaked on purpose: other threads may outlive static destructors.
-const Candidate& chosen() {
-  static const Candidate& candidate = *new Candidate(choose());
-  return candidate;
+}  // namespace
+
+const InstructionSet& chosen_instruction_set() {
+  static const InstructionSet& chosen = choose();
+  return chosen;
 }
+
+namespace {
 
 template <class T>
 const CpuKernels<T>& kernels_of(const InstructionSet& set) {
@@ -99,11 +96,6 @@ const CpuKernels<T>& kernels_of(const InstructionSet& set) {
   } else {
     return set.f32;
   }
-}
-
-template <class T>
-const InstructionSet& set_for(std::int64_t rows) {
-  return instruction_set_for(sizeof(T) == 8, rows);
 }
 
 // Aligned memory that a thread keeps between calls, so that a call neither allocates nor touches fresh pages.
@@ -133,14 +125,40 @@ void* scratch(const InstructionSet& set, const BoundPlan<T>& bound) {
   return scratch_memory(kernels_of<T>(set).workspace_vectors(bound) * std::size_t(set.vector_bytes));
 }
 
-// The batch is cut into chunks of whole groups. Their number depends on the batch alone, never on the number of
+std::uint32_t bits_of(int width) { return std::uint32_t(std::countr_zero(unsigned(width))); }
+
+// How many of the W lanes belong to one row: the more, the fewer rows there are. A group of rows takes its time however
+// few of them there are.
+std::uint32_t lane_bits_for(std::int64_t rows, int width, std::uint32_t n_wires) {
+  const std::uint32_t all = bits_of(width);
+  std::uint32_t rows_bits = 0;
+  while (rows_bits < all && (std::int64_t{1} << rows_bits) < rows) ++rows_bits;
+  return std::min(n_wires, all - rows_bits);
+}
+
+// The batch is cut into chunks of whole groups of rows. Their number depends on the batch alone, never on the number of
 // threads, and their gradients are added in order: results are equal to the bit for any number of threads.
 struct Chunks {
   static constexpr std::int64_t at_most = 64;
   std::int64_t n_groups, n_chunks;
-  Chunks(std::int64_t rows, int width)
-      : n_groups((rows + width - 1) / width), n_chunks(std::min(n_groups, at_most)) {}
+  Chunks(std::int64_t rows, int rows_of_group)
+      : n_groups((rows + rows_of_group - 1) / rows_of_group), n_chunks(std::min(n_groups, at_most)) {}
   std::int64_t first(std::int64_t chunk) const { return chunk * n_groups / n_chunks; }
+};
+
+// What a call works with.
+template <class T>
+struct Setting {
+  const InstructionSet& set = chosen_instruction_set();
+  const CpuKernels<T>& kernel = kernels_of<T>(set);
+  const std::uint32_t lane_bits;
+  const BoundPlanStorage<T> storage;
+  const Chunks chunks;
+
+  Setting(const Plan& plan, const double* theta, const ConstMatrix& x, bool with_adjoint)
+      : lane_bits(lane_bits_for(x.rows, kernel.width, plan.n_wires)),
+        storage(plan, plan.layout(lane_bits, bits_of(kernel.width) - lane_bits), theta, x.columns, with_adjoint),
+        chunks(x.rows, kernel.width >> lane_bits) {}
 };
 
 // Small batches are not worth waking other threads for.
@@ -152,33 +170,29 @@ int useful_threads(int threads, const Plan& plan, std::int64_t rows) {
 
 template <class T>
 void forward_as(const ForwardCall& call) {
-  const BoundPlanStorage<T> storage(call.plan, call.theta, call.x.columns, false);
-  const BoundPlan<T>& bound = storage.bound();
-  const InstructionSet& set = set_for<T>(call.x.rows);
-  const CpuKernels<T>& kernel = kernels_of<T>(set);
-  const Chunks chunks(call.x.rows, kernel.width);
+  const Setting<T> with(call.plan, call.theta, call.x, false);
+  const BoundPlan<T>& bound = with.storage.bound();
+  const Chunks& chunks = with.chunks;
   parallel_for(int(chunks.n_chunks), useful_threads(call.threads, call.plan, call.x.rows), [&](int c) {
-    kernel.forward(bound, call, chunks.first(c), chunks.first(c + 1), scratch(set, bound));
+    with.kernel.forward(bound, call, chunks.first(c), chunks.first(c + 1), scratch(with.set, bound));
   });
 }
 
 template <class T>
 void backward_as(const BackwardCall& call) {
-  const BoundPlanStorage<T> storage(call.plan, call.theta, call.x.columns, true);
-  const BoundPlan<T>& bound = storage.bound();
-  const InstructionSet& set = set_for<T>(call.x.rows);
-  const CpuKernels<T>& kernel = kernels_of<T>(set);
-  const Chunks chunks(call.x.rows, kernel.width);
+  const Setting<T> with(call.plan, call.theta, call.x, true);
+  const BoundPlan<T>& bound = with.storage.bound();
+  const Chunks& chunks = with.chunks;
   const std::size_t n_slots = bound.n_slots;
   std::vector<double> partial(n_slots * std::size_t(chunks.n_chunks), 0.0);
   parallel_for(int(chunks.n_chunks), useful_threads(call.threads, call.plan, call.x.rows), [&](int c) {
-    kernel.backward(bound, call, chunks.first(c), chunks.first(c + 1), scratch(set, bound),
-                    partial.data() + n_slots * std::size_t(c));
+    with.kernel.backward(bound, call, chunks.first(c), chunks.first(c + 1), scratch(with.set, bound),
+                         partial.data() + n_slots * std::size_t(c));
   });
   std::vector<double> slots(n_slots, 0.0);
   for (std::size_t k = 0; k < partial.size(); ++k) slots[k % n_slots] += partial[k];
   std::fill_n(call.grad_theta, call.plan.n_parameters, 0.0);
-  storage.chain_rule(slots.data(), call.grad_theta);
+  with.storage.chain_rule(slots.data(), call.grad_theta);
 }
 
 // A weight (columns, k) as (k, padded columns), times a factor.
@@ -203,7 +217,7 @@ int useful_projection_threads(int threads, std::int64_t rows, std::int64_t colum
 
 template <class T>
 void project_as(const ProjectCall& call) {
-  const CpuKernels<T>& kernel = kernels_of<T>(chosen().widest());
+  const CpuKernels<T>& kernel = kernels_of<T>(chosen_instruction_set());
   const std::vector<T> up = transposed<T>(call.up, call.scale, kernel.width);
   std::vector<T> bias(up.size() / std::size_t(call.up.columns), T(0));
   if (call.bias.data != nullptr) {
@@ -218,7 +232,7 @@ void project_as(const ProjectCall& call) {
 
 template <class T>
 void project_backward_as(const ProjectBackwardCall& call) {
-  const CpuKernels<T>& kernel = kernels_of<T>(chosen().widest());
+  const CpuKernels<T>& kernel = kernels_of<T>(chosen_instruction_set());
   const std::vector<T> up = transposed<T>(call.up, call.scale, kernel.width);
   const std::int64_t rows = call.features.rows, columns = call.up.rows, k = call.up.columns;
   const std::size_t n_chunks = std::size_t(n_projection_chunks(rows)), padded = up.size() / std::size_t(k);
@@ -246,25 +260,18 @@ void project_backward_as(const ProjectBackwardCall& call) {
 
 }  // namespace
 
-const InstructionSet& instruction_set_for(bool is_double, std::int64_t rows) {
-  for (const InstructionSet* set : chosen().widths) {
-    if (rows <= (is_double ? set->f64.width : set->f32.width)) return *set;
-  }
-  return chosen().widest();
-}
-
 void* scratch_memory(std::size_t bytes) {
   thread_local Scratch memory;
   return memory.at_least(bytes);
 }
 
-const char* instruction_set() { return chosen().widest().name; }
+const char* instruction_set() { return chosen_instruction_set().name; }
 
 PlanOptions default_options() {
   PlanOptions options;
-  options.load_radix = std::countr_zero(unsigned(chosen().widest().f32.width));
-  options.rotate_radix = chosen().widest().rotate_radix;
-  options.unwind_radix = chosen().widest().unwind_radix;
+  options.lane_bits = int(bits_of(chosen_instruction_set().f32.width));
+  options.rotate_radix = chosen_instruction_set().rotate_radix;
+  options.unwind_radix = chosen_instruction_set().unwind_radix;
   return options;
 }
 

@@ -1,4 +1,4 @@
-// What the translation unit of each instruction set and width exports: the kernels over a range of groups of states.
+// What the translation unit of each instruction set exports: the kernels over a range of groups of rows.
 #pragma once
 
 #include "bound.h"
@@ -6,7 +6,7 @@
 
 namespace qaa {
 
-// Groups [first, last) of `width` rows each. `memory` holds `workspace_vectors` vectors, aligned to a vector.
+// Groups [first, last) of `width` >> lane_bits rows each. `memory` holds `workspace_vectors` vectors, aligned to one.
 template <class T>
 struct CpuKernels {
   int width;
@@ -31,9 +31,8 @@ struct InstructionSet {
   const NoisyInstructionSet* noisy;
 };
 
-// The narrowest width of the instruction set in use that holds so many rows at once: a group takes its time however few
-// of its lanes are in use.
-const InstructionSet& instruction_set_for(bool is_double, std::int64_t rows);
+// The best of this machine, or the one that the environment variable QAA_ISA names.
+const InstructionSet& chosen_instruction_set();
 
 // Memory that this thread keeps between calls, aligned to a page.
 void* scratch_memory(std::size_t bytes);

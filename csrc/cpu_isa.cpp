@@ -22,22 +22,22 @@ QAA_INLINE int rows_of_group(std::int64_t group, std::int64_t rows, int w) {
 QAA_INLINE std::int64_t size_of(Scalar scalar) {
   return scalar == Scalar::float64 ? 8 : scalar == Scalar::float32 ? 4 : 2;
 }
-// The rows of a group from `begin` to `end`, if nothing else lies between them.
-template <class T, class M>
-void rows_in_memory(const M& m, std::int64_t group, const char*& begin, const char*& end) {
+// The rows of a group of w from `begin` to `end`, if nothing else lies between them.
+template <class M>
+void rows_in_memory(const M& m, std::int64_t group, int w, const char*& begin, const char*& end) {
   if (m.row_stride != m.columns) return;
   const std::int64_t row = m.row_stride * size_of(m.scalar);
-  begin = static_cast<const char*>(m.data) + group * width<T> * row;
-  end = begin + rows_of_group(group, m.rows, width<T>) * row;
+  begin = static_cast<const char*>(m.data) + group * w * row;
+  end = begin + rows_of_group(group, m.rows, w) * row;
 }
 
 template <class T>
 void forward_groups(const BoundPlan<T>& bound, const ForwardCall& call, std::int64_t first, std::int64_t last,
                     void* memory) {
   const Workspace<T> work(bound, memory);
-  constexpr int w = width<T>;
+  const int w = width<T> >> bound.lane_bits;
   for (std::int64_t g = first; g < last; ++g) {
-    if (g + 1 < last) rows_in_memory<T>(call.x, g + 1, work.soon.read, work.soon.read_end);
+    if (g + 1 < last) rows_in_memory(call.x, g + 1, w, work.soon.read, work.soon.read_end);
     forward_group<T>(bound, call, g * w, rows_of_group(g, call.x.rows, w), work);
   }
 }
@@ -46,18 +46,20 @@ template <class T>
 void backward_groups(const BoundPlan<T>& bound, const BackwardCall& call, std::int64_t first, std::int64_t last,
                      void* memory, double* slots) {
   const Workspace<T> work(bound, memory);
-  constexpr int w = width<T>;
+  const int w = width<T> >> bound.lane_bits;
   for (std::uint32_t k = 0; k < bound.n_slots; ++k) work.slots[k] = Wide<T>{};
   for (std::int64_t g = first; g < last; ++g) {
     if (call.x.data == nullptr) {
       backward_linear_group<T>(bound, call, g * w, rows_of_group(g, call.x.rows, w), work);
       continue;
     }
-    if (g + 1 < last) rows_in_memory<T>(call.x, g + 1, work.soon.read, work.soon.read_end);
-    if (call.grad_x.data != nullptr) rows_in_memory<T>(call.grad_x, g, work.soon.write, work.soon.write_end);
+    if (g + 1 < last) rows_in_memory(call.x, g + 1, w, work.soon.read, work.soon.read_end);
+    if (call.grad_x.data != nullptr) rows_in_memory(call.grad_x, g, w, work.soon.write, work.soon.write_end);
     backward_group<T>(bound, call, g * w, rows_of_group(g, call.x.rows, w), work);
   }
-  for (std::uint32_t k = 0; k < bound.n_slots; ++k) slots[k] = lane_sum<T>(work.slots[k]);
+  for (std::uint32_t k = 0; k < bound.n_slots; ++k) {
+    slots[k] = signed_lane_sum<T>(work.slots[k], bound.slot_lanes[k]);
+  }
 }
 
 template <class T>
@@ -78,7 +80,7 @@ void project_backward_range(const ProjectBackwardCall& call, const T* up, std::i
 }
 
 template <class T>
-constexpr CpuKernels<T> kernels{width<T>,           workspace_vectors<T>, forward_groups<T>,
+constexpr CpuKernels<T> kernels{width<T>,         workspace_vectors<T>, forward_groups<T>,
                                 backward_groups<T>, project_range<T>,     project_backward_range<T>};
 
 }  // namespace

@@ -1,8 +1,8 @@
-// The kernels: one group of W states at a time, from rows in memory to features, and back to gradients.
+// The kernels: one group of rows at a time, from numbers in memory to features, and back to gradients.
 //
-// States are arrays of vectors, amplitude by amplitude, the real and the imaginary parts apart. A rotation is real, so
-// it treats the two parts as two independent real states; only diagonals mix them, and as long as the state is real
-// the second array is not touched at all.
+// A state is an array of vectors (layout.h), the real and the imaginary parts apart. A rotation is real, so it treats
+// the two parts as two independent real states; only diagonals mix them, and as long as the state is real the second
+// array is not touched at all. A number that belongs to a row is the same in all its lanes, 2^lane_bits neighbours.
 #pragma once
 
 #include <limits>
@@ -13,9 +13,11 @@
 
 namespace qaa::QAA_ISA {
 
-constexpr int max_sums = 17;  // of a tree over at most 16 wires
+constexpr int max_sums = 17;  // of a tree over at most 16 bits
+template <class T>
+constexpr int all_lane_bits = __builtin_ctz(unsigned(width<T>));
 
-// A state, or the adjoint's bra: n_amplitudes vectors each.
+// A state, or the adjoint's bra: n_vectors each.
 template <class T>
 struct State {
   Vec<T>*re, *im;
@@ -24,25 +26,25 @@ struct State {
 template <class T>
 struct Workspace {
   State<T> ket, bra;
-  State<T> kept[Plan::max_kept];  // kets from before a stage, in the order of the stages
+  State<T> kept[Layout::max_kept];  // kets from before a stage, in the order of the stages
   Vec<T>* scratch;  // for sums and for weights of a tree: 2 * scratch_size
-  Vec<T>* strings;  // values of the strings, then their weights: 2 * n_strings
+  Vec<T>* strings;  // values of the strings, lane by lane without the lanes' signs, then their weights: 2 * n_strings
   Vec<T>* columns;  // features, or their gradients: n_columns
   Wide<T>* slots;   // derivatives, lane by lane: n_slots
   mutable Prefetch soon;
 
-  static std::size_t scratch_size(const BoundPlan<T>& p) { return p.n_amplitudes / 8 + 8; }
+  static std::size_t scratch_size(const BoundPlan<T>& p) { return p.n_vectors / 8 + 8; }
   static std::size_t vectors(const BoundPlan<T>& p) {
     const std::size_t states = std::size_t{2} + p.n_kept;
-    return 2 * states * p.n_amplitudes + 2 * scratch_size(p) + 2 * std::size_t{p.n_strings} + p.n_columns +
+    return 2 * states * p.n_vectors + 2 * scratch_size(p) + 2 * std::size_t{p.n_strings} + p.n_columns +
            sizeof(Wide<T>) / sizeof(Vec<T>) * p.n_slots;
   }
   Workspace(const BoundPlan<T>& p, void* memory) {
     auto* next = static_cast<Vec<T>*>(memory);
     auto take = [&](std::size_t n) { return next += n, next - n; };
-    ket = {take(p.n_amplitudes), take(p.n_amplitudes)};
-    bra = {take(p.n_amplitudes), take(p.n_amplitudes)};
-    for (std::uint32_t k = 0; k < p.n_kept; ++k) kept[k] = {take(p.n_amplitudes), take(p.n_amplitudes)};
+    ket = {take(p.n_vectors), take(p.n_vectors)};
+    bra = {take(p.n_vectors), take(p.n_vectors)};
+    for (std::uint32_t k = 0; k < p.n_kept; ++k) kept[k] = {take(p.n_vectors), take(p.n_vectors)};
     scratch = take(2 * scratch_size(p));
     strings = take(2 * std::size_t{p.n_strings});
     columns = take(p.n_columns);
@@ -53,60 +55,87 @@ struct Workspace {
   }
 };
 
-// ------------------------------------------------------------------------------------------------ rows <-> lanes
+// Calls f(Constant<bits>) for the lane bits of a plan.
+template <class T, class F>
+QAA_INLINE auto with_lane_bits(std::uint32_t bits, F&& f) {
+  if constexpr (all_lane_bits<T> >= 4) {
+    if (bits == 4) return f(Constant<4>{});
+  }
+  if constexpr (all_lane_bits<T> >= 3) {
+    if (bits == 3) return f(Constant<3>{});
+  }
+  if constexpr (all_lane_bits<T> >= 2) {
+    if (bits == 2) return f(Constant<2>{});
+  }
+  return bits == 1 ? f(Constant<1>{}) : f(Constant<0>{});
+}
 
-// Calls put(c, block, n) for every w columns: block[k] is column c + k of the rows as lanes, for k < n, and zero for
-// other k. Returns the sums of squares of the rows.
-template <class T, class In, class Put>
+// In every lane the sum over its row's lanes.
+template <class T>
+QAA_INLINE Vec<T> row_sum(Vec<T> values, std::uint32_t lane_bits) {
+  for (std::uint32_t j = 0; j < lane_bits; ++j) values += shuffle<T>(values, flipped<T>(1u << j));
+  return values;
+}
+
+// ------------------------------------------------------------------------------------------------ rows <-> vectors
+
+// Calls put(v, block, n) for every W columns: block[k] is vector v + k of the columns, for k < n, and zero for other k.
+// Returns, lane by lane, the sums of squares.
+template <class T, int bits, class In, class Put>
 Vec<T> load_rows(const In* data, std::int64_t stride, int n_rows, std::int64_t columns, Put put) {
-  constexpr int w = width<T>;
-  Vec<T> squares[2] = {};  // of the even and the odd columns, whatever the width
+  constexpr int w = width<T>, size = w >> bits;
+  Vec<T> squares[2] = {};
   std::int64_t c = 0;
   for (; c + w <= columns; c += w) {
-    Vec<T> block[w];
-    if (n_rows == w) {
+    Vec<T> block[size];
+    if (bits == 0 && n_rows == w) {
       load_transposed<T>(data + c, stride, block);
     } else {
-      for (int r = 0; r < w; ++r) block[r] = r < n_rows ? load_row<T>(data + r * stride + c) : Vec<T>{};
-      transpose<T>(block);
+#pragma GCC unroll 16
+      for (int r = 0; r < size; ++r) block[r] = r < n_rows ? load_row<T>(data + r * stride + c) : Vec<T>{};
+      gather_rows<bits, T>(block);
     }
 #pragma GCC unroll 16
-    for (int k = 0; k < w; ++k) squares[k & 1] += block[k] * block[k];
-    put(c, block, w);
+    for (int k = 0; k < size; ++k) squares[k & 1] += block[k] * block[k];
+    put(Index(c >> bits), block, size);
   }
   if (c < columns) {
-    Vec<T> block[w] = {};
-    const int left = int(columns - c);
+    Vec<T> block[size] = {};
+    const int left = int(columns - c), n = (left + (1 << bits) - 1) >> bits;
     for (int k = 0; k < left; ++k) {
-      for (int r = 0; r < n_rows; ++r) block[k][r] = to_float(data[r * stride + c + k]);
-      squares[k & 1] += block[k] * block[k];
+      for (int r = 0; r < n_rows; ++r) {
+        block[k >> bits][(r << bits) | (k & ((1 << bits) - 1))] = to_float(data[r * stride + c + k]);
+      }
     }
-    put(c, block, left);
+    for (int k = 0; k < n; ++k) squares[k & 1] += block[k] * block[k];
+    put(Index(c >> bits), block, n);
   }
   return squares[0] + squares[1];
 }
 
-// Stores what get(c, block, n) puts into block[k] for k < n: the lanes of column c + k.
-template <class T, class Out, class Get>
+// Stores what get(v, block, n) puts into block[k] for k < n: vector v + k of the columns.
+template <class T, int bits, class Out, class Get>
 void store_rows(Get get, std::int64_t columns, Out* data, std::int64_t stride, int n_rows) {
-  constexpr int w = width<T>;
+  constexpr int w = width<T>, size = w >> bits;
   std::int64_t c = 0;
   for (; c + w <= columns; c += w) {
-    Vec<T> block[w];
-    get(c, block, w);
-    if (n_rows == w) {
+    Vec<T> block[size];
+    get(Index(c >> bits), block, size);
+    if (bits == 0 && n_rows == w) {
       store_transposed<T>(block, data + c, stride);
     } else {
-      transpose<T>(block);
+      gather_rows<bits, T>(block);
       for (int r = 0; r < n_rows; ++r) store_row<T>(data + r * stride + c, block[r]);
     }
   }
   if (c < columns) {
-    Vec<T> block[w] = {};
+    Vec<T> block[size] = {};
     const int left = int(columns - c);
-    get(c, block, left);
+    get(Index(c >> bits), block, (left + (1 << bits) - 1) >> bits);
     for (int k = 0; k < left; ++k) {
-      for (int r = 0; r < n_rows; ++r) data[r * stride + c + k] = from_float<Out, T>(block[k][r]);
+      for (int r = 0; r < n_rows; ++r) {
+        data[r * stride + c + k] = from_float<Out, T>(block[k >> bits][(r << bits) | (k & ((1 << bits) - 1))]);
+      }
     }
   }
 }
@@ -132,16 +161,51 @@ auto with_data(const M& m, F&& f) {
     }
   }
 }
-template <class T, class Put>
+template <class T, int bits, class Put>
 Vec<T> load_matrix(const ConstMatrix& m, std::int64_t first_row, int n_rows, Put put) {
   return with_data<T>(m, [&](auto* data) {
-    return load_rows<T>(data + first_row * m.row_stride, m.row_stride, n_rows, m.columns, put);
+    return load_rows<T, bits>(data + first_row * m.row_stride, m.row_stride, n_rows, m.columns, put);
   });
 }
-template <class T, class Get>
+template <class T, int bits, class Get>
 void store_matrix(const Matrix& m, std::int64_t first_row, int n_rows, Get get) {
   with_data<T>(m, [&](auto* data) {
-    store_rows<T>(get, m.columns, data + first_row * m.row_stride, m.row_stride, n_rows);
+    store_rows<T, bits>(get, m.columns, data + first_row * m.row_stride, m.row_stride, n_rows);
+  });
+}
+
+// Matrices of one number for every row and column, where numbers are the same in all lanes of a row.
+template <class T>
+void load_columns(const BoundPlan<T>& p, const ConstMatrix& m, std::int64_t first_row, int n_rows, const Vec<T>& factor,
+                  Vec<T>* columns) {
+  if (p.lane_bits == 0) {
+    load_matrix<T, 0>(m, first_row, n_rows, [=](Index c, const Vec<T>* block, int n) {
+      for (int k = 0; k < n; ++k) columns[c + k] = block[k] * factor;
+    });
+    return;
+  }
+  with_data<T>(m, [&](auto* data) {
+    for (std::int64_t c = 0; c < m.columns; ++c) {
+      Vec<T> column{};
+      for (int l = 0; l < n_rows << p.lane_bits; ++l) {
+        column[l] = to_float(data[(first_row + (l >> p.lane_bits)) * m.row_stride + c]);
+      }
+      columns[c] = column * factor;
+    }
+  });
+}
+template <class T>
+void store_columns(const BoundPlan<T>& p, const Vec<T>* columns, const Matrix& m, std::int64_t first_row, int n_rows) {
+  if (p.lane_bits == 0) {
+    return store_matrix<T, 0>(m, first_row, n_rows, [=](Index c, Vec<T>* block, int n) {
+      for (int k = 0; k < n; ++k) block[k] = columns[c + k];
+    });
+  }
+  with_data<T>(m, [&]<class Out>(Out* data) {
+    for (int r = 0; r < n_rows; ++r) {
+      Out* row = data + (first_row + r) * m.row_stride;
+      for (std::int64_t c = 0; c < m.columns; ++c) row[c] = from_float<Out, T>(columns[c][r << p.lane_bits]);
+    }
   });
 }
 
@@ -445,6 +509,123 @@ void work_on_bra(const RotatePass<T>& pass, const Vec<T>* ket, Vec<T>* bra, cons
   });
 }
 
+// ------------------------------------------------------------------------------------------------ lanes
+
+// Rotations on the lowest `bits` lane bits of a vector.
+template <class T, int bits, bool tangent, bool inverse>
+struct LaneTurn {
+  Vec<T> keep[bits > 0 ? bits : 1], mix[bits > 0 ? bits : 1];
+
+  explicit LaneTurn(const LanePass<T>& pass) {
+#pragma GCC unroll 4
+    for (int k = 0; k < bits; ++k) {
+      keep[k] = splat(pass.keep[k]);
+      mix[k] = lane_signs<T>(1u << k) * (inverse ? pass.mix[k] : -pass.mix[k]);
+    }
+  }
+  template <int k>
+  QAA_INLINE void turn(Vec<T>& v, const Vec<T>& flipped) const {
+    v = tangent ? v + mix[k] * flipped : keep[k] * v + mix[k] * flipped;
+  }
+  QAA_INLINE void operator()(Vec<T>& v) const {
+    each([&]<int k>(Constant<k>) { turn<k>(v, flip<1 << k, T>(v)); });
+  }
+  template <class F>
+  QAA_INLINE static void each(F&& f) {
+    [&]<int... k>(std::integer_sequence<int, k...>) { (f(Constant<k>{}), ...); }(std::make_integer_sequence<int, bits>{});
+  }
+};
+
+// Calls f with the number of lane bits and whether cosines are owed as compile-time constants; not at all where no lane
+// is turned.
+template <class T, class F>
+QAA_INLINE void with_lanes(const LanePass<T>& pass, F&& f) {
+  auto call = [&]<int bits>(Constant<bits>) {
+    if (pass.n_bits != bits) return;
+    pass.tangent ? f(Constant<bits>{}, Constant<true>{}) : f(Constant<bits>{}, Constant<false>{});
+  };
+  [&]<int... k>(std::integer_sequence<int, k...>) {
+    (call(Constant<k + 1>{}), ...);
+  }(std::make_integer_sequence<int, all_lane_bits<T>>{});
+}
+
+template <bool inverse, class T>
+void turn_lanes(const LanePass<T>& pass, Index n, Vec<T>* state) {
+  with_lanes<T>(pass, [&]<int bits, bool tangent>(Constant<bits>, Constant<tangent>) {
+    const LaneTurn<T, bits, tangent, inverse> turn(pass);
+    for (Index v = 0; v < n; ++v) {
+      Vec<T> here = state[v];
+      turn(here);
+      state[v] = here;
+    }
+  });
+}
+
+// Overlaps of the rotations on lanes; with `undo` these are undone on ket and bra, and without it `along` ket leaves the
+// bra.
+template <bool undo, class T>
+void overlap_lanes(const LanePass<T>& pass, Index n, Vec<T>* ket, Vec<T>* bra, const Vec<T>* along, Vec<T>* overlaps) {
+  with_lanes<T>(pass, [&]<int bits, bool tangent>(Constant<bits>, Constant<tangent>) {
+    const LaneTurn<T, bits, tangent, true> turn(pass);
+    Vec<T> sum[bits] = {};
+    for (Index v = 0; v < n; ++v) {
+      Vec<T> a = ket[v], b = bra[v];
+      turn.each([&]<int k>(Constant<k>) {
+        const Vec<T> flipped = flip<1 << k, T>(a);
+        sum[k] -= b * flipped;
+        if constexpr (undo) {
+          turn.template turn<k>(a, flipped);
+          turn.template turn<k>(b, flip<1 << k, T>(b));
+        }
+      });
+      if constexpr (undo) {
+        ket[v] = a;
+        bra[v] = b;
+      }
+    }
+    for (int k = 0; k < bits; ++k) overlaps[k] += sum[k];
+  });
+  if (along == nullptr) return;
+  const Vec<T> factor = *along;
+  for (Index v = 0; v < n; ++v) bra[v] -= factor * ket[v];
+}
+
+// Integers of 32 bits as lanes.
+template <class T>
+QAA_INLINE Integers<T> load_lanes(const std::uint32_t* from) {
+  Integers<T> out;
+  for (int l = 0; l < width<T>; ++l) out[l] = std::int32_t(from[l]);
+  return out;
+}
+
+// A change of coordinates, or the way back.
+template <bool back, class T>
+void apply_move(const Move& move, Index n, Vec<T>* state) {
+  if (move.vectors == 0) {
+    const Integers<T> from = load_lanes<T>(back ? move.back_from.data() : move.from.data());
+    const std::uint32_t* shift = back ? move.back_shift.data() : move.shift.data();
+    for (Index v = 0; v < n; ++v) state[v] = shuffle<T>(state[v], from ^ std::int32_t(shift[v]));
+    return;
+  }
+  const Integers<T> stays = lane_signs<T>(move.lanes) > 0;
+  const Index across = move.vectors, low = across & (~across + 1);
+  for (Index high = 0; high < n; high += 2 * low) {
+    for (Index v = high; v < high + low; ++v) {
+      const Vec<T> a = state[v], b = state[v ^ across];
+      state[v] = stays ? a : b;
+      state[v ^ across] = stays ? b : a;
+    }
+  }
+}
+template <class T>
+void move_to(const BoundStage<T>& stage, Index n, Vec<T>* state) {
+  for (std::uint32_t k = 0; k < stage.n_moves; ++k) apply_move<false, T>(stage.moves[k], n, state);
+}
+template <class T>
+void move_back(const BoundStage<T>& stage, Index n, Vec<T>* state) {
+  for (std::uint32_t k = stage.n_moves; k-- > 0;) apply_move<true, T>(stage.moves[k], n, state);
+}
+
 // ------------------------------------------------------------------------------------------------ embedding
 
 template <class T>
@@ -453,7 +634,7 @@ struct Norms {
   Vec<T> rescale;  // the power of two that the row was multiplied by, against overflow and underflow
 };
 
-// sum over i of a[i] b[i], in four chains.
+// sum over i of a[i] b[i], in four chains, lane by lane.
 template <class T>
 Vec<T> dot(const Vec<T>* a, const Vec<T>* b, Index n) {
   Vec<T> sum[4] = {};
@@ -465,80 +646,95 @@ Vec<T> dot(const Vec<T>* a, const Vec<T>* b, Index n) {
   return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
-// How the pass on the lowest bits of the columns is done: while columns are in registers, or on the stored state.
+// Whether the rotations of the columns' lowest bits are done while these are in registers, as W columns of every row:
+// those on lanes, and those between vectors as a pass of their own.
 template <class T>
-bool fits_registers(const RotatePass<T>& low) {
-  return (1 << low.radix) == width<T>;
-}
-enum class Turn { none, keep, tangent };
-template <Turn turn, bool inverse, class T>
-QAA_INLINE void turn_columns(Vec<T>* block, const RotatePass<T>& low) {
-  if constexpr (turn != Turn::none) {
-    rotate_block<T, __builtin_ctz(unsigned(width<T>)), 0, turn == Turn::tangent, inverse>(block, low);
-  }
-}
-// Calls f(Constant<turn>) for the rotations that can be done in registers.
-template <class T, class F>
-auto with_turn(const RotatePass<T>* low, F&& f) {
-  if (low == nullptr || !fits_registers(*low)) return f(Constant<Turn::none>{});
-  return low->tangent ? f(Constant<Turn::tangent>{}) : f(Constant<Turn::keep>{});
+bool fits_registers(const BoundPlan<T>& p, const LanePass<T>& lanes, const RotatePass<T>* low) {
+  const std::uint32_t between = all_lane_bits<T> - p.lane_bits;
+  return p.loads_lanes && (p.lane_bits == 0 || (lanes.n_bits == p.lane_bits && lanes.tangent)) &&
+         (between == 0 || (p.starts_low && low->radix == between && low->tangent));
 }
 
+// Rotations of the columns' lowest bits on a block of W columns.
+template <class T, int bits, bool on, bool inverse>
+struct ColumnTurn {
+  static constexpr int between = all_lane_bits<T> - bits;
+  LaneTurn<T, bits, true, inverse> lanes;
+  RotatePass<T> low;
+
+  ColumnTurn(const LanePass<T>& lane_pass, const RotatePass<T>* low_pass)
+      : lanes(lane_pass), low(on && between > 0 ? *low_pass : RotatePass<T>{}) {}
+  QAA_INLINE void operator()(Vec<T>* block) const {
+    if constexpr (on) {
+      if constexpr (bits > 0) {
+#pragma GCC unroll 16
+        for (int k = 0; k < (1 << between); ++k) lanes(block[k]);
+      }
+      if constexpr (between > 0) rotate_block<T, between, 0, true, inverse>(block, low);
+    }
+  }
+};
+
 // Loads rows, pads them with zeros to 2^n_wires amplitudes and computes their norms. The state is left unnormalized:
-// the circuit is linear, so the readout divides. Rotations of the lowest bits are done on the way, and the strings of
-// their links are added to `values`.
-template <class T>
+// the circuit is linear, so the readout divides. Rotations of the lowest bits are done on the way where they fit, and the
+// strings of their links are added to `values`.
+template <class T, int bits>
 Norms<T> embed(const BoundPlan<T>& p, const ConstMatrix& x, std::int64_t first_row, int n_rows, State<T> ket,
                Vec<T>* values, Prefetch& soon) {
-  constexpr int w = width<T>;
+  constexpr int w = width<T>, between = all_lane_bits<T> - bits;
   const RotatePass<T>* low = p.starts_low ? &p.stages[0].rotate[0] : nullptr;
-  LinkSums<T, __builtin_ctz(unsigned(w)), 0> sums;
-  auto load = [&]<Turn turn, bool link>(Constant<turn>, Constant<link>) {
+  LinkSums<T, between, 0> sums;
+  auto load = [&]<bool turn, bool link>(Constant<turn>, Constant<link>) {
     const Index* inputs = p.inputs;
     Vec<T>* re = ket.re;
-    const RotatePass<T> pass = turn == Turn::none ? RotatePass<T>{} : *low;
-    LinkSums<T, __builtin_ctz(unsigned(w)), 0> here;  // of its own, which nothing else refers to: it stays in registers
-    const Vec<T> squared = load_matrix<T>(x, first_row, n_rows, [=, &here](std::int64_t c, Vec<T>* block, int n) {
-      turn_columns<turn, false>(block, pass);
+    const ColumnTurn<T, bits, turn, false> turned(p.stages != nullptr ? p.stages[0].lanes : LanePass<T>{}, low);
+    LinkSums<T, between, 0> here;  // of its own, which nothing else refers to: it stays in registers
+    const Vec<T> squared = load_matrix<T, bits>(x, first_row, n_rows, [=, &here](Index v, Vec<T>* block, int n) {
+      turned(block);
       if constexpr (link) here.add(block);
-      if (turn != Turn::none) n = w;  // zeros are turned into more than zeros never, but columns into each other
+      if (turn) n = w >> bits;  // zeros are turned into more than zeros never, but columns into each other
 #pragma GCC unroll 16
-      for (int k = 0; k < n; ++k) re[inputs[c + k]] = block[k];
+      for (int k = 0; k < n; ++k) re[inputs[v + k]] = block[k];
     });
     sums = here;
     return squared;
   };
-  bool turned = low != nullptr && fits_registers(*low);
-  const bool link = turned && low->links != nullptr;
-  const Vec<T> squared = with_turn(low, [&]<Turn turn>(Constant<turn>) {
-    return link && turn != Turn::none ? load(Constant<turn>{}, Constant<turn != Turn::none>{})
-                                      : load(Constant<turn>{}, Constant<false>{});
-  });
-  const Index loaded = turned ? (Index(x.columns) + w - 1) / w * w : Index(x.columns);
-  auto pad = [&](Index first) {
-    for (Index i = first; i < p.n_amplitudes; ++i) ket.re[p.inputs[i]] = Vec<T>{};
+  bool turned = p.n_stages > 0 && fits_registers(p, p.stages[0].lanes, low);
+  const bool link = turned && low != nullptr && low->links != nullptr;
+  const Vec<T> squares = link     ? load(Constant<true>{}, Constant<true>{})
+                         : turned ? load(Constant<true>{}, Constant<false>{})
+                                  : load(Constant<false>{}, Constant<false>{});
+  const Vec<T> squared = row_sum<T>(squares, bits);
+  const Index per_vector = Index{1} << bits, loaded = turned ? (Index(x.columns) + w - 1) / w * w : Index(x.columns);
+  auto pad = [&](Index columns) {
+    for (Index v = (columns + per_vector - 1) / per_vector; v < p.n_vectors; ++v) ket.re[p.inputs[v]] = Vec<T>{};
   };
   pad(loaded);
   if (!p.starts_real) {
-    for (Index i = 0; i < p.n_amplitudes; ++i) ket.im[i] = Vec<T>{};
+    for (Index v = 0; v < p.n_vectors; ++v) ket.im[v] = Vec<T>{};
   }
   Norms<T> norms{squared, splat<T>(1)};
   // Squares of amplitudes are up to 1 / min_scale^2 (bound.cpp) times as large as those of the row.
   constexpr T tiny = sizeof(T) == 8 ? T(1e-250) : T(1e-24), huge = sizeof(T) == 8 ? T(1e280) : T(1e20);
   bool extreme[w] = {}, any = false;
-  for (int l = 0; p.normalize && l < n_rows; ++l) any |= extreme[l] = squared[l] > huge || squared[l] < tiny;
+  const int n_lanes = n_rows << bits;
+  for (int l = 0; p.normalize && l < n_lanes; ++l) any |= extreme[l] = squared[l] > huge || squared[l] < tiny;
   if (any) {
     if (turned) {
-      load(Constant<Turn::none>{}, Constant<false>{});
+      load(Constant<false>{}, Constant<false>{});
       pad(Index(x.columns));
       turned = false;
     }
     Vec<T> largest{};
-    for (Index i = 0; i < p.n_amplitudes; ++i) {
-      const Vec<T> a = ket.re[i] < 0 ? -ket.re[i] : ket.re[i];
+    for (Index v = 0; v < p.n_vectors; ++v) {
+      const Vec<T> a = ket.re[v] < 0 ? -ket.re[v] : ket.re[v];
       largest = a > largest ? a : largest;
     }
-    for (int l = 0; l < n_rows; ++l) {
+    for (int j = 0; j < bits; ++j) {
+      const Vec<T> other = shuffle<T>(largest, flipped<T>(1u << j));
+      largest = other > largest ? other : largest;
+    }
+    for (int l = 0; l < n_lanes; ++l) {
       const T a = largest[l];
       if (!extreme[l] || !(a > 0) || a > std::numeric_limits<T>::max()) continue;  // zero, NaN, infinity: no rescue
       int exponent = 0;
@@ -547,11 +743,14 @@ Norms<T> embed(const BoundPlan<T>& p, const ConstMatrix& x, std::int64_t first_r
       exponent = exponent > limit ? limit : exponent < -limit ? -limit : exponent;
       norms.rescale[l] = T(__builtin_ldexp(1.0, -exponent));
     }
-    for (Index i = 0; i < p.n_amplitudes; ++i) ket.re[i] *= norms.rescale;
-    const Vec<T> rescaled = dot<T>(ket.re, ket.re, p.n_amplitudes);
+    for (Index v = 0; v < p.n_vectors; ++v) ket.re[v] *= norms.rescale;
+    const Vec<T> rescaled = row_sum<T>(dot<T>(ket.re, ket.re, p.n_vectors), bits);
     norms.squared = norms.rescale == splat<T>(1) ? squared : rescaled;
   }
-  if (low != nullptr && !turned) rotate<T>(*low, ket.re, values, soon);
+  if (p.n_stages > 0 && p.loads_lanes && !turned) {
+    turn_lanes<false, T>(p.stages[0].lanes, p.n_vectors, ket.re);
+    if (low != nullptr) rotate<T>(*low, ket.re, values, soon);
+  }
   if (link && turned) sums.add_to(values, *low);
   return norms;
 }
@@ -632,6 +831,7 @@ template <class T, class Value>
 void tree_sums(std::uint32_t n, const Index* order, Value&& value, Vec<T>* scratch, Vec<T>* sums) {
   std::uint32_t done = n < 3 ? n : 3;
   switch (done) {
+    case 0: scratch[0] = value(0, 0, 0); break;
     case 1: first_level<T, 1>(order, 1, value, scratch, sums); break;
     case 2: first_level<T, 2>(order, 1, value, scratch, sums); break;
     default: first_level<T, 3>(order, Index{1} << (n - 3), value, scratch, sums); break;
@@ -681,50 +881,42 @@ struct TreeWeights {
 // ------------------------------------------------------------------------------------------------ diagonals
 
 // Multiplies by a stage's table or by that of the other direction; the state is complex before it or not.
-template <class T>
+template <class T, int bits>
 void multiply_diagonal(const T* table_re, const T* table_im, bool real, bool from_complex, Index n, State<T> s) {
+  auto entry = [](const T* table, Index v) { return load_repeated<T, bits>(table + (std::size_t{v} << bits)); };
   if (real) {
-    for (Index i = 0; i < n; ++i) s.re[i] *= table_re[i];
-    if (from_complex) {
-      for (Index i = 0; i < n; ++i) s.im[i] *= table_re[i];
-    }
+    for (Index v = 0; v < n; ++v) s.re[v] *= entry(table_re, v);
+    for (Index v = 0; from_complex && v < n; ++v) s.im[v] *= entry(table_re, v);
   } else if (!from_complex) {
-    for (Index i = 0; i < n; ++i) {
-      const Vec<T> re = s.re[i];
-      s.re[i] = re * table_re[i];
-      s.im[i] = re * table_im[i];
+    for (Index v = 0; v < n; ++v) {
+      const Vec<T> re = s.re[v];
+      s.re[v] = re * entry(table_re, v);
+      s.im[v] = re * entry(table_im, v);
     }
   } else {
-    for (Index i = 0; i < n; ++i) {
-      const Vec<T> re = s.re[i], im = s.im[i];
-      s.re[i] = re * table_re[i] - im * table_im[i];
-      s.im[i] = re * table_im[i] + im * table_re[i];
+    for (Index v = 0; v < n; ++v) {
+      const Vec<T> re = s.re[v], im = s.im[v], c = entry(table_re, v), d = entry(table_im, v);
+      s.re[v] = re * c - im * d;
+      s.im[v] = re * d + im * c;
     }
   }
 }
 
 // Undoes a diagonal on ket and bra and adds the derivatives with respect to its phases to `slots`. Where the state
 // was real before the diagonal, only the real parts are kept: nothing upstream depends on the bra's imaginary part.
-template <class T>
+template <class T, int bits>
 void unwind_diagonal(const BoundPlan<T>& p, const BoundStage<T>& stage, const Workspace<T>& work) {
   const State<T> ket = work.ket, bra = work.bra;
   const bool was_complex = stage.from_complex;
-  if (stage.real) {
-    for (Index i = 0; i < p.n_amplitudes; ++i) {
-      ket.re[i] *= stage.back_re[i];
-      bra.re[i] *= stage.back_re[i];
-    }
-    if (was_complex) {
-      for (Index i = 0; i < p.n_amplitudes; ++i) {
-        ket.im[i] *= stage.back_re[i];
-        bra.im[i] *= stage.back_re[i];
-      }
-    }
-    return;  // a real diagonal has no angles
+  if (stage.real) {  // a real diagonal has no angles
+    multiply_diagonal<T, bits>(stage.back_re, stage.back_im, true, was_complex, p.n_vectors, ket);
+    multiply_diagonal<T, bits>(stage.back_re, stage.back_im, true, was_complex, p.n_vectors, bra);
+    return;
   }
   // 2 Im(conj(bra) ket) after undoing; the pair's common scale has been paid by then.
   auto undo = [&](Index, int, std::size_t address) -> Vec<T> {
-    const T re = stage.back_re[address / sizeof(Vec<T>)], im = stage.back_im[address / sizeof(Vec<T>)];
+    const std::size_t entry = (address / sizeof(Vec<T>)) << bits;
+    const Vec<T> re = load_repeated<T, bits>(stage.back_re + entry), im = load_repeated<T, bits>(stage.back_im + entry);
     const Vec<T> kr = at(ket.re, address), ki = at(ket.im, address);
     const Vec<T> br = at(bra.re, address), bi = at(bra.im, address);
     const Vec<T> new_kr = kr * re - ki * im, new_br = br * re - bi * im, new_bi = br * im + bi * re;
@@ -737,36 +929,35 @@ void unwind_diagonal(const BoundPlan<T>& p, const BoundStage<T>& stage, const Wo
     return new_br * new_ki - new_bi * new_kr;
   };
   if (stage.n_trees == 0) {
-    for (Index i = 0; i < p.n_amplitudes; ++i) undo(0, 0, i * sizeof(Vec<T>));
+    for (Index v = 0; v < p.n_vectors; ++v) undo(0, 0, v * sizeof(Vec<T>));
     return;
   }
-  auto add_sums = [&](const SumTree& tree, const Vec<T>* sums, double scale) {
-    for (std::uint32_t j = 0; j <= p.n_wires; ++j) {
-      if (tree.slots[j] != Tree::unused) work.add_to_slot(stage.first_slot + tree.slots[j], sums[j], scale);
-    }
-  };
+  // More masks than fit into one tree: the overlaps first, where every tree can read them.
   Vec<T> sums[max_sums];
-  if (stage.n_trees == 1) {
-    tree_sums<T>(p.n_wires, stage.trees[0].order, undo, work.scratch, sums);
-    add_sums(stage.trees[0], sums, 1);
-    return;
-  }
-  // More masks than wires: the overlaps first, where every tree can read them.
   for (std::uint32_t t = 0; t < stage.n_trees; ++t) {
-    const Index* order = stage.trees[t].order;
+    const SumTree& tree = stage.trees[t];
     const bool last = t + 1 == stage.n_trees;
     if (!last) {
-      tree_sums<T>(p.n_wires, order, [&](Index, int, std::size_t address) {
+      tree_sums<T>(p.n_bits, tree.order, [&](Index, int, std::size_t address) {
         return at(bra.re, address) * at(ket.im, address) - at(bra.im, address) * at(ket.re, address);
       }, work.scratch, sums);
     } else {
-      tree_sums<T>(p.n_wires, order, undo, work.scratch, sums);
+      tree_sums<T>(p.n_bits, tree.order, undo, work.scratch, sums);
     }
-    add_sums(stage.trees[t], sums, last ? 1 : stage.overlap_scale);
+    for (std::uint32_t m = 0; m < tree.n_members; ++m) {
+      const LaneTree::Member& member = tree.members[m];
+      work.add_to_slot(stage.first_slot + member.item, sums[member.slot], last ? 1 : stage.overlap_scale);
+    }
   }
 }
 
 // ------------------------------------------------------------------------------------------------ observables
+
+template <class T>
+void clear(const BoundPlan<T>& p, bool complex, State<T> s) {
+  for (Index v = 0; v < p.n_vectors; ++v) s.re[v] = Vec<T>{};
+  for (Index v = 0; complex && v < p.n_vectors; ++v) s.im[v] = Vec<T>{};
+}
 
 // values[k] += <state| flip by mask k |state>; with `apply` also bra += sum over k of weights[k] (state flipped by
 // mask k).
@@ -776,7 +967,7 @@ void flip_pass(const FlipPass& shared, const Vec<T>* state, Vec<T>* values, cons
   const FlipPass pass = shared;
   const Block<T, radix> in(pass.masks);
   Vec<T> sum[radix][2] = {}, weight[radix];  // two chains each: one would wait for its own last result
-  for (int k = 0; apply && k < radix; ++k) weight[k] = weights[pass.first + k];
+  for (int k = 0; apply && k < radix; ++k) weight[k] = weights[pass.strings[k]];
   Prefetch soon = shared_soon;
   for (std::uint32_t r = 0; r < pass.n_representatives; ++r) {
     const std::size_t base = in.base(pass.representatives[r]);
@@ -800,76 +991,83 @@ void flip_pass(const FlipPass& shared, const Vec<T>* state, Vec<T>* values, cons
     }
   }
   shared_soon = soon;
-  for (int k = 0; k < radix; ++k) values[pass.first + k] += 2 * (sum[k][0] + sum[k][1]);
+  for (int k = 0; k < radix; ++k) values[pass.strings[k]] += 2 * (sum[k][0] + sum[k][1]);
 }
 template <class T, bool apply>
-void flip(const FlipPass& pass, const Vec<T>* state, Vec<T>* values, const Vec<T>* weights, Vec<T>* bra,
+void flip_strings(const FlipPass& pass, const Vec<T>* state, Vec<T>* values, const Vec<T>* weights, Vec<T>* bra,
           Prefetch& soon) {
   with_radix(pass.radix,
              [&](auto radix) { flip_pass<T, radix.value, apply>(pass, state, values, weights, bra, soon); });
 }
 
-// The same for any strings with one x: values = 2 Re(conj(a_i) a_j) or 2 Im(conj(a_i) a_j), summed with signs.
-template <class T, bool imaginary, bool complex, bool apply>
-void correlation_pass(const CorrelationPass& c, Index n, State<T> ket, Vec<T>* values, const Vec<T>* weights,
-                      State<T> bra) {
+// Of any strings with one x, values = 2 Re(conj(a_i) a_j) or 2 Im(conj(a_i) a_j), lane by lane; with `apply` also
+// bra += sum over strings of weight (string ket).
+template <class T, bool imaginary, bool complex, bool shuffled, bool apply>
+void correlation_pass(const CorrelationPass& c, State<T> ket, Vec<T>* values, const Vec<T>* weights, State<T> bra) {
   constexpr int most_classes = 1 << Correlation::max_bits;
-  const Index n_classes = Index{1} << c.n_bits, pairs = (n / 2) >> c.n_bits;
-  Vec<T> sums[most_classes], weight[most_classes] = {};
+  const Index n_classes = Index{1} << c.n_bits, n = c.n_order >> c.n_bits, across = c.vectors;
+  const Integers<T> from = flipped<T>(c.lanes);
+  auto turned = [&](const Vec<T>& v) { return shuffled ? shuffle<T>(v, from) : v; };
+  Vec<T> sums[most_classes];
   auto sign = [&](Index of_class, std::uint32_t m) {
     return T(__builtin_parity(of_class & c.members[m].mask) ? -1 : 1);
   };
   for (Index of_class = 0; of_class < n_classes; ++of_class) {
+    Vec<T> w{};
     for (std::uint32_t m = 0; apply && m < c.n_members; ++m) {
-      weight[of_class] += sign(of_class, m) * weights[c.members[m].string];
+      w += sign(of_class, m) * lane_signs<T>(c.members[m].lanes) * weights[c.members[m].string];
     }
-    const Vec<T> w = weight[of_class];
-    const Index* order = c.order + of_class * pairs;
+    const Index* order = c.order + of_class * n;
     auto add_pair = [&](Index i, Vec<T>& sum) {
-      const Index j = i ^ c.x;
-      const Vec<T> re_i = ket.re[i], re_j = ket.re[j], im_i = complex ? ket.im[i] : Vec<T>{},
-                   im_j = complex ? ket.im[j] : Vec<T>{};
+      const Index j = i ^ across;
+      const Vec<T> re_i = ket.re[i], im_i = complex ? ket.im[i] : Vec<T>{};
+      const Vec<T> re_j = turned(ket.re[j]), im_j = complex ? turned(ket.im[j]) : Vec<T>{};
       sum += re_i * (imaginary ? im_j : re_j);
       if constexpr (complex) sum += imaginary ? -im_i * re_j : im_i * im_j;
       if constexpr (apply && imaginary) {
         bra.re[i] += w * im_j;
         bra.im[i] -= w * re_j;
-        bra.re[j] -= w * im_i;
-        bra.im[j] += w * re_i;
+        if (across == 0) return;
+        bra.re[j] -= turned(w * im_i);
+        bra.im[j] += turned(w * re_i);
       } else if constexpr (apply) {
         bra.re[i] += w * re_j;
-        bra.re[j] += w * re_i;
-        if constexpr (complex) {
-          bra.im[i] += w * im_j;
-          bra.im[j] += w * im_i;
-        }
+        if constexpr (complex) bra.im[i] += w * im_j;
+        if (across == 0) return;
+        bra.re[j] += turned(w * re_i);
+        if constexpr (complex) bra.im[j] += turned(w * im_i);
       }
     };
     Vec<T> sum[4] = {};
     Index k = 0;
-    for (; k + 4 <= pairs; k += 4) {
+    for (; k + 4 <= n; k += 4) {
+#pragma GCC unroll 4
       for (int chain = 0; chain < 4; ++chain) add_pair(order[k + chain], sum[chain]);
     }
-    for (; k < pairs; ++k) add_pair(order[k], sum[0]);
+    for (; k < n; ++k) add_pair(order[k], sum[0]);
     sums[of_class] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
+  const T times = across == 0 ? T(1) : T(2);
   for (std::uint32_t m = 0; m < c.n_members; ++m) {
     Vec<T> value{};
     for (Index of_class = 0; of_class < n_classes; ++of_class) value += sign(of_class, m) * sums[of_class];
-    values[c.members[m].string] = 2 * value;
+    values[c.members[m].string] = times * value;
   }
 }
 template <class T, bool apply>
-void correlation(const CorrelationPass& c, Index n, bool complex, State<T> ket, Vec<T>* values, const Vec<T>* weights,
+void correlation(const CorrelationPass& c, bool complex, State<T> ket, Vec<T>* values, const Vec<T>* weights,
                  State<T> bra) {
-  if (!complex && !c.imaginary) return correlation_pass<T, false, false, apply>(c, n, ket, values, weights, bra);
-  if (!complex) return;  // zero
-  if (c.imaginary) return correlation_pass<T, true, true, apply>(c, n, ket, values, weights, bra);
-  correlation_pass<T, false, true, apply>(c, n, ket, values, weights, bra);
+  if (!complex && c.imaginary) return;  // zero
+  with_flags(complex, c.lanes != 0, [&](auto is_complex, auto shuffled) {
+    if constexpr (is_complex.value) {
+      if (c.imaginary) return correlation_pass<T, true, true, shuffled.value, apply>(c, ket, values, weights, bra);
+    }
+    correlation_pass<T, false, is_complex.value, shuffled.value, apply>(c, ket, values, weights, bra);
+  });
 }
 
-// work.strings[s] = <stored ket| string s |stored ket>; with `apply` also bra = (sum over s of weights[s] string s)
-// ket. Either without the strings of links.
+// work.strings[s] = <stored ket| string s |stored ket>, lane by lane, without the lanes' signs; with `apply` also
+// bra = (sum over s of weights[s] string s) ket. Either without the strings of links.
 template <class T, bool apply>
 void measure_strings(const BoundPlan<T>& p, bool complex, const Vec<T>* weights, const Workspace<T>& work) {
   Vec<T>* values = work.strings;
@@ -877,11 +1075,13 @@ void measure_strings(const BoundPlan<T>& p, bool complex, const Vec<T>* weights,
   for (std::uint32_t t = 0; t < p.n_trees; ++t) {
     const SumTree& tree = p.trees[t];
     Vec<T> sums[max_sums], tree_weight[max_sums];
-    for (std::uint32_t j = 0; apply && j <= p.n_wires; ++j) {
-      tree_weight[j] = tree.slots[j] != Tree::unused ? weights[tree.slots[j]] : Vec<T>{};
+    for (std::uint32_t j = 0; apply && j <= p.n_bits; ++j) tree_weight[j] = Vec<T>{};
+    for (std::uint32_t m = 0; apply && m < tree.n_members; ++m) {
+      const LaneTree::Member& member = tree.members[m];
+      tree_weight[member.slot] += lane_signs<T>(member.lanes) * weights[member.item];
     }
     auto measure = [&](auto is_complex, auto first, auto&& weight) {
-      tree_sums<T>(p.n_wires, tree.order, [&](Index block, int v, std::size_t address) {
+      tree_sums<T>(p.n_bits, tree.order, [&](Index block, int v, std::size_t address) {
         const Vec<T> re = at(ket.re, address), im = is_complex.value ? at(ket.im, address) : Vec<T>{};
         if constexpr (apply) {
           const Vec<T> w = weight(block, v);
@@ -895,29 +1095,24 @@ void measure_strings(const BoundPlan<T>& p, bool complex, const Vec<T>* weights,
     };
     with_flags(complex, t == 0, [&](auto is_complex, auto first) {
       if constexpr (apply) {
-        measure(is_complex, first, TreeWeights<T>(p.n_wires, tree_weight, work.scratch + work.scratch_size(p)));
+        measure(is_complex, first, TreeWeights<T>(p.n_bits, tree_weight, work.scratch + work.scratch_size(p)));
       } else {
         measure(is_complex, first, 0);
       }
     });
-    for (std::uint32_t j = 0; j <= p.n_wires; ++j) {
-      if (tree.slots[j] != Tree::unused) values[tree.slots[j]] = sums[j];
-    }
+    for (std::uint32_t m = 0; m < tree.n_members; ++m) values[tree.members[m].item] = sums[tree.members[m].slot];
   }
-  if (apply && p.n_trees == 0) {
-    for (Index i = 0; i < p.n_amplitudes; ++i) bra.re[i] = Vec<T>{};
-    for (Index i = 0; complex && i < p.n_amplitudes; ++i) bra.im[i] = Vec<T>{};
-  }
+  if (apply && p.n_trees == 0) clear<T>(p, complex, bra);
   for (std::uint32_t f = 0; f < p.n_flips; ++f) {
-    flip<T, apply>(p.flips[f], ket.re, values, weights, bra.re, work.soon);
-    if (complex) flip<T, apply>(p.flips[f], ket.im, values, weights, bra.im, work.soon);
+    flip_strings<T, apply>(p.flips[f], ket.re, values, weights, bra.re, work.soon);
+    if (complex) flip_strings<T, apply>(p.flips[f], ket.im, values, weights, bra.im, work.soon);
   }
   for (std::uint32_t c = 0; c < p.n_correlations; ++c) {
-    correlation<T, apply>(p.correlations[c], p.n_amplitudes, complex, ket, values, weights, bra);
+    correlation<T, apply>(p.correlations[c], complex, ket, values, weights, bra);
   }
 }
 
-// ------------------------------------------------------------------------------------------------ groups
+// ------------------------------------------------------------------------------------------------ groups of rows
 
 // Loads rows and runs all stages on them, which reads the strings of links. Keeps the ket where the adjoint will want
 // it.
@@ -928,24 +1123,42 @@ Norms<T> run_stages(const BoundPlan<T>& p, const ConstMatrix& x, std::int64_t fi
   Prefetch& soon = work.soon;
   Vec<T>* values = work.strings;
   for (std::uint32_t s = 0; s < p.n_strings; ++s) values[s] = Vec<T>{};
-  const Norms<T> norms = embed<T>(p, x, first_row, n_rows, ket, values, soon);
+  const Norms<T> norms = with_lane_bits<T>(p.lane_bits, [&]<int bits>(Constant<bits>) {
+    return embed<T, bits>(p, x, first_row, n_rows, ket, values, soon);
+  });
   const State<T>* kept = work.kept;
   for (std::uint32_t s = 0; s < p.n_stages; ++s) {
     const BoundStage<T>& stage = p.stages[s];
-    if (keep && stage.kept) {
-      for (Index i = 0; i < p.n_amplitudes; ++i) kept->re[i] = stage.keep * ket.re[i];
-      for (Index i = 0; stage.from_complex && i < p.n_amplitudes; ++i) kept->im[i] = stage.keep * ket.im[i];
-      ++kept;
-    }
     if (stage.diagonal) {
-      multiply_diagonal<T>(stage.re, stage.im, stage.real, stage.from_complex, p.n_amplitudes, ket);
+      with_lane_bits<T>(p.lane_bits, [&]<int bits>(Constant<bits>) {
+        multiply_diagonal<T, bits>(stage.re, stage.im, stage.real, stage.from_complex, p.n_vectors, ket);
+      });
       continue;
     }
-    const std::uint32_t first = s == 0 && p.starts_low, n_complex = stage.from_complex ? stage.n_rotate : 0;
+    move_to<T>(stage, p.n_vectors, ket.re);
+    if (stage.from_complex) move_to<T>(stage, p.n_vectors, ket.im);
+    if (keep && stage.kept) {
+      for (Index v = 0; v < p.n_vectors; ++v) kept->re[v] = stage.keep * ket.re[v];
+      for (Index v = 0; stage.from_complex && v < p.n_vectors; ++v) kept->im[v] = stage.keep * ket.im[v];
+      ++kept;
+    }
+    const bool embedded = s == 0 && p.loads_lanes;  // and with that turned on the lowest bits
+    if (!embedded) turn_lanes<false, T>(stage.lanes, p.n_vectors, ket.re);
+    const std::uint32_t first = embedded && p.starts_low;
     for (std::uint32_t k = first; k < stage.n_rotate; ++k) rotate<T>(stage.rotate[k], ket.re, values, soon);
-    for (std::uint32_t k = 0; k < n_complex; ++k) rotate<T>(stage.rotate[k], ket.im, values, soon);
+    if (!stage.from_complex) continue;
+    turn_lanes<false, T>(stage.lanes, p.n_vectors, ket.im);
+    for (std::uint32_t k = 0; k < stage.n_rotate; ++k) rotate<T>(stage.rotate[k], ket.im, values, soon);
   }
   return norms;
+}
+
+// In every lane the number of its row's lane `lane`.
+template <class T>
+QAA_INLINE Vec<T> spread(const Vec<T>& values, std::uint32_t lane, std::uint32_t lane_bits) {
+  if (lane_bits == 0) return values;
+  const std::uint32_t below = (1u << lane_bits) - 1;
+  return shuffle<T>(values, (flipped<T>(0) & ~std::int32_t(below)) | std::int32_t(lane));
 }
 
 template <class T>
@@ -956,39 +1169,48 @@ void forward_group(const BoundPlan<T>& p, const ForwardCall& call, std::int64_t 
   const Vec<T> inverse = inverse_norm<T>(p, norms);
   const State<T> ket = work.ket;
   Vec<T>* columns = work.columns;
+  const std::uint32_t lane_bits = p.lane_bits, lanes = (1u << lane_bits) - 1;
   if (p.readout == ReadoutKind::expval) {
     measure_strings<T, false>(p, complex, nullptr, work);
+    for (std::uint32_t s = 0; lane_bits > 0 && s < p.n_strings; ++s) {
+      work.strings[s] *= lane_signs<T>(p.string_lanes[s]);
+    }
     for (std::uint32_t k = 0; k < p.n_outputs; ++k) columns[k] = Vec<T>{};
     for (std::uint32_t t = 0; t < p.n_terms; ++t) {
       columns[p.terms[t].output] += p.terms[t].coefficient * work.strings[p.terms[t].string];
     }
     const Vec<T> scale = inverse * (p.scale * p.scale);
-    for (std::uint32_t k = 0; k < p.n_outputs; ++k) columns[k] *= scale;
+    for (std::uint32_t k = 0; k < p.n_outputs; ++k) columns[k] = row_sum<T>(columns[k], lane_bits) * scale;
   } else if (p.readout == ReadoutKind::probs) {
     const Vec<T> scale = inverse * (p.scale * p.scale);
     for (std::uint32_t k = 0; k < p.n_outputs; ++k) {
-      const Index i = p.outputs[k];
-      Vec<T> square = ket.re[i] * ket.re[i];
-      if (complex) square += ket.im[i] * ket.im[i];
-      columns[k] = square * scale;
+      const Index v = p.outputs[k] >> lane_bits;
+      Vec<T> square = ket.re[v] * ket.re[v];
+      if (complex) square += ket.im[v] * ket.im[v];
+      columns[k] = spread<T>(square, p.outputs[k] & lanes, lane_bits) * scale;
     }
   } else {
     const Vec<T> scale = inverse * p.scale;
     for (std::uint32_t k = 0; k < p.n_outputs; ++k) {
       const Vec<T> signed_scale = p.signs[k] < 0 ? -scale : scale;
-      columns[2 * k] = ket.re[p.outputs[k]] * signed_scale;
-      columns[2 * k + 1] = complex ? ket.im[p.outputs[k]] * signed_scale : Vec<T>{};
+      const Index v = p.outputs[k] >> lane_bits, lane = p.outputs[k] & lanes;
+      columns[2 * k] = spread<T>(ket.re[v], lane, lane_bits) * signed_scale;
+      columns[2 * k + 1] = complex ? spread<T>(ket.im[v], lane, lane_bits) * signed_scale : Vec<T>{};
     }
   }
-  store_matrix<T>(call.features, first_row, n_rows, [=](std::int64_t c, Vec<T>* block, int n) {
-    for (int k = 0; k < n; ++k) block[k] = columns[c + k];
-  });
+  store_columns<T>(p, columns, call.features, first_row, n_rows);
 }
 
+// state[place] = numbers, which are the same in all lanes of a row.
 template <class T>
-void clear(const BoundPlan<T>& p, bool complex, State<T> s) {
-  for (Index i = 0; i < p.n_amplitudes; ++i) s.re[i] = Vec<T>{};
-  for (Index i = 0; complex && i < p.n_amplitudes; ++i) s.im[i] = Vec<T>{};
+QAA_INLINE void put_at(const BoundPlan<T>& p, Index place, const Vec<T>& numbers, Vec<T>* state) {
+  Vec<T>& to = state[place >> p.lane_bits];
+  if (p.lane_bits == 0) {
+    to = numbers;
+    return;
+  }
+  const std::int32_t below = (1 << p.lane_bits) - 1, lane = std::int32_t(place) & below;
+  to = (flipped<T>(0) & below) == lane ? numbers : to;
 }
 
 // The bra of the readout "state": the incoming gradient itself, in the ket's scale.
@@ -999,8 +1221,8 @@ void start_linear_bra(const BoundPlan<T>& p, const Workspace<T>& work) {
   clear<T>(p, p.ends_complex, bra);
   for (std::uint32_t k = 0; k < p.n_outputs; ++k) {
     const T scale = p.signs[k] / p.scale;
-    bra.re[p.outputs[k]] = grad[2 * k] * scale;
-    if (p.ends_complex) bra.im[p.outputs[k]] = grad[2 * k + 1] * scale;
+    put_at<T>(p, p.outputs[k], grad[2 * k] * scale, bra.re);
+    if (p.ends_complex) put_at<T>(p, p.outputs[k], grad[2 * k + 1] * scale, bra.im);
   }
 }
 
@@ -1037,29 +1259,33 @@ Vec<T> start_bra(const BoundPlan<T>& p, const Workspace<T>& work) {
     for (std::uint32_t t = 0; t < p.n_terms; ++t) {
       const BoundTerm<T>& term = p.terms[t];
       const Vec<T> product = grad[term.output] * values[term.string];
-      overlap += term.coefficient * product;
+      overlap += term.coefficient * (p.lane_bits == 0 ? product : lane_signs<T>(p.string_lanes[term.string]) * product);
       if (term.varies) work.add_to_slot(p.first_term_slot + t, product, scale);
     }
-    return overlap;
+    return row_sum<T>(overlap, p.lane_bits);
   }
   if (p.readout == ReadoutKind::state) {
     start_linear_bra<T>(p, work);
   } else {
     clear<T>(p, complex, bra);
-  }
-  for (std::uint32_t k = 0; k < p.n_outputs; ++k) {
-    const Index i = p.outputs[k];
-    if (p.readout == ReadoutKind::probs) {
-      bra.re[i] = grad[k] * ket.re[i];
-      if (complex) bra.im[i] = grad[k] * ket.im[i];
+    for (std::uint32_t k = 0; k < p.n_outputs; ++k) {
+      const Index v = p.outputs[k] >> p.lane_bits;
+      put_at<T>(p, p.outputs[k], grad[k] * ket.re[v], bra.re);
+      if (complex) put_at<T>(p, p.outputs[k], grad[k] * ket.im[v], bra.im);
     }
-    overlap += bra.re[i] * ket.re[i];
-    if (complex) overlap += bra.im[i] * ket.im[i];
   }
-  return overlap;
+  for (std::uint32_t k = 0; p.lane_bits == 0 && k < p.n_outputs; ++k) {
+    const Index v = p.outputs[k];
+    overlap += bra.re[v] * ket.re[v];
+    if (complex) overlap += bra.im[v] * ket.im[v];
+  }
+  if (p.lane_bits == 0) return overlap;
+  overlap = dot<T>(bra.re, ket.re, p.n_vectors);
+  if (complex) overlap += dot<T>(bra.im, ket.im, p.n_vectors);
+  return row_sum<T>(overlap, p.lane_bits);
 }
 
-// Undoes rotations on the bra alone, the last pass first, down to pass `first`.
+// Undoes a stage's rotations on the bra alone: those between vectors, the last pass first, down to pass `first`.
 template <class T>
 void rotate_back(const BoundStage<T>& stage, std::uint32_t first, const Workspace<T>& work) {
   for (std::uint32_t k = stage.n_unwind; k-- > first;) {
@@ -1067,40 +1293,89 @@ void rotate_back(const BoundStage<T>& stage, std::uint32_t first, const Workspac
     if (stage.from_complex) rotate_inverse<T>(stage.unwind[k], work.bra.im, work.soon);
   }
 }
+template <class T>
+void turn_lanes_back(const BoundPlan<T>& p, const BoundStage<T>& stage, const Workspace<T>& work) {
+  turn_lanes<true, T>(stage.unwind_lanes, p.n_vectors, work.bra.re);
+  if (stage.from_complex) turn_lanes<true, T>(stage.unwind_lanes, p.n_vectors, work.bra.im);
+}
+template <class T>
+void move_back(const BoundPlan<T>& p, const BoundStage<T>& stage, const State<T>& state) {
+  move_back<T>(stage, p.n_vectors, state.re);
+  if (stage.from_complex) move_back<T>(stage, p.n_vectors, state.im);
+}
 
 // Undoes the first stage on the bra, if it is one of rotations, and stores factor * bra as the gradient of the rows.
 template <class T>
 void store_gradient(const BoundPlan<T>& p, const Matrix& grad_x, std::int64_t first_row, int n_rows,
                     const Vec<T>& factor, const Workspace<T>& work) {
-  const RotatePass<T>* low = p.starts_low ? &p.stages[0].unwind[0] : nullptr;
-  if (p.n_stages > 0 && !p.stages[0].diagonal) {
-    rotate_back<T>(p.stages[0], low != nullptr && fits_registers(*low), work);
+  const BoundStage<T>* first = p.n_stages > 0 && !p.stages[0].diagonal ? &p.stages[0] : nullptr;
+  const RotatePass<T>* low = p.starts_low ? &first->unwind[0] : nullptr;
+  const bool turned = first != nullptr && fits_registers(p, first->unwind_lanes, low);
+  if (first != nullptr) {
+    rotate_back<T>(*first, turned && low != nullptr, work);
+    if (!turned) turn_lanes<true, T>(first->unwind_lanes, p.n_vectors, work.bra.re);
+    move_back<T>(*first, p.n_vectors, work.bra.re);
   }
-  with_turn(low, [&]<Turn turn>(Constant<turn>) {
-    const Index* inputs = p.inputs;
-    const Vec<T>* bra = work.bra.re;
-    const RotatePass<T> pass = turn == Turn::none ? RotatePass<T>{} : *low;
-    store_matrix<T>(grad_x, first_row, n_rows, [=](std::int64_t c, Vec<T>* block, int n) {
-      if (turn != Turn::none) n = width<T>;
+  with_lane_bits<T>(p.lane_bits, [&]<int bits>(Constant<bits>) {
+    auto store = [&]<bool turn>(Constant<turn>) {
+      const Index* inputs = p.inputs;
+      const Vec<T>* bra = work.bra.re;
+      const ColumnTurn<T, bits, turn, true> back(first != nullptr ? first->unwind_lanes : LanePass<T>{}, low);
+      store_matrix<T, bits>(grad_x, first_row, n_rows, [=](Index v, Vec<T>* block, int n) {
+        if (turn) n = width<T> >> bits;
 #pragma GCC unroll 16
-      for (int k = 0; k < n; ++k) block[k] = bra[inputs[c + k]];
-      turn_columns<turn, true>(block, pass);
+        for (int k = 0; k < n; ++k) block[k] = bra[inputs[v + k]];
+        back(block);
 #pragma GCC unroll 16
-      for (int k = 0; k < n; ++k) block[k] *= factor;
-    });
+        for (int k = 0; k < n; ++k) block[k] *= factor;
+      });
+    };
+    turned ? store(Constant<true>{}) : store(Constant<false>{});
   });
+}
+
+// Overlaps of a stage's rotations, added to their slots. With `undo` the rotations are undone on ket and bra. Otherwise
+// the last pass comes first, since a pass may hold a rotation of the pass before it, whose overlaps want the links of
+// both; and `along` ket leaves the bra.
+template <class T>
+void add_overlaps(const BoundPlan<T>& p, const BoundStage<T>& stage, bool undo, const Vec<T>* along,
+                  const Workspace<T>& work) {
+  const State<T> ket = work.ket, bra = work.bra;
+  for (std::uint32_t n = 0; n < stage.n_unwind; ++n) {
+    const std::uint32_t k = undo ? n : stage.n_unwind - 1 - n;
+    const RotatePass<T>& pass = stage.unwind[k];
+    Vec<T> overlaps[max_radix] = {};
+    if (undo) {
+      unwind<T>(pass, ket.re, bra.re, overlaps, work.soon);
+      if (stage.from_complex) unwind<T>(pass, ket.im, bra.im, overlaps, work.soon);
+    } else {
+      const bool links = p.n_stages == 1 && pass.links != nullptr;
+      BraTask<T> task{overlaps, links ? work.strings + p.n_strings : nullptr, k == 0 ? along : nullptr};
+      work_on_bra<T>(pass, ket.re, bra.re, task, work.soon);
+      task.along = nullptr;
+      if (stage.from_complex) work_on_bra<T>(pass, ket.im, bra.im, task, work.soon);
+    }
+    for (std::uint32_t r = 0; r < pass.radix; ++r) work.add_to_slot(pass.slots[r], overlaps[r], pass.overlap_scale);
+  }
+  const LanePass<T>& lanes = stage.unwind_lanes;
+  Vec<T> overlaps[max_lane_bits] = {};
+  if (undo) {
+    overlap_lanes<true, T>(lanes, p.n_vectors, ket.re, bra.re, nullptr, overlaps);
+    if (stage.from_complex) overlap_lanes<true, T>(lanes, p.n_vectors, ket.im, bra.im, nullptr, overlaps);
+  } else {
+    overlap_lanes<false, T>(lanes, p.n_vectors, ket.re, bra.re, stage.n_unwind == 0 ? along : nullptr, overlaps);
+    if (stage.from_complex) overlap_lanes<false, T>(lanes, p.n_vectors, ket.im, bra.im, nullptr, overlaps);
+  }
+  for (std::uint32_t k = 0; k < lanes.n_bits; ++k) {
+    if (lanes.slots[k] != StageLayout::none) work.add_to_slot(lanes.slots[k], overlaps[k], lanes.overlap_scale[k]);
+  }
 }
 
 template <class T>
 void backward_group(const BoundPlan<T>& p, const BackwardCall& call, std::int64_t first_row, int n_rows,
                     Workspace<T> work) {
   const Norms<T> norms = run_stages<true>(p, call.x, first_row, n_rows, work);
-  const Vec<T> inverse = inverse_norm<T>(p, norms);
-  Vec<T>* columns = work.columns;
-  load_matrix<T>(call.grad, first_row, n_rows,
-                 [=](std::int64_t c, const Vec<T>* block, int n) {
-                   for (int k = 0; k < n; ++k) columns[c + k] = block[k] * inverse;
-                 });
+  load_columns<T>(p, call.grad, first_row, n_rows, inverse_norm<T>(p, norms), work.columns);
   const Vec<T> overlap = start_bra<T>(p, work);
 
   // d/dx of q(x) / |x|^2, or of phi(x) / |x|: what lies along x drops out, which is what lies along the ket.
@@ -1114,40 +1389,25 @@ void backward_group(const BoundPlan<T>& p, const BackwardCall& call, std::int64_
   for (std::uint32_t s = p.n_stages; s-- > 0;) {
     const BoundStage<T>& stage = p.stages[s];
     if (stage.diagonal) {
-      unwind_diagonal<T>(p, stage, work);
+      with_lane_bits<T>(p.lane_bits, [&]<int bits>(Constant<bits>) { unwind_diagonal<T, bits>(p, stage, work); });
       continue;
     }
     if (stage.kept) {
       rotate_back<T>(stage, 0, work);
+      turn_lanes_back<T>(p, stage, work);
       work.ket = work.kept[--n_kept];
     }
-    // Of the first stage the bra is not yet turned back: nothing before it asks for the ket. There the last pass comes
-    // first, since a pass may hold a rotation of the pass before it, whose overlaps want the links of both.
-    const bool at_start = s == 0, undo = !stage.kept && !at_start;
-    for (std::uint32_t n = 0; n < stage.n_unwind; ++n) {
-      const std::uint32_t k = undo ? n : stage.n_unwind - 1 - n;
-      const RotatePass<T>& pass = stage.unwind[k];
-      Vec<T> overlaps[max_radix] = {};
-      const bool links = p.n_stages == 1 && pass.links != nullptr;
-      BraTask<T> task{overlaps, links ? work.strings + p.n_strings : nullptr,
-                      at_start && k == 0 && project ? &along : nullptr};
-      if (undo) {
-        unwind<T>(pass, work.ket.re, work.bra.re, overlaps, work.soon);
-        if (stage.from_complex) unwind<T>(pass, work.ket.im, work.bra.im, overlaps, work.soon);
-      } else {
-        work_on_bra<T>(pass, work.ket.re, work.bra.re, task, work.soon);
-        task.along = nullptr;
-        if (stage.from_complex) work_on_bra<T>(pass, work.ket.im, work.bra.im, task, work.soon);
-      }
-      for (std::uint32_t r = 0; r < pass.radix; ++r) {
-        work.add_to_slot(pass.first_slot + r, overlaps[r], pass.overlap_scale);
-      }
+    // Of the first stage the bra is not yet turned back: nothing before it asks for the ket.
+    add_overlaps<T>(p, stage, !stage.kept && s > 0, s == 0 && project ? &along : nullptr, work);
+    if (s > 0) {
+      move_back<T>(p, stage, work.ket);
+      move_back<T>(p, stage, work.bra);
     }
   }
   if (call.grad_x.data == nullptr) return;
 
   if (project && (p.n_stages == 0 || p.stages[0].diagonal)) {
-    for (Index i = 0; i < p.n_amplitudes; ++i) work.bra.re[i] -= along * work.ket.re[i];
+    for (Index v = 0; v < p.n_vectors; ++v) work.bra.re[v] -= along * work.ket.re[v];
   }
   const T twice = p.readout == ReadoutKind::state ? T(1) : T(2);
   store_gradient<T>(p, call.grad_x, first_row, n_rows, norms.rescale * (p.unwound_scale * twice), work);
@@ -1157,21 +1417,23 @@ void backward_group(const BoundPlan<T>& p, const BackwardCall& call, std::int64_
 template <class T>
 void backward_linear_group(const BoundPlan<T>& p, const BackwardCall& call, std::int64_t first_row, int n_rows,
                            const Workspace<T>& work) {
-  Vec<T>* columns = work.columns;
   const State<T> bra = work.bra;
-  load_matrix<T>(call.grad, first_row, n_rows, [=](std::int64_t c, const Vec<T>* block, int n) {
-    for (int k = 0; k < n; ++k) columns[c + k] = block[k];
-  });
+  load_columns<T>(p, call.grad, first_row, n_rows, splat<T>(1), work.columns);
   start_linear_bra<T>(p, work);
   for (std::uint32_t s = p.n_stages; s-- > 0;) {
     const BoundStage<T>& stage = p.stages[s];
     if (stage.diagonal) {
       // Where the state was real before, the imaginary part that comes out is not looked at again.
       const bool complex = stage.from_complex || !stage.real;
-      multiply_diagonal<T>(stage.back_re, stage.back_im, stage.real, complex, p.n_amplitudes, bra);
+      with_lane_bits<T>(p.lane_bits, [&]<int bits>(Constant<bits>) {
+        multiply_diagonal<T, bits>(stage.back_re, stage.back_im, stage.real, complex, p.n_vectors, bra);
+      });
       continue;
     }
-    if (s > 0) rotate_back<T>(stage, 0, work);
+    if (s == 0) break;
+    rotate_back<T>(stage, 0, work);
+    turn_lanes_back<T>(p, stage, work);
+    move_back<T>(p, stage, bra);
   }
   store_gradient<T>(p, call.grad_x, first_row, n_rows, splat(p.unwound_scale), work);
 }

@@ -1,5 +1,4 @@
-// Lanes: W states side by side. Amplitude i of W states is one vector, so every gate is vertical arithmetic and the
-// only shuffles are in the transposes at the ends. Compiled once per instruction set and width, in a
+// Vectors of W numbers, their lanes, and what moves numbers between lanes. Compiled once per instruction set, in a
 // namespace of its own: nothing here may be shared with code that another instruction set compiles.
 #pragma once
 
@@ -166,21 +165,18 @@ QAA_INLINE void exchange(Vec<T>& a, Vec<T>& b, std::integer_sequence<int, l...>)
   a = low;
   b = high;
 }
-template <int s, int end, class T>
-QAA_INLINE void transpose_steps(Vec<T>* rows) {
-  constexpr int w = width<T>;
+// rows[r], lane (k, l) <-> rows[k], lane (r, l), where l is `bits` bits: from W columns of each of W >> bits rows to
+// vectors of neighbouring columns of all these rows, and back; with fewer steps where `end` is less.
+template <int bits, class T, int end = (width<T> >> bits), int s = 1>
+QAA_INLINE void gather_rows(Vec<T>* rows) {
+  constexpr int w = width<T>, n = w >> bits;
   if constexpr (s < end) {
 #pragma GCC unroll 16
-    for (int r = 0; r < w; ++r) {
-      if (!(r & s)) exchange<s, T>(rows[r], rows[r + s], std::make_integer_sequence<int, w>{});
+    for (int r = 0; r < n; ++r) {
+      if (!(r & s)) exchange<(s << bits), T>(rows[r], rows[r + s], std::make_integer_sequence<int, w>{});
     }
-    transpose_steps<2 * s, end, T>(rows);
+    gather_rows<bits, T, end, 2 * s>(rows);
   }
-}
-// rows[r][c] <-> rows[c][r]
-template <class T>
-QAA_INLINE void transpose(Vec<T>* rows) {
-  transpose_steps<1, width<T>, T>(rows);
 }
 
 // The same between memory and registers: block[c] = column c of w rows. Loads and stores of half vectors do the last
@@ -201,13 +197,13 @@ QAA_INLINE void load_transposed(const In* data, std::int64_t stride, Vec<T>* blo
       block[r + half] = load_row<T>(b);
     }
   }
-  transpose_steps<1, by_halves ? half : w, T>(block);
+  gather_rows<0, T, (by_halves ? half : w)>(block);
 }
 template <class T, class Out>
 QAA_INLINE void store_transposed(Vec<T>* block, Out* data, std::int64_t stride) {
   constexpr int w = width<T>, half = w / 2;
   constexpr bool by_halves = std::is_same_v<Out, T> && (half > 1);
-  transpose_steps<1, by_halves ? half : w, T>(block);
+  gather_rows<0, T, (by_halves ? half : w)>(block);
 #pragma GCC unroll 8
   for (int r = 0; r < half; ++r) {
     Out* a = data + r * stride;
@@ -226,17 +222,6 @@ template <class T>
 QAA_INLINE Wide<T> widen(const Vec<T>& values) {
   return __builtin_convertvector(values, Wide<T>);
 }
-// Sum over lanes, always in the same order.
-template <class T>
-QAA_INLINE double lane_sum(const Wide<T>& values) {
-  double sum[2] = {};
-  for (int l = 0; l < width<T>; l += 2) {
-    sum[0] += values[l];
-    sum[1] += values[l + 1];
-  }
-  return sum[0] + sum[1];
-}
-
 // out[k] = sum over the lanes of values[k], for n at a time as columns of a transpose.
 template <class T>
 QAA_INLINE void lane_sums(const Vec<T>* values, int n, T* out) {
@@ -245,7 +230,7 @@ QAA_INLINE void lane_sums(const Vec<T>* values, int n, T* out) {
     const int here = n - first < w ? n - first : w;
     Vec<T> block[w];
     for (int k = 0; k < w; ++k) block[k] = k < here ? values[first + k] : Vec<T>{};
-    transpose<T>(block);
+    gather_rows<0, T>(block);
 #pragma GCC unroll 4
     for (int half = w / 2; half > 0; half /= 2) {
 #pragma GCC unroll 8
@@ -253,6 +238,86 @@ QAA_INLINE void lane_sums(const Vec<T>* values, int n, T* out) {
     }
     std::memcpy(out + first, &block[0], std::size_t(here) * sizeof(T));
   }
+}
+
+// ------------------------------------------------------------------------------------------------ lanes of one vector
+
+template <class T>
+struct IntegerLanes {
+  typedef std::int32_t type __attribute__((vector_size(QAA_VECTOR_BYTES)));
+};
+template <>
+struct IntegerLanes<double> {
+  typedef std::int64_t type __attribute__((vector_size(QAA_VECTOR_BYTES)));
+};
+template <class T>
+using Integers = typename IntegerLanes<T>::type;
+
+// Lane l of the result is lane from[l].
+template <class T>
+QAA_INLINE Vec<T> shuffle(const Vec<T>& values, const Integers<T>& from) {
+#ifdef __clang__
+  Vec<T> out;
+  for (int l = 0; l < width<T>; ++l) out[l] = values[from[l]];
+  return out;
+#else
+  return __builtin_shuffle(values, from);
+#endif
+}
+// from[l] = l ^ mask.
+template <class T>
+QAA_INLINE Integers<T> flipped(std::uint32_t mask) {
+  Integers<T> out;
+  for (int l = 0; l < width<T>; ++l) out[l] = l ^ int(mask);
+  return out;
+}
+// The lanes l and l ^ mask change places.
+template <int mask, class T, int... l>
+QAA_INLINE Vec<T> flip(const Vec<T>& values, std::integer_sequence<int, l...>) {
+  return __builtin_shufflevector(values, values, (l ^ mask)...);
+}
+template <int mask, class T>
+QAA_INLINE Vec<T> flip(const Vec<T>& values) {
+  return flip<mask, T>(values, std::make_integer_sequence<int, width<T>>{});
+}
+
+template <class T>
+struct SignTable {
+  alignas(QAA_VECTOR_BYTES) T sign[width<T>][width<T>];
+  constexpr SignTable() : sign() {
+    for (int mask = 0; mask < width<T>; ++mask) {
+      for (int l = 0; l < width<T>; ++l) sign[mask][l] = __builtin_parity(unsigned(mask & l)) ? T(-1) : T(1);
+    }
+  }
+};
+template <class T>
+inline constexpr SignTable<T> sign_table{};
+// (-1)^parity(mask & l) in lane l.
+template <class T>
+QAA_INLINE Vec<T> lane_signs(std::uint32_t mask) {
+  return load_row<T>(sign_table<T>.sign[mask]);
+}
+
+// 2^bits numbers, again and again. Reads a whole vector.
+template <class T, int bits>
+QAA_INLINE Vec<T> load_repeated(const T* data) {
+  if constexpr (bits == 0) return splat(*data);
+  Integers<T> from;
+  for (int l = 0; l < width<T>; ++l) from[l] = l & ((1 << bits) - 1);
+  const Vec<T> numbers = load_row<T>(data);
+  return (1 << bits) == width<T> ? numbers : shuffle<T>(numbers, from);
+}
+
+// The sum over lanes l of (-1)^parity(mask & l) values[l], always in the same order.
+template <class T>
+QAA_INLINE double signed_lane_sum(Wide<T> values, std::uint32_t mask) {
+  if (mask != 0) values *= widen<T>(lane_signs<T>(mask));
+  double sum[2] = {};
+  for (int l = 0; l < width<T>; l += 2) {
+    sum[0] += values[l];
+    sum[1] += values[l + 1];
+  }
+  return sum[0] + sum[1];
 }
 
 // Keeps a vector that was loaded in a register: GCC reads it from memory once more for each use that can.

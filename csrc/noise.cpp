@@ -118,7 +118,7 @@ void forward_as(const NoisyCall& call) {
                                 share(noise.readout),
                                 T(noise.damping),
                                 T(std::sqrt(1 - noise.damping))};
-  const InstructionSet& set = instruction_set_for(sizeof(T) == 8, std::max(call.x.rows, call.trajectories));
+  const InstructionSet& set = chosen_instruction_set();
   const NoisyKernels<T>& kernel = kernels_of<T>(set);
   // A few groups of rows at a time, so that the sums stay small. One or two groups alone are cut along the trajectories
   // as well, by rules that do not ask for the number of threads: sums are added in the same order for any.

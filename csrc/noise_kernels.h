@@ -1,4 +1,4 @@
-// Trajectories: one group of W of them at a time, of up to W rows. Amplitudes lie as in kernels.h.
+// Trajectories: one group of W of them at a time, of up to W rows. Amplitude i of all of them is one vector.
 #pragma once
 
 #include "kernels.h"
@@ -341,7 +341,7 @@ Vec<T> embed_noisy(const BoundNoisyPlan<T>& p, const ConstMatrix& x, const Noisy
                    Vec<T>* start) {
   constexpr int w = width<T>;
   const Index n = p.n_amplitudes;
-  load_matrix<T>(x, range.first_row, range.n_rows, [=](std::int64_t c, Vec<T>* block, int count) {
+  load_matrix<T, 0>(x, range.first_row, range.n_rows, [=](Index c, Vec<T>* block, int count) {
     for (int k = 0; k < count; ++k) start[c + k] = block[k];
   });
   for (Index i = Index(x.columns); i < n; ++i) start[i] = Vec<T>{};

@@ -13,6 +13,7 @@
 
 #include "gates.h"
 #include "gf2.h"
+#include "trees.h"
 
 namespace qaa {
 namespace {
@@ -293,43 +294,6 @@ class Observables {
 
 // ------------------------------------------------------------------------------------------------ layout
 
-// The size of the next group when `left` items go into as few groups of at most `radix` as possible, evenly.
-std::uint32_t next_group(std::uint32_t left, int radix) {
-  const std::uint32_t groups = (left + radix - 1) / radix;
-  return (left + groups - 1) / groups;
-}
-
-// The indices at which a pass over these rotations starts: where the signs of all of them are positive.
-std::vector<Index> representatives(const std::vector<const Rotation*>& rotations, std::uint32_t n_wires) {
-  std::vector<Index> found;
-  for (Index i = 0; i < (Index{1} << n_wires); ++i) {
-    if (std::ranges::none_of(rotations, [&](const Rotation* r) { return parity(i & r->z); })) found.push_back(i);
-  }
-  return found;
-}
-
-// A pass over rotations of a stage, of which it turns `radix` consecutive ones from `first` on, and no others.
-Pass rotation_pass(const std::vector<Rotation>& rotations, const std::vector<std::uint32_t>& others,
-                   std::uint32_t first, std::uint32_t radix, std::uint32_t n_wires) {
-  std::vector<const Rotation*> held;
-  for (const std::uint32_t r : others) held.push_back(&rotations[r]);
-  for (std::uint32_t r = first; r < first + radix; ++r) held.push_back(&rotations[r]);
-  Pass pass{first, radix, std::uint32_t(others.size()), {}, representatives(held, n_wires), {}, {}};
-  for (const Rotation* r : held) pass.masks.push_back(r->x);
-  return pass;
-}
-
-// The first `n_low` rotations have a pass of their own.
-std::vector<Pass> rotation_passes(const std::vector<Rotation>& rotations, std::uint32_t n_wires, int radix,
-                                  std::uint32_t n_low = 0) {
-  std::vector<Pass> passes;
-  for (std::uint32_t first = 0; first < rotations.size(); first += passes.back().radix) {
-    const std::uint32_t size = first < n_low ? n_low : next_group(std::uint32_t(rotations.size()) - first, radix);
-    passes.push_back(rotation_pass(rotations, {}, first, size, n_wires));
-  }
-  return passes;
-}
-
 // Moves the rotations of the columns' lowest bits to the front, lowest first: at most `radix` of them, which kernels do
 // while they load rows. Returns how many there are.
 std::uint32_t lowest_first(std::vector<Rotation>& rotations, const std::vector<Index>& inputs, std::uint32_t n_wires,
@@ -348,79 +312,6 @@ std::uint32_t lowest_first(std::vector<Rotation>& rotations, const std::vector<I
     ++n;
   }
   return n;
-}
-
-// Groups of at most `radix` independent masks, with the smallest index of every coset as representative.
-std::vector<std::vector<Index>> independent_groups(std::vector<Index> masks, int radix) {
-  std::vector<std::vector<Index>> groups;
-  while (!masks.empty()) {
-    Span span;
-    std::vector<Index> group, rest;
-    const std::uint32_t size = next_group(std::uint32_t(masks.size()), radix);
-    for (const Index mask : masks) {
-      if (group.size() < size && span.extend(mask)) {
-        group.push_back(mask);
-      } else {
-        rest.push_back(mask);
-      }
-    }
-    groups.push_back(std::move(group));
-    masks = std::move(rest);
-  }
-  return groups;
-}
-
-Pass flip_pass(const std::vector<Index>& masks, std::uint32_t first, std::uint32_t n_wires) {
-  Pass pass{first, std::uint32_t(masks.size()), 0, masks, {}, {}, {}};
-  const Span span(masks);
-  for (Index i = 0; i < (Index{1} << n_wires); ++i) {
-    if (span.reduce(i) == i) pass.representatives.push_back(i);
-  }
-  return pass;
-}
-
-// Trees for masks[k], which belongs to items[k]: one tree per independent subset; the mask 0 goes to the first tree.
-std::vector<Tree> sum_trees(const std::vector<Index>& masks, const std::vector<std::uint32_t>& items,
-                            std::uint32_t n_wires) {
-  std::vector<Tree> trees;
-  std::vector<std::size_t> left;
-  std::uint32_t plain_sum = Tree::unused;
-  for (std::size_t k = 0; k < masks.size(); ++k) {
-    if (masks[k] == 0) {
-      plain_sum = items[k];
-    } else {
-      left.push_back(k);
-    }
-  }
-  while (!left.empty() || plain_sum != Tree::unused) {
-    Tree tree;
-    Span span;
-    std::vector<Index> chosen;
-    std::vector<std::size_t> rest;
-    for (const std::size_t k : left) {
-      if (span.extend(masks[k])) {
-        chosen.push_back(masks[k]);
-        tree.slots.push_back(items[k]);
-      } else {
-        rest.push_back(k);
-      }
-    }
-    for (std::uint32_t bit = 0; bit < n_wires; ++bit) {
-      if (span.extend(Index{1} << bit)) {
-        chosen.push_back(Index{1} << bit);
-        tree.slots.push_back(Tree::unused);
-      }
-    }
-    tree.slots.push_back(std::exchange(plain_sum, Tree::unused));
-    const std::vector<Index> dual = dual_basis(chosen);
-    tree.order.resize(Index{1} << n_wires);
-    for (Index b = 1; b < tree.order.size(); ++b) {
-      tree.order[b] = tree.order[b & (b - 1)] ^ dual[std::size_t(std::countr_zero(b))];
-    }
-    trees.push_back(std::move(tree));
-    left = std::move(rest);
-  }
-  return trees;
 }
 
 // The stage without an imaginary part where its phases are constant and allow it.
@@ -464,169 +355,24 @@ void lay_out_stages(Plan& plan) {
   }
   std::erase_if(plan.stages, [](const Stage& s) { return s.phases.empty() && s.rotations.empty(); });
 
-  std::uint32_t n_kept = 0;
-  for (std::size_t s = plan.stages.size(); s-- > 0;) {
-    Stage& stage = plan.stages[s];
-    if (stage.is_diagonal()) continue;
-    std::ranges::reverse(stage.rotations);  // columns' lowest bits are the last wires, whose neighbours shall follow
-    stage.kept = s > 0 && n_kept < Plan::max_kept;
-    n_kept += stage.kept;
-    std::uint32_t n_low = 0;
-    if (s == 0) n_low = lowest_first(stage.rotations, plan.inputs, plan.n_wires, plan.options.load_radix);
-    plan.starts_low = n_low > 0;
-    stage.rotate = rotation_passes(stage.rotations, plan.n_wires, plan.options.rotate_radix, n_low);
-    // The adjoint undoes two states at once; or one, in the same passes, where it needs no other or has kept it.
-    if (s > 0 && !stage.kept) {
-      stage.unwind = rotation_passes(stage.rotations, plan.n_wires, plan.options.unwind_radix);
-    }
-  }
-}
-
-// Blocks of the first stage's passes in the order of the columns that reach them: what is beyond a row's end is zero
-// before a pass, and nobody asks for it after the pass was undone.
-void lay_out_columns(Plan& plan) {
+  for (Stage& stage : plan.stages) std::ranges::reverse(stage.rotations);  // columns' lowest bits are the last wires
   if (plan.stages.empty()) return;
-  Stage& stage = plan.stages.front();
-  auto spread = [](std::vector<Index>& columns, Index mask) {
-    for (Index i = 0; i < columns.size(); ++i) columns[i] = std::min(columns[i], columns[i ^ mask]);
-  };
-  std::vector<Index> first(plan.n_amplitudes());  // column that reaches each amplitude
-  for (Index c = 0; c < plan.n_amplitudes(); ++c) first[plan.inputs[c]] = c;
-  for (Pass& pass : stage.rotate) {
-    for (std::uint32_t k = pass.extra; k < pass.masks.size(); ++k) spread(first, pass.masks[k]);
-    std::vector<Index> of_block = first;
-    for (std::uint32_t k = 0; k < pass.extra; ++k) spread(of_block, pass.masks[k]);
-    auto reach = [&](Index i) { return of_block[i]; };
-    std::ranges::stable_sort(pass.representatives, std::less{}, reach);
-    std::ranges::transform(pass.representatives, std::back_inserter(pass.first_columns), reach);
-  }
+  plan.n_low = lowest_first(plan.stages.front().rotations, plan.inputs, plan.n_wires, plan.options.lane_bits);
 }
 
-// Strings of neighbouring rotations of the last stage go to the pass that holds both, which may hold the last rotation
-// of the pass before it for this; what is left gets passes that turn nothing. `take` gives a string's new number, or
-// none.
-template <class Take>
-void lay_out_links(Plan& plan, Take&& take) {
-  if (!plan.options.link || plan.stages.empty() || plan.stages.back().is_diagonal()) return;
-  Stage& stage = plan.stages.back();
-  const std::vector<Rotation>& rotations = stage.rotations;
-  std::vector<Link> links;  // of rotations k and k + 1
-  for (std::size_t k = 0; k + 1 < rotations.size(); ++k) {
-    const Index x = rotations[k].x ^ rotations[k + 1].x, z = rotations[k].z ^ rotations[k + 1].z;
-    links.push_back({take(String{x, 0}), take(String{x, z})});
-  }
-  std::vector<std::uint32_t> left;
-  for (Pass& pass : stage.rotate) {
-    const std::uint32_t first = pass.first, radix = pass.radix;
-    if (first > 0 && links[first - 1].is_asked_for()) {
-      if (radix < std::uint32_t(plan.options.rotate_radix)) {
-        pass = rotation_pass(rotations, {first - 1}, first, radix, plan.n_wires);
-      } else {
-        left.push_back(first - 1);
-      }
-    }
-    const auto begin = links.begin() + (first - pass.extra), end = links.begin() + (first + radix - 1);
-    if (std::any_of(begin, end, [](const Link& link) { return link.is_asked_for(); })) pass.links.assign(begin, end);
-  }
-  for (std::size_t k = 0; k < left.size();) {
-    std::vector<std::uint32_t> others{left[k], left[k] + 1};
-    std::vector<Link> read{links[left[k++]]};
-    if (plan.options.rotate_radix == 4 && k < left.size() && left[k] > others.back()) {
-      others.insert(others.end(), {left[k], left[k] + 1});
-      read.insert(read.end(), {Link{}, links[left[k++]]});
-    }
-    stage.rotate.push_back(rotation_pass(rotations, others, 0, 0, plan.n_wires));
-    stage.rotate.back().links = std::move(read);
-  }
-}
-
-// Strings [first, last), all with the same x and the same parity(x & z), as few correlations as possible.
-std::vector<Correlation> correlations(const std::vector<String>& strings, std::uint32_t first, std::uint32_t last,
-                                      std::uint32_t n_wires) {
-  std::vector<Correlation> out;
-  std::vector<std::uint32_t> left;
-  for (std::uint32_t s = first; s < last; ++s) left.push_back(s);
-  const Index x = strings[first].x, low = x & (~x + 1);  // a pair's first index lacks the lowest bit of x
-  while (!left.empty()) {
-    Correlation c;
-    c.x = x;
-    c.imaginary = parity(x & strings[first].z);
-    std::vector<Index> basis;
-    std::erase_if(left, [&](std::uint32_t s) {
-      const Index z = strings[s].z & ~low;
-      std::uint32_t mask = 0;
-      while (mask < (1u << basis.size()) && combination(basis, mask) != z) ++mask;
-      if (mask == (1u << basis.size())) {
-        if (basis.size() == Correlation::max_bits) return false;
-        basis.push_back(z);
-      }
-      c.members.push_back({s, mask});
-      return true;
-    });
-    c.n_bits = std::uint32_t(basis.size());
-    for (std::uint32_t of_class = 0; of_class < (1u << basis.size()); ++of_class) {
-      for (Index i = 0; i < (Index{1} << n_wires); ++i) {
-        bool belongs = !(i & low);
-        for (std::size_t j = 0; j < basis.size(); ++j) belongs &= parity(i & basis[j]) == bool((of_class >> j) & 1);
-        if (belongs) c.order.push_back(i);
-      }
-    }
-    out.push_back(std::move(c));
-  }
-  return out;
-}
-
-// Renumbers the strings so that those of one group are neighbours: links, flips, and by x and z what is left.
+// Sorts the strings, so that those of one x are neighbours.
 void lay_out_strings(Plan& plan) {
-  std::vector<String> all = plan.strings, ordered;
-  std::ranges::sort(all, std::less{}, [](const String& s) {
-    return std::tuple(s.x, bool(parity(s.x & s.z)), s.z);
-  });
-  lay_out_links(plan, [&](const String& string) {
-    const auto found = std::ranges::find(all, string);
-    if (found == all.end()) return Link::none;
-    all.erase(found);
-    ordered.push_back(string);
-    return std::uint32_t(ordered.size() - 1);
-  });
-  std::vector<Index> flip_masks;
-  for (auto s = all.begin(); s != all.end();) {
-    const auto end = std::find_if(s, all.end(), [&](const String& other) { return other.x != s->x; });
-    if (s->x != 0 && s->z == 0 && end - s == 1) flip_masks.push_back(s->x);
-    s = end;
-  }
-  std::ranges::sort(flip_masks, std::greater{});
-  for (const std::vector<Index>& group : independent_groups(flip_masks, plan.options.rotate_radix)) {
-    plan.flips.push_back(flip_pass(group, std::uint32_t(ordered.size()), plan.n_wires));
-    for (const Index x : group) ordered.push_back({x, 0});
-  }
-  const auto n_grouped = std::uint32_t(ordered.size());
-  for (const String& s : all) {
-    if (std::find(ordered.begin(), ordered.begin() + n_grouped, s) == ordered.begin() + n_grouped) ordered.push_back(s);
-  }
+  std::vector<String> ordered = plan.strings;
+  std::ranges::sort(ordered, std::less{}, [](const String& s) { return std::tuple(s.x, parity(s.x & s.z), s.z); });
   for (Term& term : plan.terms) {
     term.string = std::uint32_t(std::ranges::find(ordered, plan.strings[term.string]) - ordered.begin());
   }
   plan.strings = std::move(ordered);
-
   std::vector<Index> masks;
   std::vector<std::uint32_t> items;
-  const auto n_strings = std::uint32_t(plan.strings.size());
-  for (std::uint32_t s = n_grouped, end; s < n_strings; s = end) {
-    const String& string = plan.strings[s];
-    const bool imaginary = parity(string.x & string.z);
-    for (end = s + 1; end < n_strings && plan.strings[end].x == string.x &&
-                      parity(plan.strings[end].x & plan.strings[end].z) == imaginary;) {
-      ++end;
-    }
-    if (string.x != 0) {
-      std::ranges::move(correlations(plan.strings, s, end, plan.n_wires), std::back_inserter(plan.correlations));
-      continue;
-    }
-    for (std::uint32_t k = s; k < end; ++k) {
-      masks.push_back(plan.strings[k].z);
-      items.push_back(k);
-    }
+  for (std::uint32_t s = 0; s < plan.strings.size() && plan.strings[s].x == 0; ++s) {
+    masks.push_back(plan.strings[s].z);
+    items.push_back(s);
   }
   plan.trees = sum_trees(masks, items, plan.n_wires);
 }
@@ -767,6 +513,49 @@ void check(const ReadoutSpec& readout, std::uint32_t n_wires) {
 
 }  // namespace
 
+std::vector<Tree> sum_trees(const std::vector<Index>& masks, const std::vector<std::uint32_t>& items,
+                            std::uint32_t n) {
+  std::vector<Tree> trees;
+  std::vector<std::size_t> left;
+  std::uint32_t plain_sum = Tree::unused;
+  for (std::size_t k = 0; k < masks.size(); ++k) {
+    if (masks[k] == 0) {
+      plain_sum = items[k];
+    } else {
+      left.push_back(k);
+    }
+  }
+  while (!left.empty() || plain_sum != Tree::unused) {
+    Tree tree;
+    Span span;
+    std::vector<Index> chosen;
+    std::vector<std::size_t> rest;
+    for (const std::size_t k : left) {
+      if (span.extend(masks[k])) {
+        chosen.push_back(masks[k]);
+        tree.slots.push_back(items[k]);
+      } else {
+        rest.push_back(k);
+      }
+    }
+    for (std::uint32_t bit = 0; bit < n; ++bit) {
+      if (span.extend(Index{1} << bit)) {
+        chosen.push_back(Index{1} << bit);
+        tree.slots.push_back(Tree::unused);
+      }
+    }
+    tree.slots.push_back(std::exchange(plain_sum, Tree::unused));
+    const std::vector<Index> dual = dual_basis(chosen);
+    tree.order.resize(Index{1} << n);
+    for (Index b = 1; b < tree.order.size(); ++b) {
+      tree.order[b] = tree.order[b & (b - 1)] ^ dual[std::size_t(std::countr_zero(b))];
+    }
+    trees.push_back(std::move(tree));
+    left = std::move(rest);
+  }
+  return trees;
+}
+
 // Large angles are reduced before they are added up, so that a sum is as exact as the sine of each of its terms.
 double Angle::value(const double* theta) const {
   constexpr double period = 4 * std::numbers::pi, period_rest = 4 * 1.2246467991473532e-16;  // pi in two doubles
@@ -804,8 +593,11 @@ void check_circuit(std::uint32_t n_wires, std::uint32_t n_parameters, const std:
 Plan compile(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vector<GateCall>& gates,
              const ReadoutSpec& readout, bool normalize, const PlanOptions& options) {
   check_circuit(n_wires, n_parameters, gates, readout);
-  for (const int radix : {options.load_radix, options.rotate_radix, options.unwind_radix}) {
+  for (const int radix : {options.rotate_radix, options.unwind_radix}) {
     if (radix < 1 || radix > 4) refuse("passes of 1 to 4 wires", std::to_string(radix));
+  }
+  if (options.lane_bits < 2 || options.lane_bits > max_lane_bits) {
+    refuse("vectors of 4 to 16 numbers", "2^" + std::to_string(options.lane_bits));
   }
   Plan plan;
   plan.n_wires = n_wires;
@@ -837,14 +629,12 @@ Plan compile(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vecto
   }
   lay_out_stages(plan);
   if (readout.kind == ReadoutKind::expval) lay_out_strings(plan);
-  lay_out_columns(plan);
-  for (Stage& stage : plan.stages) {
-    if (stage.unwind.empty()) stage.unwind = stage.rotate;
-  }
+  plan.layouts = make_layouts();
   return plan;
 }
 
 Operations count_operations(const Plan& plan, std::uint32_t columns) {
+  const Layout& layout = plan.layout(0, std::min(plan.n_wires, std::uint32_t(plan.options.lane_bits)));
   const double n = plan.n_amplitudes();
   const std::uint32_t first_bits = std::min(plan.n_wires, 3u);
   // Of a tree: two sums for every number; then a sum, a difference and its accumulation for every pair of every level.
@@ -852,34 +642,38 @@ Operations count_operations(const Plan& plan, std::uint32_t columns) {
   const double rotation = plan.options.tangent ? 1 : 2;
   double parts = plan.options.real ? 1 : 2;  // 2 where the state is complex
   double forward = columns, back = 0;
-  for (const Stage& stage : plan.stages) {
+  for (std::size_t s = 0; s < plan.stages.size(); ++s) {
+    const Stage& stage = plan.stages[s];
+    const StageLayout& laid_out = layout.stages[s];
     if (!stage.is_diagonal()) {
       const double turned = double(stage.rotations.size()) * n * parts;
-      const bool bra_alone = stage.kept || &stage == &plan.stages.front();
+      const bool bra_alone = laid_out.kept || s == 0;
       forward += rotation * turned;
       back += (1 + (bra_alone ? 1 : 2) * rotation) * turned;  // with the overlap
-      if (stage.kept) back += n * parts;
+      if (laid_out.kept) back += n * parts;
     } else if (stage.real) {
       forward += n * parts;
       back += 2 * n * parts;
     } else {
       forward += 2 * n * parts;
       back += (4 + 2 * parts) * n;  // the whole bra, as much of the ket as was there before
-      if (!stage.trees.empty()) back += double(stage.trees.size()) * (n * parts + tree_sum);
+      if (!stage.trees.empty()) back += double(laid_out.trees.size()) * (n * parts + tree_sum);
       parts = 2;
     }
   }
   double readout = 0;
   if (plan.readout == ReadoutKind::expval) {
-    const double n_trees = double(plan.trees.size());
+    const double n_trees = double(layout.trees.size());
     double n_products = 0;  // of two amplitudes, for every pair of indices
-    for (const Pass& pass : plan.flips) n_products += pass.radix * parts;
-    for (const Stage& stage : plan.stages) {
+    for (const Pass& pass : layout.flips) n_products += pass.radix() * parts;
+    for (const StageLayout& stage : layout.stages) {
       for (const Pass& pass : stage.rotate) {
         n_products += double(std::ranges::count_if(pass.links, &Link::is_asked_for)) * parts;
       }
     }
-    for (const Correlation& c : plan.correlations) n_products += c.imaginary ? 2 * (parts - 1) : parts;
+    for (const Correlation& c : layout.correlations) {
+      n_products += (c.vectors == 0 ? 2 : 1) * (c.imaginary ? 2 * (parts - 1) : parts);
+    }
     readout = n_trees * (2 * n * (parts - 1) + tree_sum) + n_products * n / 2;  // squares are added as they are made
     back += n_trees * n * (1 + parts) + n_products * n;
   } else {

@@ -7,10 +7,12 @@
 
 #include <complex>
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <vector>
 
 #include "basic.h"
+#include "layout.h"
 
 // What a shared library of the core lets others see.
 #define QAA_API __attribute__((visibility("default")))
@@ -40,7 +42,7 @@ struct PlanOptions {
   bool real = true;      // leave the imaginary part out while the state is real
   bool tangent = true;   // rotate with one multiply-add per amplitude, the cosines collected in one scalar
   bool link = true;      // read strings of two neighbouring rotations in the pass that turns them
-  int load_radix = 3;    // wires that are rotated while rows are loaded
+  int lane_bits = 3;     // 2^lane_bits numbers of float32 are a vector
   int rotate_radix = 3;  // wires per pass of a rotation
   int unwind_radix = 2;  // wires per pass of the adjoint, which holds two states
 };
@@ -68,26 +70,6 @@ struct Phase {
   bool operator==(const Phase&) const = default;
 };
 
-// Strings (x, 0) and (x, z) of two rotations a and b of the last stage, x = a.x ^ b.x and z = a.z ^ b.z. No other
-// rotation of the stage changes what is read of them, so that any pass that holds the amplitudes of both may read them.
-struct Link {
-  static constexpr std::uint32_t none = ~0u;
-  std::uint32_t plain = none, twisted = none;
-  bool is_asked_for() const { return plain != none || twisted != none; }
-};
-
-// A subset of commuting operations with at most 4 index masks, done in registers: for every representative r, the
-// amplitudes r ^ (xor of a subset of masks) are loaded, worked on and stored.
-struct Pass {
-  std::uint32_t first = 0;  // the first of `radix` consecutive operations of the stage, or strings of the readout
-  std::uint32_t radix = 0;
-  std::uint32_t extra = 0;   // of the masks, the first so many belong to rotations that this pass leaves alone
-  std::vector<Index> masks;  // extra + radix
-  std::vector<Index> representatives;
-  std::vector<Index> first_columns;  // in the first stage, ascending: the first column that reaches each block
-  std::vector<Link> links;  // of masks k and k + 1; empty where no string is read in this pass
-};
-
 // Signed sums S_j = sum_i (-1)^parity(z_j & i) v_i for n independent masks z_j at once, by halving: order[b] is the
 // index i with parity(z_j & i) = bit j of b. Slots that nobody asked for complete the basis; the last slot, one past
 // the basis, is the plain sum, which is the mask z = 0.
@@ -99,8 +81,6 @@ struct Tree {
 
 struct Stage {
   std::vector<Rotation> rotations;    // mutually commuting: parity(z_r & x_s) = (r == s)
-  std::vector<Pass> rotate, unwind;   // how the kernels walk through them; in the last stage the two are equal
-  bool kept = false;                  // the adjoint keeps the ket from before these rotations instead of undoing them
   std::vector<Phase> phases;          // or a diagonal: the product of all these
   std::vector<Tree> trees;            // sums for the derivatives; every phase that depends on theta is in one slot
   std::vector<std::complex<double>> constant;  // product of the phases that do not depend on theta, if any
@@ -115,20 +95,6 @@ struct String {
   bool operator==(const String&) const = default;
 };
 
-// Strings with one x, read together: the pairs (i, i ^ x) fall into 2^n_bits classes of one sign for each string, and
-// <string> = 2 sum over classes c of (-1)^parity(mask & c) (sum of the products of class c).
-struct Correlation {
-  struct Member {
-    std::uint32_t string, mask;
-  };
-  static constexpr std::uint32_t max_bits = 3;
-  Index x = 0;
-  bool imaginary = false;  // parity(x & z)
-  std::uint32_t n_bits = 0;
-  std::vector<Index> order;  // i of every pair, class by class
-  std::vector<Member> members;
-};
-
 // output += sign * prod(cos or sin of absorbed angles) * <string>
 struct Factor {
   std::uint32_t absorbed;
@@ -140,11 +106,13 @@ struct Term {
   std::vector<Factor> factors;
 };
 
+struct Layouts;
+std::shared_ptr<Layouts> make_layouts();
+
 // A compiled circuit and readout. It never changes after it was made, so that any number of threads may use one plan at
 // once; it is a value, and no call keeps it. Callers want n_wires, n_parameters, n_columns() and str(); the rest is for
 // the kernels.
 struct Plan {
-  static constexpr std::uint32_t max_kept = 3;  // stages, so that the adjoint's memory does not depend on the depth
   std::uint32_t n_wires = 0;
   std::uint32_t n_parameters = 0;
   bool normalize = true;
@@ -154,19 +122,20 @@ struct Plan {
 
   std::vector<Index> inputs;  // column of x -> where its amplitude is stored
   std::vector<Stage> stages;
-  bool starts_low = false;  // the first pass of the first stage is on the lowest bits of the columns, lowest first
+  std::uint32_t n_low = 0;  // so many first rotations of the first stage are on the lowest bits of the columns, lowest first
 
   // expval
   std::vector<String> strings;
   std::vector<Term> terms;
   std::vector<Angle> absorbed;         // angles of the rotations that the observables took in
   std::vector<Tree> trees;             // strings with x = 0
-  std::vector<Pass> flips;             // strings with z = 0, x != 0, as groups of independent masks
-  std::vector<Correlation> correlations;  // every other string that no pass of the last stage reads
 
   // probs and state
   std::vector<Index> outputs;      // output b -> amplitude index
   std::vector<std::int8_t> signs;  // output b -> sign of the amplitude (state)
+
+  std::shared_ptr<Layouts> layouts;  // each is made when it is first asked for; copies of a plan share them
+  QAA_API const Layout& layout(std::uint32_t lane_bits, std::uint32_t low_bits) const;
 
   Index n_amplitudes() const { return Index{1} << n_wires; }
   std::uint32_t n_columns() const { return readout == ReadoutKind::state ? 2 * n_outputs : n_outputs; }

@@ -49,7 +49,7 @@ def link(objects: list[Path], target: Path, sanitizer: str = "plain") -> Path:
 
 def compile_hosts(folder: Path) -> list[Path]:
     """Object files of everything that a library of tests/cuda/driver.cpp needs but the kernels."""
-    sources = ["csrc/plan.cpp", "csrc/cuda/program.cpp", "csrc/cuda/specialize.cpp"]
+    sources = ["csrc/plan.cpp", "csrc/layout.cpp", "csrc/cuda/program.cpp", "csrc/cuda/specialize.cpp"]
     sources += ["tests/cuda/driver.cpp", "tests/cuda/emulator.cpp"]
     return [compile_emulated(ROOT / source, folder / f"{Path(source).stem}.o") for source in sources]
 

@@ -195,7 +195,7 @@ class Builder {
       // The wires of the columns' lowest bits, which the plan has put first, then the highest amplitudes' first.
       std::vector<std::size_t> order(stage.rotations.size());
       std::iota(order.begin(), order.end(), 0);
-      const std::size_t n_low = &stage == &plan_.stages.front() && plan_.starts_low ? stage.rotate[0].radix : 0;
+      const std::size_t n_low = &stage == &plan_.stages.front() ? plan_.n_low : 0;
       std::ranges::stable_sort(order.begin() + std::ptrdiff_t(n_low), order.end(), std::greater{},
                                [&](std::size_t r) { return stage.rotations[r].x; });
       for (std::size_t first = 0; first < order.size(); first += layout_.tile_bits) {
