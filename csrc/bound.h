@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "layout.h"
 #include "plan.h"
 
 namespace qaa {

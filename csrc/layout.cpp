@@ -406,8 +406,8 @@ void add_correlations(const Coordinates& at, std::vector<Placed> strings, Index 
   }
 }
 
-}  // namespace
-
+// The plan for vectors with 2^lane_bits amplitudes of a row. The rotations of the `low_bits` lowest bits of vectors have a
+// pass of their own, which kernels do while they load rows.
 Layout lay_out(const Plan& plan, std::uint32_t lane_bits, std::uint32_t low_bits) {
   Layout out;
   out.lane_bits = lane_bits;
@@ -512,6 +512,8 @@ Layout lay_out(const Plan& plan, std::uint32_t lane_bits, std::uint32_t low_bits
   }
   return out;
 }
+
+}  // namespace
 
 struct Layouts {
   struct Slot {

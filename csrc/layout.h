@@ -17,8 +17,6 @@
 
 namespace qaa {
 
-struct Plan;
-
 constexpr int max_lane_bits = 4;
 constexpr std::uint32_t max_lanes = 1u << max_lane_bits;
 
@@ -107,8 +105,5 @@ struct Layout {
 
   std::vector<Index> outputs;  // of probs and state: vector and lane of the amplitude, the lane in the lowest bits
 };
-
-// With passes of their own for the `low_bits` lowest bits of vectors, which kernels turn while they load rows.
-Layout lay_out(const Plan& plan, std::uint32_t lane_bits, std::uint32_t low_bits);
 
 }  // namespace qaa

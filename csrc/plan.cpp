@@ -13,6 +13,7 @@
 
 #include "gates.h"
 #include "gf2.h"
+#include "layout.h"
 #include "trees.h"
 
 namespace qaa {

@@ -12,7 +12,6 @@
 #include <vector>
 
 #include "basic.h"
-#include "layout.h"
 
 // What a shared library of the core lets others see.
 #define QAA_API __attribute__((visibility("default")))
@@ -106,8 +105,8 @@ struct Term {
   std::vector<Factor> factors;
 };
 
+struct Layout;
 struct Layouts;
-std::shared_ptr<Layouts> make_layouts();
 
 // A compiled circuit and readout. It never changes after it was made, so that any number of threads may use one plan at
 // once; it is a value, and no call keeps it. Callers want n_wires, n_parameters, n_columns() and str(); the rest is for

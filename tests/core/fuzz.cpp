@@ -26,6 +26,7 @@
 #include <string>
 #include <vector>
 
+#include "layout.h"
 #include "qaa.h"
 
 using namespace qaa;
