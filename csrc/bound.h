@@ -1,7 +1,7 @@
 // Plan and angles -> bound plan: the numbers that the kernels read, computed in double once per call.
 //
-// Everything here is plain pointers and values, so that the kernels, which are compiled once per instruction set and
-// width, share no inline library code with the rest (and a GPU could read the same arrays).
+// Everything here is plain pointers and values, so that the kernels, which are compiled once per instruction set,
+// share no inline library code with the rest (and a GPU could read the same arrays).
 //
 // Scale. A rotation [c -s; s c] = c [1 -t; t 1] is applied without its cosine. The bound plan keeps the product of the
 // cosines that are still owed, `scale`: true amplitude = scale * stored amplitude, the same for every state of the

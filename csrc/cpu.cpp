@@ -269,7 +269,7 @@ const char* instruction_set() { return chosen_instruction_set().name; }
 
 PlanOptions default_options() {
   PlanOptions options;
-  options.lane_bits = int(bits_of(chosen_instruction_set().f32.width));
+  options.load_radix = int(bits_of(chosen_instruction_set().f32.width));
   options.rotate_radix = chosen_instruction_set().rotate_radix;
   options.unwind_radix = chosen_instruction_set().unwind_radix;
   return options;

@@ -1,4 +1,4 @@
-// Compiled once per instruction set and width, with QAA_ISA (a name), QAA_VECTOR_BYTES and the radices defined by the
+// Compiled once per instruction set, with QAA_ISA (a name), QAA_VECTOR_BYTES and the radices defined by the
 // build.
 #include <limits>
 

@@ -63,6 +63,13 @@ inline std::vector<Index> dual_basis(std::vector<Index> masks) {
   return dual;
 }
 
+// Bit j of the result is the parity of masks[j] & v: the matrix with the rows `masks` times v.
+inline Index parities(const std::vector<Index>& masks, Index v) {
+  Index out = 0;
+  for (std::size_t j = 0; j < masks.size(); ++j) out |= Index{parity(masks[j] & v)} << j;
+  return out;
+}
+
 // The sum of the vectors that the bits of `chosen` choose.
 inline Index combination(const std::vector<Index>& vectors, Index chosen) {
   Index sum = 0;

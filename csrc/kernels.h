@@ -687,7 +687,7 @@ Norms<T> embed(const BoundPlan<T>& p, const ConstMatrix& x, std::int64_t first_r
   auto load = [&]<bool turn, bool link>(Constant<turn>, Constant<link>) {
     const Index* inputs = p.inputs;
     Vec<T>* re = ket.re;
-    const ColumnTurn<T, bits, turn, false> turned(p.stages != nullptr ? p.stages[0].lanes : LanePass<T>{}, low);
+    const ColumnTurn<T, bits, turn, false> turned(p.n_stages > 0 ? p.stages[0].lanes : LanePass<T>{}, low);
     LinkSums<T, between, 0> here;  // of its own, which nothing else refers to: it stays in registers
     const Vec<T> squared = load_matrix<T, bits>(x, first_row, n_rows, [=, &here](Index v, Vec<T>* block, int n) {
       turned(block);

@@ -35,24 +35,14 @@ class Coordinates {
       for (std::uint32_t b = bit; bit >= lane_bits_ && b >= lane_bits_ + swizzle; b -= swizzle) {
         columns ^= Index{1} << (b - swizzle);
       }
-      Index index = 0;
-      for (std::uint32_t b = 0; b < n_; ++b) index ^= (columns >> b) & 1 ? inputs[Index{1} << b] : 0;
-      vector_.push_back(index);
+      vector_.push_back(inputs[columns]);
     }
     functional_ = dual_basis(vector_);
   }
 
-  Index place(Index i) const {
-    Index out = 0;
-    for (std::uint32_t j = 0; j < n_; ++j) out |= Index{parity(functional_[j] & i)} << j;
-    return out;
-  }
+  Index place(Index i) const { return parities(functional_, i); }
   // The mask z of a sign as a mask of places.
-  Index mask(Index z) const {
-    Index out = 0;
-    for (std::uint32_t j = 0; j < n_; ++j) out |= Index{parity(vector_[j] & z)} << j;
-    return out;
-  }
+  Index mask(Index z) const { return parities(vector_, z); }
   std::uint32_t lanes(Index place_or_mask) const { return place_or_mask & ((Index{1} << lane_bits_) - 1); }
   Index vectors(Index place_or_mask) const { return place_or_mask >> lane_bits_; }
 
@@ -174,25 +164,22 @@ class Coordinates {
     const std::uint32_t n_lanes = 1u << lane_bits_;
     const Index n_vectors = Index{1} << (n_ - lane_bits_);
     // lane' = A lane ^ B vector
-    std::array<std::uint32_t, max_lane_bits> on_lanes{};
-    std::array<Index, max_lane_bits> on_vectors{};
+    std::vector<Index> on_lanes, on_vectors;
     bool trivial = true;
     for (std::uint32_t j = 0; j < lane_bits_; ++j) {
       const Index m = mask(functionals[j]);
-      on_lanes[j] = lanes(m);
-      on_vectors[j] = vectors(m);
+      on_lanes.push_back(lanes(m));
+      on_vectors.push_back(vectors(m));
       trivial &= m == Index{1} << j;
     }
     if (trivial) return;
     for (std::uint32_t l = 0; l < n_lanes; ++l) {
-      std::uint32_t to = 0;
-      for (std::uint32_t j = 0; j < lane_bits_; ++j) to |= std::uint32_t{parity(on_lanes[j] & l)} << j;
+      const std::uint32_t to = parities(on_lanes, l);
       move.back_from[l] = to;
       move.from[to] = l;
     }
     for (Index v = 0; v < n_vectors; ++v) {
-      std::uint32_t shift = 0;
-      for (std::uint32_t j = 0; j < lane_bits_; ++j) shift |= std::uint32_t{parity(on_vectors[j] & v)} << j;
+      const std::uint32_t shift = parities(on_vectors, v);
       move.back_shift.push_back(shift);
       move.shift.push_back(move.from[shift]);
     }
@@ -229,7 +216,7 @@ struct Across {
   Index x, z;
 };
 
-// A pass over rotations, of which it turns those from `first` on, and leaves the first `extra` alone.
+// A pass over these rotations, of which it leaves the first `extra` alone.
 Pass rotation_pass(const std::vector<Across>& held, std::uint32_t extra, Index n_vectors) {
   Pass pass;
   pass.extra = extra;

@@ -111,7 +111,7 @@ struct NoisyRange {
   double* sums;
 };
 
-// What the translation unit of each instruction set and width exports; as many rows as its vectors have lanes.
+// What the translation unit of each instruction set exports; as many rows as its vectors have lanes.
 template <class T>
 struct NoisyKernels {
   std::size_t (*workspace_vectors)(const BoundNoisyPlan<T>&);

@@ -1,4 +1,4 @@
-// Compiled once per instruction set and width, as cpu_isa.cpp is.
+// Compiled once per instruction set, as cpu_isa.cpp is.
 #include "noise_kernels.h"
 
 namespace qaa::QAA_ISA {

@@ -28,8 +28,8 @@ struct Frame {
   std::vector<Index> row, column;
   std::vector<bool> flip, sign;
 
-  // The state is stored in swizzled order from the start: index bit b >= 6 also toggles bit b - 6. Amplitudes that a
-  // high wire pairs lie a power of two apart, which would put a whole pass into one set of the first-level cache.
+  // The state is numbered in swizzled order from the start: index bit b >= 6 also toggles bit b - 6. CUDA programs keep
+  // this order; the layouts for vectors have their own (layout.cpp, Coordinates), for the same reason.
   explicit Frame(std::uint32_t n_wires) : n(n_wires), row(n), column(n), flip(n), sign(n) {
     for (std::uint32_t bit = 0; bit < n; ++bit) {
       const std::uint32_t w = n - 1 - bit;
@@ -358,7 +358,7 @@ void lay_out_stages(Plan& plan) {
 
   for (Stage& stage : plan.stages) std::ranges::reverse(stage.rotations);  // columns' lowest bits are the last wires
   if (plan.stages.empty()) return;
-  plan.n_low = lowest_first(plan.stages.front().rotations, plan.inputs, plan.n_wires, plan.options.lane_bits);
+  plan.n_low = lowest_first(plan.stages.front().rotations, plan.inputs, plan.n_wires, plan.options.load_radix);
 }
 
 // Sorts the strings, so that those of one x are neighbours.
@@ -594,11 +594,8 @@ void check_circuit(std::uint32_t n_wires, std::uint32_t n_parameters, const std:
 Plan compile(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vector<GateCall>& gates,
              const ReadoutSpec& readout, bool normalize, const PlanOptions& options) {
   check_circuit(n_wires, n_parameters, gates, readout);
-  for (const int radix : {options.rotate_radix, options.unwind_radix}) {
+  for (const int radix : {options.load_radix, options.rotate_radix, options.unwind_radix}) {
     if (radix < 1 || radix > 4) refuse("passes of 1 to 4 wires", std::to_string(radix));
-  }
-  if (options.lane_bits < 2 || options.lane_bits > max_lane_bits) {
-    refuse("vectors of 4 to 16 numbers", "2^" + std::to_string(options.lane_bits));
   }
   Plan plan;
   plan.n_wires = n_wires;
@@ -635,7 +632,7 @@ Plan compile(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vecto
 }
 
 Operations count_operations(const Plan& plan, std::uint32_t columns) {
-  const Layout& layout = plan.layout(0, std::min(plan.n_wires, std::uint32_t(plan.options.lane_bits)));
+  const Layout& layout = plan.layout(0, std::min(plan.n_wires, std::uint32_t(plan.options.load_radix)));
   const double n = plan.n_amplitudes();
   const std::uint32_t first_bits = std::min(plan.n_wires, 3u);
   // Of a tree: two sums for every number; then a sum, a difference and its accumulation for every pair of every level.

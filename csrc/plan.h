@@ -41,7 +41,7 @@ struct PlanOptions {
   bool real = true;      // leave the imaginary part out while the state is real
   bool tangent = true;   // rotate with one multiply-add per amplitude, the cosines collected in one scalar
   bool link = true;      // read strings of two neighbouring rotations in the pass that turns them
-  int lane_bits = 3;     // 2^lane_bits numbers of float32 are a vector
+  int load_radix = 3;    // wires of the columns' lowest bits, whose rotations come first in the first stage
   int rotate_radix = 3;  // wires per pass of a rotation
   int unwind_radix = 2;  // wires per pass of the adjoint, which holds two states
 };

@@ -411,7 +411,7 @@ Circuit read_circuit(Reader& in, bool wild) {
   return c;
 }
 
-// Seven rewrites and two widths.
+// Seven rewrites and three widths.
 PlanOptions options_of(std::uint32_t rewrites, std::array<std::uint32_t, 3> radices) {
   PlanOptions options = default_options();
   options.fuse = rewrites & 1;
@@ -421,6 +421,7 @@ PlanOptions options_of(std::uint32_t rewrites, std::array<std::uint32_t, 3> radi
   options.real = rewrites & 16;
   options.tangent = rewrites & 32;
   options.link = rewrites & 64;
+  options.load_radix = int(radices[0]);
   options.rotate_radix = int(radices[1]);
   options.unwind_radix = int(radices[2]);
   return options;
@@ -443,18 +444,19 @@ PlanOptions hashed_options(const std::uint8_t* data, std::size_t size) {
 
 // What distinguishes plans: which kinds of stages, passes, trees and readouts there are, and whether there are several.
 std::uint64_t shape_of(const Plan& plan) {
+  const Layout &rows = plan.layout(0, 0), &neighbours = plan.layout(std::min(plan.n_wires, 2u), 0);
   std::uint64_t shape = 1;
   auto mix = [&](std::size_t count) { shape = shape * 3 + std::min<std::size_t>(count, 2); };
-  for (const std::size_t count : {std::size_t(plan.readout), plan.absorbed.size(), plan.trees.size(),
-                                  plan.layout(0, 0).correlations.size(), std::size_t(plan.layout(0, 0).loads_lanes)}) {
+  for (const std::size_t count : {std::size_t(plan.readout), plan.absorbed.size(), plan.trees.size(), rows.flips.size(),
+                                  rows.correlations.size(), std::size_t(plan.n_low > 0)}) {
     mix(count);
   }
   std::size_t complex = 0, real = 0, kept = 0, constant = 0, trees = 0, passes = 0, moves = 0;
-  for (const StageLayout& stage : plan.layout(0, 0).stages) {
+  for (const StageLayout& stage : rows.stages) {
     kept += stage.kept;
     passes = std::max(passes, stage.rotate.size());
-    moves = std::max(moves, stage.moves.size());
   }
+  for (const StageLayout& stage : neighbours.stages) moves = std::max(moves, stage.moves.size());
   for (const Stage& stage : plan.stages) {
     complex += stage.is_diagonal() && !stage.real;
     real += stage.is_diagonal() && stage.real;
