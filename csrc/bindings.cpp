@@ -107,24 +107,30 @@ class Angles {
   const double* data_ = nullptr;
 };
 
+std::size_t n_angles(const Plan& plan, const ConstMatrix& x, std::int64_t groups) {
+  check_groups(groups, x.rows);
+  return std::size_t(groups) * plan.n_parameters;
+}
+
 void run_forward(const Plan& plan, std::uintptr_t theta, Scalar theta_scalar, const ConstMatrix& x,
-                 const Matrix& features, int threads) {
+                 const Matrix& features, int threads, std::int64_t groups) {
   without_gil([&] {
-    const Angles angles(theta, theta_scalar, plan.n_parameters);
-    forward({plan, angles.data(), x, features, threads});
+    const Angles angles(theta, theta_scalar, n_angles(plan, x, groups));
+    forward({plan, angles.data(), x, features, threads, groups});
   });
 }
 
 // The gradient of the angles is written in the angles' type.
 void run_backward(const Plan& plan, std::uintptr_t theta, Scalar theta_scalar, const ConstMatrix& x,
-                  const ConstMatrix& grad, std::uintptr_t grad_theta, const Matrix& grad_x, int threads) {
+                  const ConstMatrix& grad, std::uintptr_t grad_theta, const Matrix& grad_x, int threads,
+                  std::int64_t groups) {
   without_gil([&] {
-    const Angles angles(theta, theta_scalar, plan.n_parameters);
+    const Angles angles(theta, theta_scalar, n_angles(plan, x, groups));
     if (theta_scalar == Scalar::float64) {
-      return backward({plan, angles.data(), x, grad, reinterpret_cast<double*>(grad_theta), grad_x, threads});
+      return backward({plan, angles.data(), x, grad, reinterpret_cast<double*>(grad_theta), grad_x, threads, groups});
     }
-    std::vector<double> result(plan.n_parameters);
-    backward({plan, angles.data(), x, grad, result.data(), grad_x, threads});
+    std::vector<double> result(n_angles(plan, x, groups));
+    backward({plan, angles.data(), x, grad, result.data(), grad_x, threads, groups});
     std::copy(result.begin(), result.end(), reinterpret_cast<float*>(grad_theta));
   });
 }
@@ -224,9 +230,10 @@ PYBIND11_MODULE(_core, m) {
            py::arg("readout"));
 
   m.def("forward", &run_forward, py::arg("plan"), py::arg("theta_address"), py::arg("theta_scalar"), py::arg("x"),
-        py::arg("features"), py::arg("threads"), "features = readout(U(theta) x); releases the GIL.");
+        py::arg("features"), py::arg("threads"), py::arg("groups") = 1,
+        "features = readout(U(theta) x), of equal groups of rows with angles of their own; releases the GIL.");
   m.def("backward", &run_backward, py::arg("plan"), py::arg("theta_address"), py::arg("theta_scalar"), py::arg("x"),
-        py::arg("grad"), py::arg("grad_theta_address"), py::arg("grad_x"), py::arg("threads"),
+        py::arg("grad"), py::arg("grad_theta_address"), py::arg("grad_x"), py::arg("threads"), py::arg("groups") = 1,
         "The vector-Jacobian product of forward; releases the GIL.");
   m.def("noisy_forward", &run_noisy, py::arg("plan"), py::arg("theta_address"), py::arg("theta_scalar"), py::arg("x"),
         py::arg("trajectories"), py::arg("seed"), py::arg("features"), py::arg("errors"), py::arg("threads"),

@@ -66,6 +66,14 @@ inline void check_rows(std::int64_t rows) {
   }
 }
 
+inline void check_groups(std::int64_t groups, std::int64_t rows) {
+  constexpr std::int64_t most = (std::int64_t{1} << 31) - 1;
+  if (groups < 1 || groups > most || rows % groups != 0) {
+    throw std::invalid_argument("expected 1 to " + std::to_string(most) + " groups of rows, equally many in each, received " +
+                                std::to_string(groups) + " groups and " + std::to_string(rows) + " rows");
+  }
+}
+
 inline void check_angle_type(Scalar scalar) {
   if (scalar != Scalar::float32 && scalar != Scalar::float64) {
     throw std::invalid_argument("expected angles of float32 or float64, received " + name_of(scalar));

@@ -162,10 +162,11 @@ struct Setting {
 };
 
 // Small batches are not worth waking other threads for.
-int useful_threads(int threads, const Plan& plan, std::int64_t rows) {
+template <class Call>
+int useful_threads(const Call& call) {
   constexpr std::int64_t amplitudes_per_thread = 1 << 16;
-  const std::int64_t useful = 1 + rows * std::int64_t{plan.n_amplitudes()} / amplitudes_per_thread;
-  return int(std::min<std::int64_t>(threads, useful));
+  const std::int64_t useful = 1 + call.x.rows * std::int64_t{call.plan.n_amplitudes()} / amplitudes_per_thread;
+  return int(std::min<std::int64_t>(call.threads, useful));
 }
 
 template <class T>
@@ -173,7 +174,7 @@ void forward_as(const ForwardCall& call) {
   const Setting<T> with(call.plan, call.theta, call.x, false);
   const BoundPlan<T>& bound = with.storage.bound();
   const Chunks& chunks = with.chunks;
-  parallel_for(int(chunks.n_chunks), useful_threads(call.threads, call.plan, call.x.rows), [&](int c) {
+  parallel_for(int(chunks.n_chunks), useful_threads(call), [&](int c) {
     with.kernel.forward(bound, call, chunks.first(c), chunks.first(c + 1), scratch(with.set, bound));
   });
 }
@@ -185,7 +186,7 @@ void backward_as(const BackwardCall& call) {
   const Chunks& chunks = with.chunks;
   const std::size_t n_slots = bound.n_slots;
   std::vector<double> partial(n_slots * std::size_t(chunks.n_chunks), 0.0);
-  parallel_for(int(chunks.n_chunks), useful_threads(call.threads, call.plan, call.x.rows), [&](int c) {
+  parallel_for(int(chunks.n_chunks), useful_threads(call), [&](int c) {
     with.kernel.backward(bound, call, chunks.first(c), chunks.first(c + 1), scratch(with.set, bound),
                          partial.data() + n_slots * std::size_t(c));
   });
@@ -193,6 +194,39 @@ void backward_as(const BackwardCall& call) {
   for (std::size_t k = 0; k < partial.size(); ++k) slots[k % n_slots] += partial[k];
   std::fill_n(call.grad_theta, call.plan.n_parameters, 0.0);
   with.storage.chain_rule(slots.data(), call.grad_theta);
+}
+
+std::int64_t size_of(Scalar scalar) { return scalar == Scalar::float64 ? 8 : scalar == Scalar::float32 ? 4 : 2; }
+
+template <class M>
+M rows_of(M m, std::int64_t first, std::int64_t count) {
+  using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(m.data)>>, const char, char>;
+  if (m.data != nullptr) m.data = static_cast<Byte*>(m.data) + first * m.row_stride * size_of(m.scalar);
+  m.rows = count;
+  return m;
+}
+
+ForwardCall group_of(const ForwardCall& call, std::int64_t g, int threads) {
+  const std::int64_t count = call.x.rows / call.groups, first = g * count;
+  return {call.plan, call.theta + g * std::int64_t{call.plan.n_parameters}, rows_of(call.x, first, count),
+          rows_of(call.features, first, count), threads};
+}
+
+BackwardCall group_of(const BackwardCall& call, std::int64_t g, int threads) {
+  const std::int64_t count = call.x.rows / call.groups, first = g * count;
+  const std::int64_t parameter = g * std::int64_t{call.plan.n_parameters};
+  return {call.plan, call.theta + parameter, rows_of(call.x, first, count), rows_of(call.grad, first, count),
+          call.grad_theta + parameter, rows_of(call.grad_x, first, count), threads};
+}
+
+// Threads share the groups, or each group's rows where there are fewer groups than threads. A group's bits are those
+// that it has in a call of its own.
+template <class Call, class Run>
+void run_groups(const Call& call, Run run) {
+  if (call.groups == 1) return run(call);
+  const int threads = useful_threads(call);
+  const bool shared = call.groups >= threads;
+  parallel_for(int(call.groups), shared ? threads : 1, [&](int g) { run(group_of(call, g, shared ? 1 : threads)); });
 }
 
 // A weight (columns, k) as (k, padded columns), times a factor.
@@ -278,19 +312,21 @@ PlanOptions default_options() {
 void forward(const ForwardCall& call) {
   check_forward(call.plan, call.x, call.features);
   check_angles(call.plan.n_parameters, call.theta, "theta");
+  check_groups(call.groups, call.x.rows);
   if (call.x.rows == 0) return;
-  call.x.scalar == Scalar::float64 ? forward_as<double>(call) : forward_as<float>(call);
+  run_groups(call, call.x.scalar == Scalar::float64 ? forward_as<double> : forward_as<float>);
 }
 
 void backward(const BackwardCall& call) {
   check_backward(call.plan, call.x, call.grad, call.grad_x);
   check_angles(call.plan.n_parameters, call.theta, "theta");
   check_angles(call.plan.n_parameters, call.grad_theta, "grad_theta");
+  check_groups(call.groups, call.x.rows);
   if (call.x.rows == 0) {
-    std::fill_n(call.grad_theta, call.plan.n_parameters, 0.0);
+    std::fill_n(call.grad_theta, call.groups * std::int64_t{call.plan.n_parameters}, 0.0);
     return;
   }
-  call.x.scalar == Scalar::float64 ? backward_as<double>(call) : backward_as<float>(call);
+  run_groups(call, call.x.scalar == Scalar::float64 ? backward_as<double> : backward_as<float>);
 }
 
 namespace {

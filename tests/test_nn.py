@@ -342,8 +342,8 @@ def test_a_gpu_makes_rows_anew_instead_of_asking_whether_it_knows_them(monkeypat
     monkeypatch.setattr(torch, "equal", None)
     for _ in range(2):
         adapter.down(on_gpu)
-        adapter._down(on_gpu, on_gpu, on_gpu, torch.bfloat16)
-    assert calls == [(on_gpu, None, None, None), (on_gpu, on_gpu, on_gpu, torch.bfloat16)] * 2
+        adapter._down(on_gpu, on_gpu, on_gpu, on_gpu, torch.bfloat16)
+    assert calls == [(on_gpu, *[None] * 4), (*[on_gpu] * 4, torch.bfloat16)] * 2
 
 
 def test_known_rows_are_those_of_their_factors_and_dtype():
@@ -356,6 +356,10 @@ def test_known_rows_are_those_of_their_factors_and_dtype():
         with torch.autocast("cpu", torch.bfloat16):
             assert adapter.features(theta, x.float(), whitening).dtype == torch.bfloat16
         assert torch.equal(adapter.features(theta, x), x @ plain.T)
+        square = Adapter.create(8, readout="state[:8]")  # where a gain may be taken for a factor of the channels
+        theta, mix, factors = torch.rand(square.circuit.parameter_shape), torch.rand(2, 8), torch.rand(8)
+        of_channels, of_gain = square._down(theta, mix, None, factors), square._down(theta, mix, factors)
+        assert torch.equal(of_gain, square._down(theta, mix * factors)) and not torch.equal(of_channels, of_gain)
 
 
 @pytest.mark.parametrize("readout", ["z", "probs[:4]", "state[:4]"])

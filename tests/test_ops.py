@@ -208,7 +208,7 @@ def test_rows_with_factors_of_their_columns_are_rows_times_these_factors(theta_d
         ),
         (
             ops.mixed_rows(MIXED, theta, mix, width=6),
-            ops._mixed_rows(MIXED, theta, mix, 6, columns, dtype),
+            ops._mixed_rows(MIXED, theta, mix, 6, None, columns, dtype),
             (theta, mix),
         ),
     ):
@@ -222,6 +222,47 @@ def test_rows_with_factors_of_their_columns_are_rows_times_these_factors(theta_d
                 assert torch.equal(ours, theirs)
 
 
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("has_factors", [False, True])
+def test_rows_made_together_have_the_bits_of_rows_made_alone(has_factors: bool, dtype: Any) -> None:
+    n, (r, k, width) = 5, (2, 5, 6)
+    for leaf_dtype in (torch.float32, torch.float64):
+        thetas = [angles(MIXED, leaf_dtype, seed=i).requires_grad_() for i in range(n)]
+        mixes = [vectors(r, k, dtype=leaf_dtype, seed=i).requires_grad_() for i in range(n)]
+        gains, columns = ([vectors(size, dtype=leaf_dtype, seed=i) for i in range(n)] for size in (k, width))
+        factors = (gains, columns) if has_factors else (None, None)
+        together = ops._mixed_rows_together(MIXED, thetas, mixes, width, *factors, dtype)
+        alone = [
+            ops._mixed_rows(MIXED, *leaves, width, *(f and f[i] for f in factors), dtype)
+            for i, leaves in enumerate(zip(thetas, mixes, strict=True))
+        ]
+        assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+        leaves, used = (*thetas, *mixes), (0, 1, 3)  # what nobody used gets no gradient, not even zeros
+        for chosen in (range(n), used):
+            ours, theirs = (
+                torch.autograd.grad(
+                    sum(rows[i].double().pow(2).sum() for i in chosen), leaves, allow_unused=True, retain_graph=True
+                )
+                for rows in (together, alone)
+            )
+            for a, b in zip(ours, theirs, strict=True):
+                assert a is b is None or (a.dtype == b.dtype and torch.equal(a, b))
+        (first,) = torch.autograd.grad(together[1].double().pow(2).sum(), thetas[1], create_graph=True)
+        torch.testing.assert_close(first, ours[1])
+        with pytest.raises(RuntimeError, match="expected a first derivative"):
+            first.sum().backward()
+
+
+def test_rows_keep_what_they_were_made_of() -> None:
+    """An optimizer may step before the backward pass; the gradients are those of what was multiplied."""
+    theta, mix = angles(MIXED).requires_grad_(), vectors(2, 5).requires_grad_()
+    expected = gradients(ops.mixed_rows(MIXED, theta, mix), theta, mix)
+    rows = ops.mixed_rows(MIXED, theta, mix)
+    with torch.no_grad():
+        theta.add_(1), mix.mul_(2)
+    assert all(torch.equal(a, b) for a, b in zip(gradients(rows, theta, mix), expected, strict=True))
+
+
 def test_gradcheck_of_rows_with_factors_and_second_derivatives_of_them_are_an_error() -> None:
     theta, mix, columns = angles(MIXED).requires_grad_(), vectors(2, 5).requires_grad_(), vectors(6)
     for learned in (False, True):  # factors that want a gradient get one
@@ -232,7 +273,7 @@ def test_gradcheck_of_rows_with_factors_and_second_derivatives_of_them_are_an_er
             return ops._amplitude_rows(MIXED, theta, 3, 6, True, columns)
 
         def mixed(theta: Any, mix: Any, columns: Any = columns) -> Any:
-            return ops._mixed_rows(MIXED, theta, mix, 6, columns)
+            return ops._mixed_rows(MIXED, theta, mix, 6, columns[:5], columns)
 
         assert torch.autograd.gradcheck(rows, (theta, *leaves))
         assert torch.autograd.gradcheck(mixed, (theta, mix, *leaves))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import copy
 import json
@@ -741,10 +742,147 @@ def test_gradient_checkpointing_gives_identical_gradients(readout, use_reentrant
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-@pytest.mark.parametrize("readout", ["z", STATE])
+LOW_RANK = {"readout": STATE, "r": 2, "scale_channels": True, "standardize_features": True, "adapter_bias": False}
+
+
+def counted_calls(monkeypatch):
+    """Groups of rows in every call of the core's forward function from now on."""
+    groups = []
+    monkeypatch.setattr(
+        qaa._core, "forward", lambda *args, forward=qaa._core.forward: groups.append(args[-1]) or forward(*args)
+    )
+    return groups
+
+
+def step_of(model, x=None, **kwargs):
+    """Loss and gradients of a step of training; an empty tensor where there is none."""
+    model.zero_grad()
+    loss = model(tokens(), labels=tokens(), **kwargs).loss if x is None else model(x).square().sum()
+    loss.backward()
+    grads = [p.grad for p in model.parameters() if p.requires_grad]
+    return [loss.detach(), *(torch.empty(0) if grad is None else grad for grad in grads)]
+
+
+def alone(model, monkeypatch, *args, **kwargs):
+    """The same step with layers that make their matrices by themselves."""
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model.base_model), "_around_forward", lambda self: contextlib.nullcontext())
+        return step_of(model, *args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    "how", ["plain", "checkpoints", "re-entrant checkpoints", "autocast", "frozen circuit", "float64"]
+)
+def test_matrices_made_together_are_to_the_bit_those_that_layers_make_alone(how, monkeypatch):
+    config = random_config(**LOW_RANK, train_circuit=how != "frozen circuit")
+    model = adapted(config, llama().double() if how == "float64" else None).train()
+    if "checkpoints" in how:
+        model.gradient_checkpointing_enable({"use_reentrant": how != "checkpoints"})
+        model.enable_input_require_grads()
+    for layer in layers_of(model):
+        for name in ("qaa_channels", "qaa_gain"):
+            getattr(layer, name)["default"].uniform_(0.5, 1.5)
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        calls = counted_calls(monkeypatch)
+        expected = alone(model, monkeypatch)
+        assert set(calls) == {1}
+        calls.clear()
+        assert is_equal(step_of(model), expected)
+        # a re-entrant checkpoint runs without gradients first, where matrices are kept, and then layer by layer
+        assert calls[0] == len(layers_of(model)) == 4
+        assert "checkpoints" in how or len(calls) == 1
+
+
+@pytest.mark.filterwarnings("ignore:.* were never measured")
+def test_layers_that_find_no_matrix_make_their_own(monkeypatch):
+    torch.manual_seed(0)
+    shared = nn.Linear(24, 24)
+    net = nn.Sequential(shared, nn.Tanh(), shared, nn.Linear(24, 24), nn.Linear(24, 3))
+    model = adapted(random_config(**LOW_RANK, target_modules=["0", "3", "4"]), net).train()
+    first, _, again, middle, _ = model.base_model.model
+    assert first is not again  # PEFT replaces a module in one place
+    x, calls = torch.randn(5, 24), counted_calls(monkeypatch)
+    assert is_equal(step_of(model, x), alone(model, monkeypatch, x))
+    assert calls == [3, 1, 1, 1]
+    calls.clear()
+    middle(x).sum().backward()  # by itself
+    assert calls == [1]
+    calls.clear()
+    net[2] = first  # twice in one pass
+    assert is_equal(step_of(model, x), alone(model, monkeypatch, x))
+    assert calls == [3, 1, *[1] * 4]
+    calls.clear()
+    model(x).sum() + model(x).sum()
+    with torch.no_grad():
+        model(x)
+    assert calls == [3, 1, 3, 1, 1, 1, 1]  # without gradients matrices are kept, each layer's by itself
+    calls.clear()
+    with model.disable_adapter():
+        model(x)
+    assert calls == []
+    middle.merge()
+    calls.clear()
+    assert is_equal(step_of(model, x), alone(model, monkeypatch, x))
+    assert calls[:2] == [2, 1]
+
+
+@pytest.mark.filterwarnings("ignore:.* were never measured")
+def test_a_layer_that_a_pass_leaves_out_gets_no_gradient():
+    class Skipping(nn.Sequential):
+        def forward(self, x):
+            return self[2](self[0](x))
+
+    net = Skipping(nn.Linear(24, 24), nn.Linear(24, 24), nn.Linear(24, 3))
+    model = adapted(random_config(**LOW_RANK, target_modules=["0", "1", "2"]), net).train()
+    model(torch.randn(5, 24)).sum().backward()
+    grads = [{p.grad is None for p in layer.parameters() if p.requires_grad} for layer in layers_of(model)]
+    assert grads == [{False}, {True}, {False}]
+
+
+@pytest.mark.filterwarnings("ignore:.* were never measured")
+def test_models_may_train_in_several_threads_and_within_each_other(monkeypatch):
+    x = torch.randn(5, 24)
+
+    def net():
+        return nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24))
+
+    inner = adapted(random_config(**LOW_RANK, target_modules=["0", "1"]), net()).train()
+
+    class Outer(nn.Sequential):
+        def forward(self, x):
+            return self[1](inner(self[0](x)))
+
+    outer = adapted(random_config(**LOW_RANK, target_modules=["0", "1"]), Outer(*net())).train()
+    expected = alone(outer, monkeypatch, x)
+    calls = counted_calls(monkeypatch)
+    assert is_equal(step_of(outer, x), expected)
+    assert calls == [2, 2]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        losses = list(pool.map(lambda _: outer(x).square().sum(), range(8)))
+    for loss in losses:
+        loss.backward()
+    assert all(torch.equal(loss.detach(), expected[0]) for loss in losses)
+
+
+@pytest.mark.filterwarnings("ignore:.* were never measured")
+def test_adapters_of_several_shapes_are_made_by_shape(monkeypatch):
+    net = nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 40), nn.Linear(40, 24), nn.Linear(24, 40), nn.Linear(40, 5))
+    model = adapted(random_config(**LOW_RANK, target_modules=[str(i) for i in range(5)]), net).train()
+    model.add_adapter("second", random_config("z", target_modules=["0"]))
+    x, calls = torch.randn(5, 24), counted_calls(monkeypatch)
+    assert is_equal(step_of(model, x), alone(model, monkeypatch, x))
+    assert sorted(calls[:2]) == [2, 3] and calls[2:] == [1] * 5
+    model.base_model.set_adapter(["default", "second"])
+    assert is_equal(step_of(model, x), alone(model, monkeypatch, x))
+
+
+@pytest.mark.parametrize("readout", ["z", STATE, "low rank"])
 def test_an_adapted_model_compiles_without_graph_breaks(readout):
     model = adapted(
-        random_config(readout, target_modules="all-linear"), nn.Sequential(nn.Linear(24, 9), nn.Linear(9, 4))
+        random_config(
+            **{**({"readout": readout} if readout != "low rank" else LOW_RANK), "target_modules": "all-linear"}
+        ),
+        nn.Sequential(nn.Linear(24, 9), nn.Linear(9, 4)),
     )
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
     for x in (torch.randn(3, 24), torch.randn(5, 24)):
@@ -1366,6 +1504,7 @@ def test_checkpointing_sees_the_statistics_of_the_first_batch(use_reentrant: boo
 
 
 def test_compiled_models_are_calibrated_outside_of_the_graph() -> None:
+    torch._dynamo.reset()  # it gives a function up that it has compiled for eight models
     x = outlier_data()
     model = whitened_model(**FIRST_BATCH)
     compiled = torch.compile(model, backend="aot_eager")

@@ -236,6 +236,7 @@ def backward(
     grad_theta_address: typing.SupportsInt | typing.SupportsIndex,
     grad_x: Matrix,
     threads: typing.SupportsInt | typing.SupportsIndex,
+    groups: typing.SupportsInt | typing.SupportsIndex = 1,
 ) -> None:
     """
     The vector-Jacobian product of forward; releases the GIL.
@@ -248,9 +249,10 @@ def forward(
     x: ConstMatrix,
     features: Matrix,
     threads: typing.SupportsInt | typing.SupportsIndex,
+    groups: typing.SupportsInt | typing.SupportsIndex = 1,
 ) -> None:
     """
-    features = readout(U(theta) x); releases the GIL.
+    features = readout(U(theta) x), of equal groups of rows with angles of their own; releases the GIL.
     """
 
 def gate_table() -> list[tuple[str, int, int]]:

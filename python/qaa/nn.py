@@ -12,7 +12,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -61,7 +61,8 @@ class Whitening(NamedTuple):
 
 NO_WHITENING = Whitening()
 
-_Rows = tuple[tuple[Tensor, ...], torch.dtype | None, Tensor]  # rows, and before them what they were made from
+_Parts = tuple[Tensor | None, ...]
+_Rows = tuple[_Parts, torch.dtype | None, Tensor]  # rows, and before them what they were made from
 
 
 @dataclass(frozen=True)
@@ -192,46 +193,66 @@ class Adapter:
         return rows.clone() if known is not None and known[2] is rows else rows
 
     def _down(
-        self, theta: Tensor, mix: Tensor | None, channels: Tensor | None = None, dtype: torch.dtype | None = None
+        self,
+        theta: Tensor,
+        mix: Tensor | None,
+        gain: Tensor | None = None,
+        channels: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """``A diag(sigma)``, or M times it, in ``dtype``; zeros may follow the rows (:func:`qaa.ops._room`)."""
-        asked = tuple(tensor for tensor in (theta, mix, channels) if tensor is not None)
-        is_trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in asked)
+        """``A diag(sigma)``, or ``M diag(gain)`` times it, in ``dtype``; zeros may follow (:func:`qaa.ops._room`)."""
+        asked = theta, mix, gain, channels
+        given = tuple(tensor for tensor in asked if tensor is not None)
+        is_trained = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given)
         # A GPU has made the rows anew before it can tell the host whether the angles are the same.
-        if is_trained or theta.is_cuda or not ops._is_plain(*asked):
-            return self._rows(theta, mix, channels, dtype)
+        if is_trained or theta.is_cuda or not ops._is_plain(*given):
+            return self._rows(theta, mix, gain, channels, dtype)
         # Generation, and training with frozen angles, ask for the same rows over and over: comparing some hundred
         # numbers takes microseconds, the rows some hundred times as long.
         known = self._known_rows.get("last")
         if known is None or known[1] != dtype or not _are_equal(known[0], asked):
             with torch.inference_mode(False), torch.no_grad():  # training may use these tensors later
-                rows = self._rows(theta, mix, channels, dtype)
-                known = tuple(tensor.clone() for tensor in asked), dtype, rows
+                rows = self._rows(theta, mix, gain, channels, dtype)
+                known = tuple(None if tensor is None else tensor.clone() for tensor in asked), dtype, rows
             self._known_rows["last"] = known
         return known[2]
 
-    def _rows(self, theta: Tensor, mix: Tensor | None, channels: Tensor | None, dtype: torch.dtype | None) -> Tensor:
+    def _rows(
+        self,
+        theta: Tensor,
+        mix: Tensor | None,
+        gain: Tensor | None,
+        channels: Tensor | None,
+        dtype: torch.dtype | None,
+    ) -> Tensor:
         circuit, count, width = self.circuit, self.readout.n_outputs, self._width
         if self.blocks == 1:
             if mix is None:
                 return ops._amplitude_rows(circuit, theta, count, width, True, channels, dtype)
-            return ops._mixed_rows(circuit, theta, mix, width, channels, dtype)
+            return ops._mixed_rows(circuit, theta, mix, width, gain, channels, dtype)
         if mix is None:
             rows = torch.block_diag(  # type: ignore[no-untyped-call]
                 *[ops._amplitude_rows(circuit, theta, count, width, True)] * self.blocks
             )
         else:
-            rows = ops._mixed_rows(circuit, theta, mix.reshape(-1, count), width).reshape(len(mix), -1)
+            mix = ops._scaled(mix, gain, None).reshape(-1, count)
+            rows = ops._mixed_rows(circuit, theta, mix, width).reshape(-1, self.blocks * width)
         return ops._scaled(rows[:, : self.in_features], channels, dtype)
 
     def _affine(
-        self, theta: Tensor, whitening: Whitening, mix: Tensor | None, dtype: torch.dtype | None = None
+        self,
+        theta: Tensor,
+        whitening: Whitening,
+        mix: Tensor | None,
+        gain: Tensor | None = None,
+        dtype: torch.dtype | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """``(A', -A' mu)`` with ``A' = A diag(sigma)``, so that ``A u = A' x - A' mu``; with a mix ``M A`` is A."""
+        """``(A', -A' mu)`` with ``A' = A diag(sigma)``, so that ``A u = A' x - A' mu``; a mix M makes A
+        ``M diag(gain) A``."""
         channels, center = whitening.channels, whitening.center
         if center is None:
-            return self._down(theta, mix, channels, dtype), None
-        down = self._down(theta, mix, channels)
+            return self._down(theta, mix, gain, channels, dtype), None
+        down = self._down(theta, mix, gain, channels)
         offset = -(down * center).sum(-1)  # as a sum, which autocast leaves in full precision
         return ops._scaled(down, None, dtype), ops._scaled(offset, None, dtype)
 
@@ -265,10 +286,12 @@ class Adapter:
         _check_width(x, self.in_features)
         return ops._narrowed(self._features(theta, x, whitening, mix), self.n_features if mix is None else len(mix))
 
-    def _features(self, theta: Tensor, x: Tensor, whitening: Whitening, mix: Tensor | None) -> Tensor:
-        """:meth:`features`, behind which there may be zeros, for the products that follow."""
+    def _features(
+        self, theta: Tensor, x: Tensor, whitening: Whitening, mix: Tensor | None, gain: Tensor | None = None
+    ) -> Tensor:
+        """:meth:`features`, behind which there may be zeros, for the products that follow; M is ``mix diag(gain)``."""
         if self.is_linear:
-            return F.linear(x, *self._affine(theta, whitening, mix, ops._autocast_dtype(x) or x.dtype))
+            return F.linear(x, *self._affine(theta, whitening, mix, gain, ops._autocast_dtype(x) or x.dtype))
         channels, center = whitening.channels, whitening.center
         if channels is not None:
             x = x * channels if center is None else torch.addcmul(-center * channels, x, channels)
@@ -280,7 +303,7 @@ class Adapter:
         features = ops.quantum_features(self.circuit, theta, x, self.readout, noise=noise, trajectories=trajectories)
         if self.blocks > 1:
             features = features.flatten(-2)
-        return features if mix is None else F.linear(features, mix.to(features.dtype))
+        return features if mix is None else F.linear(features, ops._scaled(mix, gain, features.dtype))
 
     def delta(
         self,
@@ -307,13 +330,21 @@ class Adapter:
         mix: Tensor | None = None,
         *,
         in_place: bool = False,
+        down: Tensor | None = None,
     ) -> Tensor:
-        """``base + delta(x, ...)`` in the dtype of ``base``; with ``in_place`` it may be written over ``base``."""
-        # a gain of V alone is left to the projection, which multiplies by it while it changes V's dtype
-        gain = whitening.gain if mix is None and whitening.mean is None else None
+        """``base + delta(x, ...)`` in the dtype of ``base``; with ``in_place`` it may be written over ``base``.
+
+        ``down`` is what :func:`rows_of_several` has made of theta, the whitening and the mix, if it has.
+        """
+        # without a mean a gain is left to the function that changes V or M anyway
+        gain = whitening.gain if whitening.mean is None else None
         if gain is None:
             up, bias, mix = self._folded(up, bias, whitening, mix)
-        features = self._features(theta, x, whitening, mix)
+        if down is not None:
+            features = F.linear(x, down)
+        else:
+            features = self._features(theta, x, whitening, mix, None if mix is None else gain)
+        gain = gain if mix is None else None
         return ops._add_projection(base, features, up, bias, self.scaling, in_place, gain)
 
     def low_rank(
@@ -337,9 +368,54 @@ class Adapter:
         return self._own(down), up * self.scaling, None if bias is None else bias * self.scaling
 
 
-def _are_equal(these: tuple[Tensor, ...], those: tuple[Tensor, ...]) -> bool:
-    return len(these) == len(those) and all(
-        a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(these, those, strict=True)
+class Trained(NamedTuple):
+    """A linear adapter with what its matrix is made of, for :func:`rows_of_several`."""
+
+    adapter: Adapter
+    theta: Tensor
+    whitening: Whitening
+    mix: Tensor | None
+
+
+def rows_of_several(members: Sequence[Trained]) -> list[Tensor | None]:
+    """What :meth:`Adapter.add_to` takes as ``down``, for several adapters at once; None for those that have to wait.
+
+    Matrices of linear adapters do not depend on x. Of those of one shape with a mix and in training, on a CPU, they are
+    made by one call, which threads share, and by one node of autograd; the bits are those that each would make alone.
+    """
+    results: list[Tensor | None] = [None] * len(members)
+    if not torch.is_grad_enabled() or not ops._is_plain():
+        return results
+    alike: dict[Any, list[int]] = {}
+    for i, (adapter, theta, whitening, mix) in enumerate(members):
+        if mix is None or adapter.blocks > 1 or whitening.center is not None or whitening.mean is not None:
+            continue
+        shapes = adapter.circuit.parameter_shape, (mix.shape[0], adapter.n_features)
+        if not (theta.requires_grad or mix.requires_grad) or (theta.shape, mix.shape) != shapes:
+            continue  # or shards of them
+        factors = tuple(factor for factor in whitening if factor is not None)
+        if not all(type(t) is nn.Parameter and t.is_cpu and t.dtype == mix.dtype for t in (theta, mix, *factors)):
+            continue
+        if any(factor.requires_grad for factor in factors):
+            continue
+        has = whitening.gain is not None, whitening.channels is not None
+        alike.setdefault((adapter.circuit, adapter._width, mix.shape, mix.dtype, has), []).append(i)
+    for (circuit, width, *_, dtype, (has_gain, has_channels)), found in alike.items():
+        if len(found) > 1:
+            _, thetas, whitenings, mixes = zip(*(members[i] for i in found), strict=True)
+            gains = [w.gain for w in whitenings] if has_gain else None
+            channels = [w.channels for w in whitenings] if has_channels else None
+            dtype = ops._autocast_dtype(mixes[0]) or dtype
+            together = ops._mixed_rows_together(circuit, thetas, mixes, width, gains, channels, dtype)
+            for i, rows in zip(found, together, strict=True):
+                results[i] = rows
+    return results
+
+
+def _are_equal(these: _Parts, those: _Parts) -> bool:
+    return all(
+        a is b is None or (a is not None and b is not None and a.dtype == b.dtype and torch.equal(a, b))
+        for a, b in zip(these, those, strict=True)
     )
 
 

@@ -250,21 +250,42 @@ def _mixed_rows(
     theta: Tensor,
     mix: Tensor,
     width: int,
+    gain: Tensor | None = None,
     columns: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """:func:`mixed_rows`, each column times its factor, in ``dtype``; zeros may follow the rows (:func:`_room`)."""
+    """:func:`mixed_rows` of ``M diag(gain)``, each column times a factor, in ``dtype``; zeros may follow the rows
+    (:func:`_room`)."""
     readout = f"state[:{width}]"
     if torch.compiler.is_compiling():
-        states = torch.ops.qaa.forward(theta, mix, _text(circuit, readout, False, transposed=True))
+        states = torch.ops.qaa.forward(theta, _scaled(mix, gain, None), _text(circuit, readout, False, transposed=True))
         return _scaled(states.real, columns, dtype)
     what = program(_transposed(circuit), readout, False)
     _check_theta(what, theta)
     _check_x(what, mix)
     _check_together(theta, "mix", mix)
-    if _is_plain(theta, mix) and _is_constant(columns):
-        return _MixedRows.apply(theta, mix, what, columns, dtype)
-    return _scaled(torch.ops.qaa.forward(theta, mix, str(what)).real, columns, dtype)
+    if _is_plain(theta, mix) and _is_constant(columns) and _is_constant(gain):
+        factors = (None if each is None else each[None, None] for each in (gain, columns))
+        rows: Tensor = _MixedRows.apply(what, *factors, dtype, theta, mix)[0]
+        return rows
+    return _scaled(torch.ops.qaa.forward(theta, _scaled(mix, gain, None), str(what)).real, columns, dtype)
+
+
+def _mixed_rows_together(
+    circuit: Circuit,
+    thetas: Sequence[Tensor],
+    mixes: Sequence[Tensor],
+    width: int,
+    gains: Sequence[Tensor] | None = None,
+    columns: Sequence[Tensor] | None = None,
+    dtype: torch.dtype | None = None,
+) -> tuple[Tensor, ...]:
+    """:func:`_mixed_rows` of several angles and M, plain tensors of one shape and dtype on a CPU: the same bits by one
+    call of the core and one node of autograd."""
+    what = program(_transposed(circuit), f"state[:{width}]", False)
+    factors = (None if each is None else torch.stack(tuple(each))[:, None] for each in (gains, columns))
+    rows: tuple[Tensor, ...] = _MixedRows.apply(what, *factors, dtype, *thetas, *mixes)
+    return rows
 
 
 @lru_cache(maxsize=256)
@@ -535,15 +556,18 @@ def _forward(what: Program, theta: Tensor, x: Tensor) -> Tensor:
     return features
 
 
-def _real_parts(what: Program, theta: Tensor, x: Tensor) -> Tensor:
+def _real_parts(what: Program, theta: Tensor, x: Tensor, groups: int = 1) -> Tensor:
     """Real parts of the amplitudes that a program reads, a view of both parts."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     pairs = torch.empty(x.shape[0], 2 * what.n_outputs, dtype=dtype, device=x.device)
-    _call_forward(what, theta, x, pairs)
+    _call_forward(what, theta, x, pairs, groups)
     return pairs[:, ::2]
 
 
-def _call_forward(what: Program, theta: Tensor, x: Tensor, features: Tensor) -> None:
+# With several groups, which are for CPUs, rows fall into so many of one size, each with a row of theta as its angles.
+
+
+def _call_forward(what: Program, theta: Tensor, x: Tensor, features: Tensor, groups: int = 1) -> None:
     angles, x = _angles(theta), _readable(x)
     layout = _layout(x)
     matrices = _core.ConstMatrix(*layout), _core.Matrix(*_layout(features))
@@ -562,16 +586,19 @@ def _call_forward(what: Program, theta: Tensor, x: Tensor, features: Tensor) -> 
                 kernel,
             )
     else:
-        _core.forward(what.plan, angles.data_ptr(), _SCALARS[angles.dtype], *matrices, torch.get_num_threads())
+        where = angles.data_ptr(), _SCALARS[angles.dtype]
+        _core.forward(what.plan, *where, *matrices, torch.get_num_threads(), groups)
 
 
-def _backward(what: Program, theta: Tensor, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def _backward(what: Program, theta: Tensor, x: Tensor, grad: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
     angles, x, grad = _angles(theta), _readable(x), _readable(grad)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return _call_backward(what, theta, angles, _layout(x), grad, _layout(grad_x)), grad_x
+    return _call_backward(what, theta, angles, _layout(x), grad, _layout(grad_x), groups), grad_x
 
 
-def _call_backward(what: Program, theta: Tensor, angles: Tensor, x: _Layout, grad: Tensor, grad_x: _Layout) -> Tensor:
+def _call_backward(
+    what: Program, theta: Tensor, angles: Tensor, x: _Layout, grad: Tensor, grad_x: _Layout, groups: int = 1
+) -> Tensor:
     grad_angles = torch.empty_like(angles)
     matrices = _core.ConstMatrix(*x), _core.ConstMatrix(*_layout(grad))
     if angles.is_cuda:
@@ -599,6 +626,7 @@ def _call_backward(what: Program, theta: Tensor, angles: Tensor, x: _Layout, gra
             grad_angles.data_ptr(),
             _core.Matrix(*grad_x),
             torch.get_num_threads(),
+            groups,
         )
     return grad_angles if grad_angles.dtype == theta.dtype else grad_angles.to(theta.dtype)
 
@@ -825,29 +853,60 @@ class _Rows(_Function):
 
 
 class _MixedRows(_Function):
-    """Real parts of the amplitudes of a transposed circuit."""
+    """Real parts of the amplitudes of a transposed circuit, for one or several angles, each with rows of its own.
+
+    Nothing is saved by autograd's means: the rows of a checkpointed part of a model may be made before it, and within
+    it when it is run again. What is kept is small, and being copies it stays what it was.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        theta: Tensor,
-        mix: Tensor,
         what: Program,
-        columns: Tensor | None,
+        gains: Tensor | None,  # (n, 1, k)
+        columns: Tensor | None,  # (n, 1, width)
         dtype: torch.dtype | None,
-    ) -> Tensor:
-        ctx.save_for_backward(theta, mix, columns)
-        ctx.what = what
-        rows = _real_parts(what, theta, mix)
-        return _padded(rows, columns, dtype, (_room(len(rows), dtype, rows.device), rows.shape[1]))
+        *inputs: Tensor,  # n thetas, then n times M
+    ) -> tuple[Tensor, ...]:
+        n = len(inputs) // 2
+        ctx.set_materialize_grads(False)
+        ctx.what, ctx.inputs, ctx.gains, ctx.columns = what, inputs, gains, columns
+        ctx.theta = torch.stack([_angles(theta).flatten() for theta in inputs[:n]])
+        ctx.mix = _scaled(torch.stack(inputs[n:]), gains, None)
+        rows = _real_parts(what, ctx.theta, ctx.mix.flatten(0, 1), groups=n)
+        if n > 1:
+            return _scaled_once(rows.view(n, -1, rows.shape[1]), columns, dtype).contiguous().unbind()
+        shape = _room(len(rows), dtype, rows.device), rows.shape[1]
+        return (_padded(rows, None if columns is None else columns[0], dtype, shape),)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        theta, mix, columns = ctx.saved_tensors
-        grad = _scaled_once(grad[: len(mix)], columns, _feature_dtype(ctx.what, mix.dtype))
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        n, count, what = len(grads), ctx.mix.shape[1], ctx.what
+        of_theta: Any
+        results: list[Tensor | None] = [None] * (4 + 2 * n)
+        used = [(i, grad[:count]) for i, grad in enumerate(grads) if grad is not None]
+        if not used:
+            return tuple(results)
+        theta, mix, gains, columns = ctx.theta, ctx.mix, ctx.gains, ctx.columns
+        if len(used) < n:
+            index = [i for i, _ in used]
+            theta, mix, gains, columns = (None if t is None else t[index] for t in (theta, mix, gains, columns))
+        grad = torch.stack([grad for _, grad in used])
+        grad = _scaled_once(grad, columns, _feature_dtype(what, ctx.mix.dtype))
         if torch.is_grad_enabled():
-            return *torch.ops.qaa.backward(theta, mix, grad, str(ctx.what)), None, None, None
-        return *_backward(ctx.what, theta, mix, grad), None, None, None
+            pairs = []
+            for (i, _), each, gain in zip(used, grad, [None] * len(used) if gains is None else gains, strict=True):
+                mixed = _scaled(ctx.inputs[n + i], gain, None)
+                pairs.append(torch.ops.qaa.backward(ctx.inputs[i], mixed, each, str(what)))
+            of_theta, of_mix = [pair[0] for pair in pairs], torch.stack([pair[1] for pair in pairs])
+        else:
+            of_theta, of_mix = _backward(what, theta, mix.flatten(0, 1), grad.flatten(0, 1), groups=len(used))
+            of_mix = of_mix.view(mix.shape)
+        of_mix = _scaled(of_mix, gains, None)
+        for (i, _), of_angles, of_rows in zip(used, of_theta, of_mix, strict=True):
+            results[4 + i] = of_angles.view(ctx.inputs[i].shape).to(ctx.inputs[i].dtype)
+            results[4 + n + i] = of_rows.to(ctx.inputs[n + i].dtype)
+        return tuple(results)
 
 
 class _Project(_Function):

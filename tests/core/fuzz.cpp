@@ -497,7 +497,8 @@ void check_calls(Reader& in, const Circuit& c, const std::vector<Plan>& plans) {
   Array grad(rows, k, k + gap, scalar), grad_x(rows, columns, columns + gap, scalar);
   x.fill(random, size, size_class % 8 == 0);
   grad.fill(random, 1, false);
-  std::vector<double> theta(c.n_parameters), grad_theta(c.n_parameters);
+  const std::int64_t some = 1 + layout / 4 % 5, groups = rows % some == 0 ? some : 1;
+  std::vector<double> theta(std::size_t(groups) * c.n_parameters), grad_theta(theta.size());
   for (double& angle : theta) {
     angle = random() % 3 == 0 ? std::acos(0.0) * double(int(random() % 9) - 4) : double(random() % 65536) / 5000 - 6.5;
   }
@@ -508,7 +509,8 @@ void check_calls(Reader& in, const Circuit& c, const std::vector<Plan>& plans) {
     ConstMatrix bad_in = x.view(), bad_grad = grad.view();
     const double* angles = theta.data();
     double* sums = grad_theta.data();
-    const std::uint32_t fault = in.below(11);
+    std::int64_t n_groups = groups;
+    const std::uint32_t fault = in.below(12);
     switch (fault) {
       case 0: bad.columns += 1; bad_grad.columns -= 1; break;
       case 1: bad.rows -= 1; bad_grad.rows += 1; break;
@@ -520,12 +522,13 @@ void check_calls(Reader& in, const Circuit& c, const std::vector<Plan>& plans) {
       case 7: bad_in.rows = bad.rows = bad_grad.rows = bad_x.rows = INT64_MAX - 1; break;
       case 8: bad_in.scalar = Scalar(9); break;
       case 9: angles = sums = nullptr; break;
+      case 10: n_groups = rows % 2 ? 0 : rows + 1; break;
       default: bad.row_stride = k - 1; bad_x.row_stride = columns - 1; break;
     }
-    const bool harmless = (fault == 9 && c.n_parameters == 0) || (fault == 10 && rows == 1);
+    const bool harmless = (fault == 9 && c.n_parameters == 0) || (fault == 11 && rows == 1);
     if (!harmless) {
-      if (!is_refused([&] { forward({plan, angles, bad_in, bad, threads}); })) fail("a bad forward call was accepted");
-      if (!is_refused([&] { backward({plan, angles, bad_in, bad_grad, sums, bad_x, threads}); })) {
+      if (!is_refused([&] { forward({plan, angles, bad_in, bad, threads, n_groups}); })) fail("a bad forward call was accepted");
+      if (!is_refused([&] { backward({plan, angles, bad_in, bad_grad, sums, bad_x, threads, n_groups}); })) {
         fail("a bad backward call was accepted: fault " + std::to_string(fault));
       }
       if (!features.is_untouched() || !grad_x.is_untouched()) fail("a refused call wrote");
@@ -551,7 +554,16 @@ void check_calls(Reader& in, const Circuit& c, const std::vector<Plan>& plans) {
     step[i] = lengths[i / std::size_t(columns)] * (double(random() % 201) - 100) / 100 / std::sqrt(double(columns));
   }
   if (x_stride == 0 && rows > 1) step.assign(step.size(), 0);  // the rows are one row
-  const Features expected = simulate(c, theta, turn, numbers, step, std::size_t(columns));
+  Features expected;
+  for (std::size_t g = 0; g < std::size_t(groups); ++g) {
+    auto part = [&](const std::vector<double>& all) {
+      const std::size_t size = all.size() / std::size_t(groups);
+      return std::vector<double>(all.begin() + std::ptrdiff_t(g * size), all.begin() + std::ptrdiff_t((g + 1) * size));
+    };
+    const Features found = simulate(c, part(theta), part(turn), part(numbers), part(step), std::size_t(columns));
+    expected.value.insert(expected.value.end(), found.value.begin(), found.value.end());
+    expected.slope.insert(expected.slope.end(), found.slope.begin(), found.slope.end());
+  }
   const double slope = sum_of_products(weights, expected.slope);
   double total = 0;
   for (const double w : weights) total += std::abs(w);
@@ -559,8 +571,8 @@ void check_calls(Reader& in, const Circuit& c, const std::vector<Plan>& plans) {
 
   for (const Plan& plan : plans) {
     Array features(rows, k, k + gap, scalar), grad_x(rows, columns, columns + gap, scalar);
-    forward({plan, theta.data(), x.view(), features.matrix(), threads});
-    backward({plan, theta.data(), x.view(), grad.view(), grad_theta.data(), grad_x.matrix(), threads});
+    forward({plan, theta.data(), x.view(), features.matrix(), threads, groups});
+    backward({plan, theta.data(), x.view(), grad.view(), grad_theta.data(), grad_x.matrix(), threads, groups});
     ++counts.forward, ++counts.backward;
     if (!features.gaps_are_untouched() || !grad_x.gaps_are_untouched()) fail("something between rows was written");
     const std::vector<double> received = features.numbers();

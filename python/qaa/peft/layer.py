@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,8 +14,8 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from qaa.circuit import MAX_WIRES
-from qaa.nn import Adapter, Whitening, draw_angles, is_private_result, random_signs
-from qaa.ops import _is_cast_back, _is_plain
+from qaa.nn import Adapter, Trained, Whitening, draw_angles, is_private_result, random_signs, rows_of_several
+from qaa.ops import _autocast_dtype, _is_cast_back, _is_plain
 
 from .tuner import AdditiveLayer
 
@@ -166,7 +169,10 @@ class QaaLayer(AdditiveLayer):
             mirrored = self.qaa_up_adapter[adapter_name]
             size = (2**mirrored.circuit.n_wires / mirrored.n_features) ** 0.5
             up = mirrored.down(phi).T * (up * size)
-        return theta, up, bias, Whitening(*(self._get(name, adapter_name) for name in self.whitening_names)), mix
+        return theta, up, bias, self._whitening_of(adapter_name), mix
+
+    def _whitening_of(self, adapter_name: str) -> Whitening:
+        return Whitening(*(self._get(name, adapter_name) for name in self.whitening_names))
 
     def _get(self, name: str, adapter_name: str) -> Any:
         """An adapter's tensor, or None; on every forward, hence without the detours of ``ParameterDict.get``."""
@@ -281,8 +287,11 @@ class QaaLayer(AdditiveLayer):
                 self._warn_if_neutral(adapter_name)
         parameters = self._parameters_of(adapter_name)
         x = self._cast(x, parameters[1].dtype)
+        down = None if torch.compiler.is_compiling() else _made.rows.pop((self, adapter_name), None)
+        if down is not None and down.dtype != (_autocast_dtype(x) or x.dtype):
+            down = None
         in_place = is_private_result(self.base_layer)
-        return self.qaa_adapter[adapter_name].add_to(base, x, *parameters, in_place=in_place)
+        return self.qaa_adapter[adapter_name].add_to(base, x, *parameters, in_place=in_place, down=down)
 
     def lora_factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor | None]:
         adapter = self.qaa_adapter[adapter_name]
@@ -305,6 +314,44 @@ class QaaLayer(AdditiveLayer):
 
     def _has_constant(self, adapter_name: str) -> bool:
         return adapter_name in self.qaa_bias or adapter_name in self.qaa_center
+
+
+class _Made(threading.local):
+    """Matrices of linear adapters that a forward pass has made in this thread and that no layer has taken yet."""
+
+    def __init__(self) -> None:
+        self.rows: dict[tuple[QaaLayer, str], Tensor] = {}
+
+
+_made = _Made()
+
+
+@contextmanager
+def rows_made_together(model: nn.Module) -> Iterator[None]:
+    """Around a forward pass: the matrices of the model's linear adapters in training are made together, before it.
+
+    A layer makes its own where it finds none: when it is called by itself or for a second time, when a checkpointed
+    part of the model is run again, or as long as it has statistics to measure.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        yield
+        return
+    outer, _made.rows = _made.rows, {}
+    try:
+        members, modules = {}, [model]
+        while modules:
+            module = modules.pop()
+            modules.extend(child for child in module._modules.values() if child is not None)
+            if isinstance(module, QaaLayer) and not (module.disable_adapters or module.merged):
+                for name in module.active_adapters:
+                    if module.qaa_pending.get(name) not in ("measure", "verify") and name in module.qaa_mix:
+                        parts = module.qaa_adapter[name], module.qaa_theta[name], module._whitening_of(name)
+                        members[module, name] = Trained(*parts, module.qaa_mix[name])
+        made = zip(members, rows_of_several(list(members.values())), strict=True)
+        _made.rows = {key: rows for key, rows in made if rows is not None}
+        yield
+    finally:
+        _made.rows = outer
 
 
 def up_circuit(out_features: int, n_features: int, config: Any) -> Adapter:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from qaa.circuit import is_number, shown
 from qaa.noise import NoiseModel, check_noise
 
-from .layer import STAGES, QaaLayer
+from .layer import STAGES, QaaLayer, rows_made_together
 from .tuner import AdditiveModel
 
 
@@ -21,6 +22,9 @@ class QaaModel(AdditiveModel):
 
     prefix = "qaa_"
     tuner_layer_cls = QaaLayer
+
+    def _around_forward(self) -> AbstractContextManager[None]:
+        return rows_made_together(self.model)
 
 
 def parameter_groups(model: nn.Module, lr: float, angle_lr: float) -> list[dict[str, Any]]:

@@ -7,7 +7,7 @@ and then calls PEFT's own ``register_peft_method``; it runs when :mod:`qaa.peft`
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -299,12 +299,17 @@ class AdditiveModel(BaseTuner):
         for container, requires_grad in zip(containers, required, strict=True):
             container[adapter_name].requires_grad_(requires_grad)
 
+    def _around_forward(self) -> AbstractContextManager[None]:
+        """What a forward pass of the model happens in."""
+        return nullcontext()
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Passes ``adapter_names``, one adapter for each row of the batch, to the layers of this method."""
         adapter_names = kwargs.pop("adapter_names", None)
         if adapter_names is None:
-            yield
+            with self._around_forward():
+                yield
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
