@@ -107,15 +107,15 @@ class Angles {
   const double* data_ = nullptr;
 };
 
-std::size_t n_angles(const Plan& plan, const ConstMatrix& x, std::int64_t groups) {
-  check_groups(groups, x.rows);
+std::size_t n_angles(const Plan& plan, std::int64_t groups, std::int64_t x_rows, std::int64_t rows) {
+  check_groups(groups, x_rows, rows);
   return std::size_t(groups) * plan.n_parameters;
 }
 
 void run_forward(const Plan& plan, std::uintptr_t theta, Scalar theta_scalar, const ConstMatrix& x,
                  const Matrix& features, int threads, std::int64_t groups) {
   without_gil([&] {
-    const Angles angles(theta, theta_scalar, n_angles(plan, x, groups));
+    const Angles angles(theta, theta_scalar, n_angles(plan, groups, x.rows, features.rows));
     forward({plan, angles.data(), x, features, threads, groups});
   });
 }
@@ -125,11 +125,12 @@ void run_backward(const Plan& plan, std::uintptr_t theta, Scalar theta_scalar, c
                   const ConstMatrix& grad, std::uintptr_t grad_theta, const Matrix& grad_x, int threads,
                   std::int64_t groups) {
   without_gil([&] {
-    const Angles angles(theta, theta_scalar, n_angles(plan, x, groups));
+    const std::size_t n = n_angles(plan, groups, x.rows, grad.rows);
+    const Angles angles(theta, theta_scalar, n);
     if (theta_scalar == Scalar::float64) {
       return backward({plan, angles.data(), x, grad, reinterpret_cast<double*>(grad_theta), grad_x, threads, groups});
     }
-    std::vector<double> result(n_angles(plan, x, groups));
+    std::vector<double> result(n);
     backward({plan, angles.data(), x, grad, result.data(), grad_x, threads, groups});
     std::copy(result.begin(), result.end(), reinterpret_cast<float*>(grad_theta));
   });

@@ -66,12 +66,16 @@ inline void check_rows(std::int64_t rows) {
   }
 }
 
-inline void check_groups(std::int64_t groups, std::int64_t rows) {
+// How many rows a call's features have: as many as x, or as many for each group where all share x.
+inline std::int64_t check_groups(std::int64_t groups, std::int64_t x_rows, std::int64_t rows) {
   constexpr std::int64_t most = (std::int64_t{1} << 31) - 1;
-  if (groups < 1 || groups > most || rows % groups != 0) {
-    throw std::invalid_argument("expected 1 to " + std::to_string(most) + " groups of rows, equally many in each, received " +
-                                std::to_string(groups) + " groups and " + std::to_string(rows) + " rows");
+  const bool share = groups > 0 && rows % groups == 0 && rows / groups == x_rows;
+  if (groups < 1 || groups > most || (!share && x_rows % groups != 0)) {
+    throw std::invalid_argument("expected 1 to " + std::to_string(most) +
+                                " groups of rows, equally many in each, received " + std::to_string(groups) +
+                                " groups and " + std::to_string(x_rows) + " rows");
   }
+  return share ? rows : x_rows;
 }
 
 inline void check_angle_type(Scalar scalar) {
@@ -97,15 +101,16 @@ inline void check_x(const Plan& plan, const ConstMatrix& x) {
   }
 }
 
-inline void check_forward(const Plan& plan, const ConstMatrix& x, const Matrix& features) {
+inline void check_forward(const Plan& plan, const ConstMatrix& x, const Matrix& features, std::int64_t groups = 1) {
   check_x(plan, x);
-  check(features, "features", x.rows, plan.n_columns(), {x.scalar, "x"});
+  check(features, "features", check_groups(groups, x.rows, features.rows), plan.n_columns(), {x.scalar, "x"});
   if (x.rows > 0 && x.data == nullptr) throw std::invalid_argument("expected x with data, received a null pointer");
 }
 
-inline void check_backward(const Plan& plan, const ConstMatrix& x, const ConstMatrix& grad, const Matrix& grad_x) {
+inline void check_backward(const Plan& plan, const ConstMatrix& x, const ConstMatrix& grad, const Matrix& grad_x,
+                           std::int64_t groups = 1) {
   check_x(plan, x);
-  check(grad, "grad", x.rows, plan.n_columns(), {x.scalar, "x"});
+  check(grad, "grad", check_groups(groups, x.rows, grad.rows), plan.n_columns(), {x.scalar, "x"});
   if (x.rows > 0 && x.data == nullptr) {
     if (plan.is_quadratic() || plan.normalize) {
       throw std::invalid_argument("expected x with data for a readout that is not linear in x, received a null "
@@ -115,7 +120,7 @@ inline void check_backward(const Plan& plan, const ConstMatrix& x, const ConstMa
       throw std::invalid_argument("expected grad_x with data where x has none, received a null pointer");
     }
   }
-  if (grad_x.data != nullptr) check(grad_x, "grad_x", x.rows, x.columns, {x.scalar, "x"});
+  if (grad_x.data != nullptr) check(grad_x, "grad_x", grad.rows, x.columns, {x.scalar, "x"});
 }
 
 }  // namespace qaa

@@ -161,11 +161,14 @@ struct Setting {
         chunks(x.rows, kernel.width >> lane_bits) {}
 };
 
+std::int64_t rows_of(const ForwardCall& call) { return call.features.rows; }
+std::int64_t rows_of(const BackwardCall& call) { return call.grad.rows; }
+
 // Small batches are not worth waking other threads for.
 template <class Call>
 int useful_threads(const Call& call) {
   constexpr std::int64_t amplitudes_per_thread = 1 << 16;
-  const std::int64_t useful = 1 + call.x.rows * std::int64_t{call.plan.n_amplitudes()} / amplitudes_per_thread;
+  const std::int64_t useful = 1 + rows_of(call) * std::int64_t{call.plan.n_amplitudes()} / amplitudes_per_thread;
   return int(std::min<std::int64_t>(call.threads, useful));
 }
 
@@ -199,7 +202,7 @@ void backward_as(const BackwardCall& call) {
 std::int64_t size_of(Scalar scalar) { return scalar == Scalar::float64 ? 8 : scalar == Scalar::float32 ? 4 : 2; }
 
 template <class M>
-M rows_of(M m, std::int64_t first, std::int64_t count) {
+M cut(M m, std::int64_t first, std::int64_t count) {
   using Byte = std::conditional_t<std::is_const_v<std::remove_pointer_t<decltype(m.data)>>, const char, char>;
   if (m.data != nullptr) m.data = static_cast<Byte*>(m.data) + first * m.row_stride * size_of(m.scalar);
   m.rows = count;
@@ -207,16 +210,18 @@ M rows_of(M m, std::int64_t first, std::int64_t count) {
 }
 
 ForwardCall group_of(const ForwardCall& call, std::int64_t g, int threads) {
-  const std::int64_t count = call.x.rows / call.groups, first = g * count;
-  return {call.plan, call.theta + g * std::int64_t{call.plan.n_parameters}, rows_of(call.x, first, count),
-          rows_of(call.features, first, count), threads};
+  const std::int64_t count = rows_of(call) / call.groups, first = g * count;
+  const bool share = call.x.rows != rows_of(call);
+  return {call.plan, call.theta + g * std::int64_t{call.plan.n_parameters}, cut(call.x, share ? 0 : first, count),
+          cut(call.features, first, count), threads};
 }
 
 BackwardCall group_of(const BackwardCall& call, std::int64_t g, int threads) {
-  const std::int64_t count = call.x.rows / call.groups, first = g * count;
+  const std::int64_t count = rows_of(call) / call.groups, first = g * count;
   const std::int64_t parameter = g * std::int64_t{call.plan.n_parameters};
-  return {call.plan, call.theta + parameter, rows_of(call.x, first, count), rows_of(call.grad, first, count),
-          call.grad_theta + parameter, rows_of(call.grad_x, first, count), threads};
+  const bool share = call.x.rows != rows_of(call);
+  return {call.plan, call.theta + parameter, cut(call.x, share ? 0 : first, count), cut(call.grad, first, count),
+          call.grad_theta + parameter, cut(call.grad_x, first, count), threads};
 }
 
 // Threads share the groups, or each group's rows where there are fewer groups than threads. A group's bits are those
@@ -310,18 +315,16 @@ PlanOptions default_options() {
 }
 
 void forward(const ForwardCall& call) {
-  check_forward(call.plan, call.x, call.features);
+  check_forward(call.plan, call.x, call.features, call.groups);
   check_angles(call.plan.n_parameters, call.theta, "theta");
-  check_groups(call.groups, call.x.rows);
   if (call.x.rows == 0) return;
   run_groups(call, call.x.scalar == Scalar::float64 ? forward_as<double> : forward_as<float>);
 }
 
 void backward(const BackwardCall& call) {
-  check_backward(call.plan, call.x, call.grad, call.grad_x);
+  check_backward(call.plan, call.x, call.grad, call.grad_x, call.groups);
   check_angles(call.plan.n_parameters, call.theta, "theta");
   check_angles(call.plan.n_parameters, call.grad_theta, "grad_theta");
-  check_groups(call.groups, call.x.rows);
   if (call.x.rows == 0) {
     std::fill_n(call.grad_theta, call.groups * std::int64_t{call.plan.n_parameters}, 0.0);
     return;

@@ -35,8 +35,9 @@ namespace qaa {
 //   x         (batch, d), 1 <= d <= 2^n_wires, any scalar; batch may be 0
 //   features  (batch, plan.n_columns()), float64 if x is, else any narrower scalar; for `state` each output is a pair
 //             (real, imaginary)
-//   groups    into which neighbouring rows fall, equally many into each; every group has angles of its own, and theta is
-//             (groups, plan.n_parameters)
+//   groups    into which neighbouring rows of the features fall, equally many into each; every group has angles of its
+//             own, theta is (groups, plan.n_parameters), and x has as many rows as the features, or those of one group,
+//             which all groups then share
 // A zero row is no state: its features are zero. NaN and infinity stay in their row.
 // Throws std::invalid_argument for other shapes or scalars, or null data in a batch that is not empty.
 struct ForwardCall {
@@ -51,7 +52,8 @@ QAA_API void forward(const ForwardCall& call);
 
 // The vector-Jacobian product of forward by adjoint differentiation: with E = sum(grad * features),
 //   grad_theta[p] = dE/dtheta[p], overwritten: plan.n_parameters doubles, for each group where there are several
-//   grad_x[r]     = dE/dx[r], overwritten: the shape of x; left out if grad_x.data is null
+//   grad_x[r]     = dE/dx[r], overwritten: the shape of x, and as many rows as the features where groups share x; left
+//                   out if grad_x.data is null
 //   grad          (batch, plan.n_columns())
 // Scalars: as for features. The memory that it needs grows neither with the batch nor with the number of gates. A zero
 // row has zero gradients where rows are normalized. A row with NaN or infinity makes grad_theta NaN, and no other row

@@ -83,17 +83,23 @@ std::shared_ptr<const Plan> plan_of(const XLA_FFI_CallFrame& frame) {
   return plans[std::string(text)] = std::make_shared<const Plan>(compile(text));
 }
 
-int threads_of(const XLA_FFI_CallFrame& frame) {
-  const auto& scalar = *static_cast<const XLA_FFI_Scalar*>(attribute(frame, "threads", XLA_FFI_AttrType_SCALAR));
+std::int64_t integer(const XLA_FFI_CallFrame& frame, const std::string& name) {
+  const auto& scalar = *static_cast<const XLA_FFI_Scalar*>(attribute(frame, name, XLA_FFI_AttrType_SCALAR));
   if (scalar.dtype != XLA_FFI_DataType_S64) {
-    throw std::invalid_argument("expected threads of int64, received XLA's type " + std::to_string(int(scalar.dtype)));
+    throw std::invalid_argument("expected " + name + " of int64, received XLA's type " +
+                                std::to_string(int(scalar.dtype)));
   }
-  return int(std::clamp<std::int64_t>(*static_cast<const std::int64_t*>(scalar.value), 1, 1024));
+  return *static_cast<const std::int64_t*>(scalar.value);
+}
+
+int threads_of(const XLA_FFI_CallFrame& frame) {
+  return int(std::clamp<std::int64_t>(integer(frame, "threads"), 1, 1024));
 }
 
 // Angles as the core wants them, from float32 or float64.
-std::vector<double> angles(const XLA_FFI_Buffer& theta, const Plan& plan) {
-  const std::size_t n = plan.n_parameters;
+std::vector<double> angles(const XLA_FFI_Buffer& theta, const Plan& plan, std::int64_t groups) {
+  constexpr std::int64_t most = std::int64_t{1} << 31;
+  const std::size_t n = std::size_t(std::clamp<std::int64_t>(groups, 0, most)) * plan.n_parameters;
   if (theta.rank != 1 || std::size_t(theta.dims[0]) != n) {
     throw std::invalid_argument("expected theta with " + std::to_string(n) + " angles, received shape " + shape_of(theta));
   }
@@ -108,14 +114,16 @@ std::vector<double> angles(const XLA_FFI_Buffer& theta, const Plan& plan) {
 
 void run_forward(const XLA_FFI_CallFrame& frame) {
   const std::shared_ptr<const Plan> plan = plan_of(frame);
-  const std::vector<double> theta = angles(argument(frame, 0), *plan);
+  const std::int64_t groups = integer(frame, "groups");
+  const std::vector<double> theta = angles(argument(frame, 0), *plan, groups);
   forward({*plan, theta.data(), matrix<ConstMatrix>(argument(frame, 1)), matrix<Matrix>(result(frame, 0)),
-           threads_of(frame)});
+           threads_of(frame), groups});
 }
 
 void run_backward(const XLA_FFI_CallFrame& frame) {
   const std::shared_ptr<const Plan> plan = plan_of(frame);
-  const std::vector<double> theta = angles(argument(frame, 0), *plan);
+  const std::int64_t groups = integer(frame, "groups");
+  const std::vector<double> theta = angles(argument(frame, 0), *plan, groups);
   const XLA_FFI_Buffer& grad_theta = result(frame, 0);
   if (grad_theta.rank != 1 || std::size_t(grad_theta.dims[0]) != theta.size() ||
       grad_theta.dtype != argument(frame, 0).dtype) {
@@ -124,7 +132,7 @@ void run_backward(const XLA_FFI_CallFrame& frame) {
   }
   std::vector<double> sums(theta.size());
   backward({*plan, theta.data(), matrix<ConstMatrix>(argument(frame, 1)), matrix<ConstMatrix>(argument(frame, 2)),
-            sums.data(), frame.rets.size > 1 ? matrix<Matrix>(result(frame, 1)) : Matrix(), threads_of(frame)});
+            sums.data(), frame.rets.size > 1 ? matrix<Matrix>(result(frame, 1)) : Matrix(), threads_of(frame), groups});
   if (grad_theta.dtype == XLA_FFI_DataType_F64) {
     std::ranges::copy(sums, static_cast<double*>(grad_theta.data));
   } else {

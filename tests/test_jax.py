@@ -129,6 +129,44 @@ def test_vmap_is_a_loop(transform: Callable[[Any], Any]) -> None:
     close(transform(jax.vmap(jax.vmap(plain, (None, 0)), (0, None)))(THETAS, X), by_theta)
 
 
+MAPS = [(0, None), (None, 0), (0, 0), (1, 2)]
+
+
+@pytest.mark.parametrize("inner", MAPS)
+@pytest.mark.parametrize("outer", MAPS)
+@pytest.mark.parametrize("argument", [None, 0, 1, (0, 1)])
+def test_nested_maps_are_loops_in_loops(inner: Any, outer: Any, argument: Any) -> None:
+    """Features, and gradients within the maps, between them and outside, over any axes of theta and x."""
+
+    def function(theta: Any, x: Any) -> Any:
+        return energy(theta, x) if argument is None else jax.tree.leaves(jax.grad(energy, argument)(theta, x))
+
+    def by_loops(f: Any, axes: Any) -> Any:
+        def looped(theta: Any, x: Any) -> Any:
+            moved = [a if axis is None else jnp.moveaxis(a, axis, 0) for a, axis in zip((theta, x), axes, strict=True)]
+            size = next(len(a) for a, axis in zip(moved, axes, strict=True) if axis is not None)
+            outs = [f(*(a if axis is None else a[i] for a, axis in zip(moved, axes, strict=True))) for i in range(size)]
+            return jax.tree.map(lambda *leaves: jnp.stack(leaves), *outs)
+
+        return looped
+
+    def operand(shape: tuple[int, ...], axis_inner: int | None, axis_outer: int | None) -> Any:
+        for axis, size in ((axis_inner, 3), (axis_outer, 2)):
+            shape = shape if axis is None else (*shape[:axis], size, *shape[axis:])
+        return RNG.normal(size=shape)
+
+    theta, x = (operand(s, *axes) for s, *axes in zip((THETA.shape, X.shape), inner, outer, strict=True))
+    mapped, looped = jax.vmap(jax.vmap(function, inner), outer), by_loops(by_loops(function, inner), outer)
+    jax.tree.map(close, mapped(theta, x), looped(theta, x))
+    if argument is not None:
+        within = jax.vmap(jax.grad(lambda t, v: jax.vmap(energy, inner)(t, v).sum(), argument), outer)(theta, x)
+        outside = jax.grad(lambda t, v: jax.vmap(jax.vmap(energy, inner), outer)(t, v).sum(), argument)(theta, x)
+        loops = by_loops(by_loops(energy, inner), outer)
+        jax.tree.map(close, outside, jax.grad(lambda t, v: loops(t, v).sum(), argument)(theta, x))
+        one = by_loops(jax.grad(lambda t, v: by_loops(energy, inner)(t, v).sum(), argument), outer)
+        jax.tree.map(close, within, one(theta, x))
+
+
 @TRANSFORMS
 @pytest.mark.parametrize("argument", [0, 1])
 def test_vmap_and_gradients_in_either_order(transform: Callable[[Any], Any], argument: int) -> None:
@@ -158,6 +196,19 @@ def test_a_mapped_batch_is_one_call_of_the_kernels() -> None:
     assert text.count("qaa_features[") == 1 and text.count("qaa_adjoint[") == 1 and "scan[" not in text
     text = str(jax.make_jaxpr(jax.vmap(jax.grad(energy, 1), (None, 0)))(THETA, XS))
     assert text.count("qaa_adjoint[") == 1 and "scan[" not in text
+    for axes, of in (((0, None), 0), ((0, None), 1), ((0, 0), (0, 1)), ((None, 0), 0)):
+        text = str(jax.make_jaxpr(jax.vmap(jax.grad(energy, of), axes))(THETAS if axes[0] == 0 else THETA, XS))
+        assert text.count("qaa_adjoint[") == 1 and "scan[" not in text
+    shared = jax.make_jaxpr(jax.vmap(jax.grad(energy), (0, None)))(THETAS, X)
+    assert "broadcast_in_dim[shape=(4, 5, 7)" not in str(shared).replace(" ", "")  # x is not copied for each
+
+
+def test_members_without_rows_and_no_members_at_all() -> None:
+    for thetas, x in ((THETAS, X[:0]), (THETAS[:0], X)):
+        features = jax.vmap(lambda t, v: forward(CIRCUIT, t, v), (0, None))(thetas, x)
+        assert features.shape == (len(thetas), len(x), 3)
+        grads = jax.vmap(jax.grad(energy, (0, 1)), (0, None))(thetas, x)
+        assert [g.shape for g in grads] == [thetas.shape, (len(thetas), *x.shape)] and not grads[0].any()
 
 
 def test_control_flow_checkpoint_and_one_argument_constant() -> None:
@@ -255,20 +306,25 @@ def test_xla_hears_of_a_wrong_call_in_a_sentence() -> None:
         jax.ffi.ffi_call("qaa_forward", out)(*operands, **attributes).block_until_ready()
 
     text = str(qaa.program.program(CIRCUIT, "z", True))
-    angles, threads = THETA.ravel(), np.int64(1)
-    for operands, attributes, message in (
-        ((angles, X), {"threads": threads}, "expected the attribute 'program'"),
-        ((angles, X), {"program": "wires", "threads": threads}, "expected 'CIRCUIT | READOUT"),
-        ((angles, X), {"program": text, "threads": np.int32(2)}, "expected threads of int64"),
-        ((angles[:5], X), {"program": text, "threads": threads}, "expected theta with 18 angles"),
-        ((angles.astype(np.int64), X), {"program": text, "threads": threads}, "expected theta of float32 or float64"),
-        ((angles, X[0]), {"program": text, "threads": threads}, "expected a matrix, received rank 1"),
-        ((angles, X.astype(np.int32)), {"program": text, "threads": threads}, "received XLA's type"),
-        ((angles, X[:4]), {"program": text, "threads": threads}, "expected features with 4 rows, received 5"),
-        ((angles,), {"program": text, "threads": threads}, "expected an array as argument 1, received none"),
+    angles, good = THETA.ravel(), {"program": text, "threads": np.int64(1), "groups": np.int64(1)}
+    for operands, change, message in (
+        ((angles, X), {"program": None}, "expected the attribute 'program'"),
+        ((angles, X), {"program": "wires"}, "expected 'CIRCUIT | READOUT"),
+        ((angles, X), {"threads": np.int32(2)}, "expected threads of int64"),
+        ((angles, X), {"groups": None}, "expected the attribute 'groups'"),
+        ((angles, X), {"groups": np.int64(2)}, "expected theta with 36 angles"),
+        ((angles[:0], X), {"groups": np.int64(-1)}, "expected 1 to 2147483647 groups of rows, equally many in each"),
+        ((np.tile(angles, 2), X), {"groups": np.int64(2)}, "equally many in each, received 2 groups and 5 rows"),
+        ((np.tile(angles, 5), X[:2]), {"groups": np.int64(5)}, "equally many in each, received 5 groups and 2 rows"),
+        ((angles[:5], X), {}, "expected theta with 18 angles"),
+        ((angles.astype(np.int64), X), {}, "expected theta of float32 or float64"),
+        ((angles, X[0]), {}, "expected a matrix, received rank 1"),
+        ((angles, X.astype(np.int32)), {}, "received XLA's type"),
+        ((angles, X[:4]), {}, "expected features with 4 rows, received 5"),
+        ((angles,), {}, "expected an array as argument 1, received none"),
     ):
         with pytest.raises(Exception, match=re.escape(message)):
-            call(*operands, **attributes)
+            call(*operands, **{name: value for name, value in {**good, **change}.items() if value is not None})
 
 
 def test_importing_qaa_imports_no_jax() -> None:

@@ -3,12 +3,14 @@
 The kernels are called through XLA's foreign function interface, so that a compiled computation never returns to Python.
 Three JAX primitives carry them: the features; their tangent, which exists to be transposed; and the adjoint, which is
 its transpose. A function with ``jax.custom_vjp`` would be shorter, but ``vmap`` over rows would then ask for the
-angles' gradient row by row: here a batch under ``vmap`` is a batch of the kernels, forward and backward.
+angles' gradient row by row: here a batch under ``vmap`` is a batch of the kernels, forward and backward, and what is
+mapped over angles too, one call with groups of rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -45,7 +47,8 @@ def forward(
         f_k = \langle\phi| M_k |\phi\rangle \ \text{or}\ |\phi_k|^2 \ \text{or}\ \phi_k
 
     ``jax.vmap`` over ``x`` is one call with a larger batch, and so are its gradients. Mapped over ``theta``, or over
-    gradients with respect to it, calls are made one after the other.
+    gradients with respect to it, it is one call as well, in which every member has angles of its own; threads share
+    the members.
 
     Args:
         circuit: U, on ``n`` wires; wire 0 is the most significant bit of an amplitude's index.
@@ -91,49 +94,65 @@ def forward(
     what.check_width(x.shape[-1])
     if theta.dtype.name not in ("float32", "float64"):
         theta = theta.astype(np.float32)
-    features: jax.Array = _features.bind(theta, x, what=what, threads=_threads(threads))
+    features: jax.Array = _features.bind(theta, x, what=what, threads=_threads(threads), mapped=0, shared=False)
     return features
 
 
 # ------------------------------------------------------------------------------------------------ primitives
 
-# Operands of all three: theta (circuit.parameter_shape) and x (..., d). The tangent has the tangents of theta, x or
-# both after them; the adjoint has the features' cotangent, and yields cotangents for `of`: "theta", "x" or both.
+# Operands of all three: theta (*lead, *circuit.parameter_shape) and x (*lead, ..., d). The tangent has the tangents of
+# theta, x or both after them; the adjoint has the features' cotangent, and yields cotangents for `of`: "theta", "x" or
+# both. `lead` are the `mapped` first axes of theta, one member of the circuit's angles each; where x is `shared` by all
+# members it has none of these axes, but the adjoint yields a cotangent of it for each.
 _features = Primitive("qaa_features")
 _tangent = Primitive("qaa_tangent")
 _adjoint = Primitive("qaa_adjoint")
 _adjoint.multiple_results = True
 
 
-def _shape_of_features(theta: Any, x: Any, *_: Any, what: Program, **__: Any) -> ShapedArray:
+def _shape_of_features(theta: Any, x: Any, *_: Any, what: Program, mapped: int, shared: bool, **__: Any) -> ShapedArray:
     dtype = x.dtype
     if what.is_complex:
         dtype = np.dtype(np.complex128 if dtype == np.float64 else np.complex64)
-    return ShapedArray((*x.shape[:-1], what.n_outputs), dtype)
+    return ShapedArray((*theta.shape[: mapped * shared], *x.shape[:-1], what.n_outputs), dtype)
 
 
-def _shapes_of_adjoint(theta: Any, x: Any, grad: Any, *, of: tuple[str, ...], **_: Any) -> list[ShapedArray]:
-    return [ShapedArray(a.shape, a.dtype) for name, a in (("theta", theta), ("x", x)) if name in of]
+def _shapes_of_adjoint(
+    theta: Any, x: Any, grad: Any, *, of: tuple[str, ...], mapped: int, shared: bool, **_: Any
+) -> list[ShapedArray]:
+    shapes = {"theta": theta.shape, "x": (*theta.shape[: mapped * shared], *x.shape)}
+    return [ShapedArray(shapes[name], a.dtype) for name, a in (("theta", theta), ("x", x)) if name in of]
 
 
-def _call_forward(theta: Any, x: Any, *, what: Program, threads: int) -> Any:
-    out = _shape_of_features(theta, x, what=what)
+def _call_forward(theta: Any, x: Any, *, what: Program, threads: int, mapped: int, shared: bool) -> Any:
+    out = _shape_of_features(theta, x, what=what, mapped=mapped, shared=shared)
+    if 0 in out.shape:
+        return jnp.zeros(out.shape, out.dtype)
+    shape = jax.ShapeDtypeStruct((math.prod(out.shape[:-1]), what.n_outputs), out.dtype)
+    groups = np.int64(math.prod(theta.shape[:mapped]))
+    call = jax.ffi.ffi_call("qaa_forward", shape)
     rows = x.reshape(-1, x.shape[-1])
-    call = jax.ffi.ffi_call("qaa_forward", jax.ShapeDtypeStruct((rows.shape[0], what.n_outputs), out.dtype))
-    return call(theta.reshape(-1), rows, program=str(what), threads=np.int64(threads)).reshape(out.shape)
+    found = call(theta.reshape(-1), rows, program=str(what), threads=np.int64(threads), groups=groups)
+    return found.reshape(out.shape)
 
 
-def _call_backward(theta: Any, x: Any, grad: Any, *, what: Program, threads: int, of: tuple[str, ...]) -> list[Any]:
-    angles, rows = theta.reshape(-1), x.reshape(-1, x.shape[-1])
+def _call_backward(
+    theta: Any, x: Any, grad: Any, *, what: Program, threads: int, of: tuple[str, ...], mapped: int, shared: bool
+) -> list[Any]:
+    shapes = _shapes_of_adjoint(theta, x, grad, of=("theta", "x"), mapped=mapped, shared=shared)
+    if 0 in grad.shape:
+        return [jnp.zeros(s.shape, s.dtype) for s, name in zip(shapes, ("theta", "x"), strict=True) if name in of]
+    angles, width, n_rows = theta.reshape(-1), x.shape[-1], math.prod(grad.shape[:-1])
     results = [jax.ShapeDtypeStruct(angles.shape, angles.dtype)]
     if "x" in of:
-        results.append(jax.ShapeDtypeStruct(rows.shape, rows.dtype))
+        results.append(jax.ShapeDtypeStruct((n_rows, width), x.dtype))
     call = jax.ffi.ffi_call("qaa_backward", results)
     # JAX's cotangent of a + ib is dE/da - i dE/db, the core's is dE/da + i dE/db.
-    grad = grad.reshape(rows.shape[0], what.n_outputs).conj()
-    found = call(angles, rows, grad, program=str(what), threads=np.int64(threads))
+    grad = grad.reshape(n_rows, what.n_outputs).conj()
+    numbers = {"threads": np.int64(threads), "groups": np.int64(math.prod(theta.shape[:mapped]))}
+    found = call(angles, x.reshape(-1, width), grad, program=str(what), **numbers)
     grads = dict(zip(("theta", "x"), found, strict=False))
-    return [grads[name].reshape(a.shape) for name, a in (("theta", theta), ("x", x)) if name in of]
+    return [grads[name].reshape(s.shape) for s, name in zip(shapes, ("theta", "x"), strict=True) if name in of]
 
 
 def _no_forward_mode(*_: Any, **__: Any) -> Any:
@@ -161,47 +180,83 @@ def _transpose(grad: Any, theta: Any, x: Any, *tangents: Any, of: tuple[str, ...
         return [None, None, *(ad.Zero(t.aval) if ad.is_undefined_primal(t) else None for t in tangents)]
     wanted = tuple(name for name, t in zip(of, tangents, strict=True) if ad.is_undefined_primal(t))
     grads = dict(zip(wanted, _adjoint.bind(theta, x, grad, of=wanted, **params), strict=True))
+    if params["shared"] and "x" in grads:
+        grads["x"] = grads["x"].sum(tuple(range(params["mapped"])))
     return [None, None, *(grads.get(name) for name in of)]
 
 
 # ------------------------------------------------------------------------------------------------ batches
 
 
-def _one_after_the_other(primitive: Primitive) -> Callable[..., tuple[Any, Any]]:
-    """The rule by which a primitive maps over any of its operands: a loop."""
+def _batch_tangent(operands: Sequence[Any], axes: Sequence[int | None], **params: Any) -> tuple[Any, Any]:
+    """A loop: tangents are there to be transposed, and whoever maps over one before asks for few."""
+    items = [jnp.moveaxis(a, axis, 0) for a, axis in zip(operands, axes, strict=True) if axis is not None]
 
-    def rule(operands: Sequence[Any], axes: Sequence[int | None], **params: Any) -> tuple[Any, Any]:
-        mapped = [jnp.moveaxis(a, axis, 0) for a, axis in zip(operands, axes, strict=True) if axis is not None]
+    def one(slices: list[Any]) -> Any:
+        rest = iter(slices)
+        return _tangent.bind(
+            *(a if axis is None else next(rest) for a, axis in zip(operands, axes, strict=True)), **params
+        )
 
-        def one(slices: list[Any]) -> Any:
-            rest = iter(slices)
-            return primitive.bind(
-                *(a if axis is None else next(rest) for a, axis in zip(operands, axes, strict=True)), **params
-            )
-
-        out = jax.lax.map(one, mapped)
-        return out, [0] * len(out) if primitive.multiple_results else 0
-
-    return rule
+    return jax.lax.map(one, items), 0
 
 
-def _batch_features(operands: Sequence[Any], axes: Sequence[Any], **params: Any) -> tuple[Any, Any]:
-    (theta, x), (theta_axis, x_axis) = operands, axes
-    if theta_axis is not None:
-        return _one_after_the_other(_features)(operands, axes, **params)
-    return _features.bind(theta, jnp.moveaxis(x, x_axis, 0), **params), 0
+def _size(operands: Sequence[Any], axes: Sequence[int | None]) -> int:
+    return next(int(a.shape[axis]) for a, axis in zip(operands, axes, strict=True) if axis is not None)
 
 
-def _batch_adjoint(operands: Sequence[Any], axes: Sequence[int | None], of: tuple[str, ...], **params: Any) -> Any:
-    """Gradients of x alone are one larger batch; each gradient of theta is a call of its own."""
+def _in_front(a: Any, axis: int | None, size: int) -> Any:
+    """``a`` with the mapped axis in front, or as often as it has members where it is not mapped."""
+    return jnp.broadcast_to(a, (size, *a.shape)) if axis is None else jnp.moveaxis(a, axis, 0)
+
+
+def _with_members(
+    theta: Any, x: Any, axes: Sequence[int | None], size: int, mapped: int, shared: bool
+) -> tuple[Any, Any, dict[str, Any]]:
+    """theta and x with a new first axis of members, which x goes without as long as all members share it."""
+    theta_axis, x_axis = axes
+    theta = _in_front(theta, theta_axis, size)
+    if x_axis is None and (shared or not mapped):
+        return theta, x, {"mapped": mapped + 1, "shared": True}
+    lead = theta.shape[1 : mapped + 1]
+    x = _in_front(x, x_axis, size)
+    if shared:
+        x = jnp.broadcast_to(x.reshape(size, *[1] * mapped, *x.shape[1:]), (size, *lead, *x.shape[1:]))
+    return theta, x, {"mapped": mapped + 1, "shared": False}
+
+
+def _batch_features(
+    operands: Sequence[Any], axes: Sequence[int | None], *, mapped: int, shared: bool, **params: Any
+) -> tuple[Any, Any]:
+    theta, x = operands
+    if axes[0] is None:  # a larger batch for every member
+        x = jnp.moveaxis(x, axes[1], 0 if shared else mapped)
+        return _features.bind(theta, x, mapped=mapped, shared=shared, **params), mapped
+    theta, x, members = _with_members(theta, x, axes, _size(operands, axes), mapped, shared)
+    return _features.bind(theta, x, **members, **params), 0
+
+
+def _batch_adjoint(
+    operands: Sequence[Any],
+    axes: Sequence[int | None],
+    *,
+    of: tuple[str, ...],
+    mapped: int,
+    shared: bool,
+    **params: Any,
+) -> tuple[Any, Any]:
+    """Gradients of x alone are one larger batch for every member; each gradient of theta is that of a new member."""
+    theta, x, grad = operands
+    size = _size(operands, axes)
+    grad = _in_front(grad, axes[2], size)
     if "theta" in of or axes[0] is not None:
-        return _one_after_the_other(_adjoint)(operands, axes, of=of, **params)
-    size = next(a.shape[axis] for a, axis in zip(operands, axes, strict=True) if axis is not None)
-    x, grad = (
-        jnp.broadcast_to(a, (size, *a.shape)) if axis is None else jnp.moveaxis(a, axis, 0)
-        for a, axis in zip(operands[1:], axes[1:], strict=True)
-    )
-    return _adjoint.bind(operands[0], x, grad, of=of, **params), [0]
+        theta, x, members = _with_members(theta, x, axes[:2], size, mapped, shared)
+        return _adjoint.bind(theta, x, grad, of=of, **members, **params), [0] * len(of)
+    x = _in_front(x, axes[1], size)
+    if not shared:
+        x = jnp.moveaxis(x, 0, mapped)
+    grad = jnp.moveaxis(grad, 0, mapped)
+    return _adjoint.bind(theta, x, grad, of=of, mapped=mapped, shared=shared, **params), [mapped]
 
 
 # ------------------------------------------------------------------------------------------------ registration
@@ -212,9 +267,9 @@ for _name, _handler in _core.xla_handlers().items():
 _features.def_abstract_eval(_shape_of_features)
 _tangent.def_abstract_eval(_shape_of_features)
 _adjoint.def_abstract_eval(_shapes_of_adjoint)
-_features.def_impl(jax.jit(_features.bind, static_argnames=("what", "threads")))
+_features.def_impl(jax.jit(_features.bind, static_argnames=("what", "threads", "mapped", "shared")))
 _tangent.def_impl(_no_forward_mode)
-_adjoint.def_impl(jax.jit(_adjoint.bind, static_argnames=("what", "threads", "of")))
+_adjoint.def_impl(jax.jit(_adjoint.bind, static_argnames=("what", "threads", "of", "mapped", "shared")))
 mlir.register_lowering(_features, mlir.lower_fun(_call_forward, multiple_results=False), platform="cpu")
 mlir.register_lowering(_tangent, _no_forward_mode)
 mlir.register_lowering(_adjoint, mlir.lower_fun(_call_backward, multiple_results=True), platform="cpu")
@@ -223,5 +278,5 @@ ad.primitive_jvps[_tangent] = _no_second_derivative
 ad.primitive_jvps[_adjoint] = _no_second_derivative
 ad.primitive_transposes[_tangent] = _transpose
 batching.primitive_batchers[_features] = _batch_features
-batching.primitive_batchers[_tangent] = _one_after_the_other(_tangent)
+batching.primitive_batchers[_tangent] = _batch_tangent
 batching.primitive_batchers[_adjoint] = _batch_adjoint

@@ -493,11 +493,13 @@ void check_calls(Reader& in, const Circuit& c, const std::vector<Plan>& plans) {
   const std::uint32_t layout = in.byte();
   const std::int64_t gap = layout % 4;
   const std::int64_t x_stride = layout < 128 ? columns + gap : layout < 192 ? -(columns + gap) : layout < 200 ? 0 : columns;
-  Array x(rows, columns, x_stride, scalar), features(rows, k, k + gap, scalar);
+  const std::int64_t some = 1 + layout / 4 % 5, groups = rows % some == 0 ? some : 1;
+  const bool share = layout % 3 == 0;
+  const std::int64_t x_rows = share ? rows / groups : rows;
+  Array x(x_rows, columns, x_stride, scalar), features(rows, k, k + gap, scalar);
   Array grad(rows, k, k + gap, scalar), grad_x(rows, columns, columns + gap, scalar);
   x.fill(random, size, size_class % 8 == 0);
   grad.fill(random, 1, false);
-  const std::int64_t some = 1 + layout / 4 % 5, groups = rows % some == 0 ? some : 1;
   std::vector<double> theta(std::size_t(groups) * c.n_parameters), grad_theta(theta.size());
   for (double& angle : theta) {
     angle = random() % 3 == 0 ? std::acos(0.0) * double(int(random() % 9) - 4) : double(random() % 65536) / 5000 - 6.5;
@@ -522,7 +524,7 @@ void check_calls(Reader& in, const Circuit& c, const std::vector<Plan>& plans) {
       case 7: bad_in.rows = bad.rows = bad_grad.rows = bad_x.rows = INT64_MAX - 1; break;
       case 8: bad_in.scalar = Scalar(9); break;
       case 9: angles = sums = nullptr; break;
-      case 10: n_groups = rows % 2 ? 0 : rows + 1; break;
+      case 10: n_groups = rows % 2 ? 0 : rows + 1; break;  // as many as do not share them, nor share x
       default: bad.row_stride = k - 1; bad_x.row_stride = columns - 1; break;
     }
     const bool harmless = (fault == 9 && c.n_parameters == 0) || (fault == 11 && rows == 1);
@@ -541,7 +543,7 @@ void check_calls(Reader& in, const Circuit& c, const std::vector<Plan>& plans) {
   const std::vector<double> numbers = x.numbers(), weights = grad.numbers();
   std::vector<double> lengths;  // of the rows
   double largest = c.normalize ? 1 : 0;
-  for (std::int64_t r = 0; r < rows; ++r) {
+  for (std::int64_t r = 0; r < x_rows; ++r) {
     double square = 0;
     for (std::int64_t j = 0; j < columns; ++j) square += std::pow(numbers[std::size_t(r * columns + j)], 2);
     lengths.push_back(std::sqrt(square));
@@ -553,14 +555,15 @@ void check_calls(Reader& in, const Circuit& c, const std::vector<Plan>& plans) {
   for (std::size_t i = 0; i < step.size(); ++i) {
     step[i] = lengths[i / std::size_t(columns)] * (double(random() % 201) - 100) / 100 / std::sqrt(double(columns));
   }
-  if (x_stride == 0 && rows > 1) step.assign(step.size(), 0);  // the rows are one row
+  if (x_stride == 0 && x_rows > 1) step.assign(step.size(), 0);  // the rows are one row
   Features expected;
   for (std::size_t g = 0; g < std::size_t(groups); ++g) {
-    auto part = [&](const std::vector<double>& all) {
+    auto part = [&](const std::vector<double>& all, bool whole = false) {
+      if (whole) return all;
       const std::size_t size = all.size() / std::size_t(groups);
       return std::vector<double>(all.begin() + std::ptrdiff_t(g * size), all.begin() + std::ptrdiff_t((g + 1) * size));
     };
-    const Features found = simulate(c, part(theta), part(turn), part(numbers), part(step), std::size_t(columns));
+    const Features found = simulate(c, part(theta), part(turn), part(numbers, share), part(step, share), std::size_t(columns));
     expected.value.insert(expected.value.end(), found.value.begin(), found.value.end());
     expected.slope.insert(expected.slope.end(), found.slope.begin(), found.slope.end());
   }
@@ -581,7 +584,9 @@ void check_calls(Reader& in, const Circuit& c, const std::vector<Plan>& plans) {
         fail("expected feature " + std::to_string(expected.value[i]) + ", received " + std::to_string(received[i]));
       }
     }
-    const double found = sum_of_products(grad_theta, turn) + sum_of_products(grad_x.numbers(), step);
+    std::vector<double> steps;
+    for (std::int64_t g = 0; g < (share ? groups : 1); ++g) steps.insert(steps.end(), step.begin(), step.end());
+    const double found = sum_of_products(grad_theta, turn) + sum_of_products(grad_x.numbers(), steps);
     if (!(std::abs(found - slope) <= allowed)) {
       fail("expected derivative " + std::to_string(slope) + ", received " + std::to_string(found));
     }
