@@ -98,17 +98,6 @@ def test_opcheck(dtype: Any, readout: Any, normalize: bool) -> None:
     )
 
 
-def test_opcheck_of_rows() -> None:
-    for dtype in (torch.float32, torch.float64):
-        theta, text = angles(MIXED, dtype).requires_grad_(), program_text(MIXED, "state[:3]", normalize=False)
-        torch.library.opcheck(torch.ops.qaa.rows.default, (theta, text, 7, False))
-        grad = torch.ones_like(torch.ops.qaa.rows(theta, text, 7, False)).detach()
-        utilities = ("test_schema", "test_faketensor", "test_autograd_registration")
-        torch.library.opcheck(
-            torch.ops.qaa.rows_backward.default, (theta.detach(), grad, text, False), test_utils=utilities
-        )
-
-
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("readout", READOUTS, ids=str)
 @pytest.mark.parametrize("circuit", [CIRCUIT, MIXED], ids=["ring", "mixed"])
@@ -187,11 +176,10 @@ def test_the_transposed_circuit_is_the_transposed_unitary_of_the_same_angles(cir
     theta = angles(circuit)
     transposed = oracle.unitary(ops._transposed(circuit), theta.numpy())
     np.testing.assert_allclose(transposed, oracle.unitary(circuit, theta.numpy()).T, atol=1e-13)
-    # rows on a GPU come from it
-    for k, width, real in ((3, 8, True), (8, 5, False), (1, 6, True)):
-        what = qaa.program.program(circuit, f"state[:{k}]", False)
-        rows = ops._rows_of_transposed(what, theta, width, real)
-        torch.testing.assert_close(rows, ops._rows(what, theta, width, real), rtol=0, atol=1e-12)
+    for k, width in ((3, 8), (8, 5), (1, 6)):
+        expected = transposed.T[:k, :width]
+        np.testing.assert_allclose(amplitude_rows(circuit, theta, k, width=width), expected, atol=1e-13)
+        np.testing.assert_allclose(amplitude_rows(circuit, theta, k, width=width, real=True), expected.real, atol=1e-13)
 
 
 @pytest.mark.parametrize("dtype", [None, torch.float64, torch.float32, torch.bfloat16], ids=str)
@@ -231,7 +219,7 @@ def test_rows_made_together_have_the_bits_of_rows_made_alone(has_factors: bool, 
         mixes = [vectors(r, k, dtype=leaf_dtype, seed=i).requires_grad_() for i in range(n)]
         gains, columns = ([vectors(size, dtype=leaf_dtype, seed=i) for i in range(n)] for size in (k, width))
         factors = (gains, columns) if has_factors else (None, None)
-        together = ops._mixed_rows_together(MIXED, thetas, mixes, width, *factors, dtype)
+        together = ops._rows_together(MIXED, thetas, mixes, width, *factors, dtype)
         alone = [
             ops._mixed_rows(MIXED, *leaves, width, *(f and f[i] for f in factors), dtype)
             for i, leaves in enumerate(zip(thetas, mixes, strict=True))
@@ -251,6 +239,20 @@ def test_rows_made_together_have_the_bits_of_rows_made_alone(has_factors: bool, 
         torch.testing.assert_close(first, ours[1])
         with pytest.raises(RuntimeError, match="expected a first derivative"):
             first.sum().backward()
+
+
+def test_rows_of_amplitudes_made_together_have_the_bits_of_rows_made_alone() -> None:
+    thetas = [angles(MIXED, seed=i).requires_grad_() for i in range(5)]
+    columns = [vectors(6, seed=i) for i in range(5)]
+    together = ops._rows_together(MIXED, thetas, 3, 6, None, columns)
+    alone = [ops._amplitude_rows(MIXED, theta, 3, 6, True, c) for theta, c in zip(thetas, columns, strict=True)]
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+    for used in (range(5), (1, 4), (2,)):
+        ours, theirs = (
+            torch.autograd.grad(sum(rows[i].square().sum() for i in used), thetas, allow_unused=True, retain_graph=True)
+            for rows in (together, alone)
+        )
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 def test_rows_keep_what_they_were_made_of() -> None:
@@ -287,9 +289,9 @@ def test_gradcheck_of_rows_with_factors_and_second_derivatives_of_them_are_an_er
 def test_unit_matrices_are_kept_where_they_are_small_and_belong_to_no_mode() -> None:
     ops._known_units.cache_clear()
     with torch.inference_mode(), torch.device("meta"):
-        small = ops._units(3, torch.complex64, torch.device("cpu"), with_imaginary=True)
-    assert torch.equal(small, torch.cat([torch.eye(3) * 1j**0, torch.eye(3) * 1j]).to(torch.complex64))
-    assert ops._units(3, torch.complex64, torch.device("cpu"), with_imaginary=True) is small
+        small = ops._units(3, torch.float32, torch.device("cpu"))
+    assert torch.equal(small, torch.eye(3))
+    assert ops._units(3, torch.float32, torch.device("cpu")) is small
     ops._units(300, torch.float32, torch.device("cpu"))
     assert ops._known_units.cache_info().currsize == 1
     theta = angles(CIRCUIT, torch.float32).requires_grad_()
@@ -697,7 +699,7 @@ def test_a_second_derivative_is_an_error_and_never_silently_zero() -> None:
         lambda theta, x: quantum_features(CIRCUIT, theta, x),
         lambda theta, x: torch.ops.qaa.forward(theta, x, program_text(CIRCUIT, "z")),
         lambda theta, x: amplitude_rows(CIRCUIT, theta, 3).real,
-        lambda theta, x: torch.ops.qaa.rows(theta, program_text(CIRCUIT, "state[:3]", False), None, True),
+        lambda theta, x: amplitude_rows(CIRCUIT, theta, 3, real=True),
         lambda theta, x: project(
             x, theta.reshape(-1, 6)[:1].expand(4, 6) ** 2, torch.ones(6, 6, dtype=x.dtype) * theta[0, 0, 0]
         ),
@@ -940,7 +942,6 @@ BAD_ARGUMENTS: list[tuple[str, Callable[[], Any], str]] = [
     ("op, no circuit", lambda: torch.ops.qaa.forward(THETA, X, "wires 3; theta 1; FOO 0 | z | normalize"), r"FOO"),
     ("op, other gradient", lambda: torch.ops.qaa.backward(THETA, X, X, TEXT), r"\(4, 3\).*\(4, 6\)"),
     ("op, gradient in float32", lambda: torch.ops.qaa.backward(THETA, X, X[:, :3].float(), TEXT), r"float64.*float32"),
-    ("op, rows of no state", lambda: torch.ops.qaa.rows(THETA, TEXT, None, False), r"amplitudes"),
     ("project, other rows", lambda: project(X, vectors(5, 3), vectors(6, 3)), r"\(5, 6\).*\(4, 6\)"),
     ("project, other features", lambda: project(X, vectors(4, 2), vectors(6, 3)), r"\(4, 3\).*\(4, 2\)"),
     ("project, other outputs", lambda: project(X, vectors(4, 3), vectors(7, 3)), r"\(4, 7\).*\(4, 6\)"),
@@ -948,13 +949,6 @@ BAD_ARGUMENTS: list[tuple[str, Callable[[], Any], str]] = [
     ("project, other bias", lambda: project(X, vectors(4, 3), vectors(6, 3), vectors(5)), r"\(6,\).*\(5,\)"),
     ("project, integers", lambda: project(X.long(), vectors(4, 3), vectors(6, 3)), r"int64"),
     ("project, an array", lambda: project(X.numpy(), vectors(4, 3), vectors(6, 3)), r"Tensor.*ndarray"),
-    (
-        "op, gradient of other rows",
-        lambda: torch.ops.qaa.rows_backward(
-            THETA, torch.ones(3, 8, dtype=torch.complex128), program_text(CIRCUIT, "state[:2]", False), False
-        ),
-        r"\(2, 8\).*\(3, 8\)",
-    ),
 ]
 
 
@@ -981,11 +975,11 @@ def test_torchs_flop_counter_counts_the_plans_operations() -> None:
         call = partial(quantum_features, CIRCUIT, theta, x, readout)
         assert counted(call, backward=False) == 2 * 35 * forward
         assert counted(call, backward=True) == 2 * 35 * (forward + backward)
-    forward, backward = qaa.program.program(CIRCUIT, "state[:3]", False).plan.operations(6)
-    for real, states in ((True, 3), (False, 6)):
+    forward, backward = qaa.program.program(ops._transposed(CIRCUIT), "state[:6]", False).plan.operations(3)
+    for real in (True, False):
         call = partial(amplitude_rows, CIRCUIT, theta, 3, width=6, real=real)
-        assert counted(call, backward=False) == 2 * states * forward
-        assert counted(call, backward=True) == 2 * states * (forward + backward)
+        assert counted(call, backward=False) == 2 * 3 * forward
+        assert counted(call, backward=True) == 2 * 3 * (forward + backward)
     base, features, up = vectors(5, 7, 4), vectors(5, 7, 3).requires_grad_(), vectors(4, 3).requires_grad_()
     by_torch = counted(lambda: base + torch.nn.functional.linear(features, up), backward=True)
     assert counted(lambda: project(base, features, up), backward=True) == by_torch == 6 * 35 * 4 * 3

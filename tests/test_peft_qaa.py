@@ -771,10 +771,15 @@ def alone(model, monkeypatch, *args, **kwargs):
 
 
 @pytest.mark.parametrize(
-    "how", ["plain", "checkpoints", "re-entrant checkpoints", "autocast", "frozen circuit", "float64"]
+    "how",
+    [
+        *("plain", "checkpoints", "re-entrant checkpoints", "autocast", "frozen circuit", "float64"),
+        *("full rank", "random"),
+    ],
 )
 def test_matrices_made_together_are_to_the_bit_those_that_layers_make_alone(how, monkeypatch):
-    config = random_config(**LOW_RANK, train_circuit=how != "frozen circuit")
+    changes = {"r": None} if how == "full rank" else {"r": None, "up_projection": "random"} if how == "random" else {}
+    config = random_config(**{**LOW_RANK, **changes}, train_circuit=how != "frozen circuit")
     model = adapted(config, llama().double() if how == "float64" else None).train()
     if "checkpoints" in how:
         model.gradient_checkpointing_enable({"use_reentrant": how != "checkpoints"})

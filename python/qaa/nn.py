@@ -380,35 +380,39 @@ class Trained(NamedTuple):
 def rows_of_several(members: Sequence[Trained]) -> list[Tensor | None]:
     """What :meth:`Adapter.add_to` takes as ``down``, for several adapters at once; None for those that have to wait.
 
-    Matrices of linear adapters do not depend on x. Of those of one shape with a mix and in training, on a CPU, they are
-    made by one call, which threads share, and by one node of autograd; the bits are those that each would make alone.
+    Matrices of linear adapters do not depend on x. Those of one shape in training, on a CPU, are made by one call,
+    which threads share, and by one node of autograd; the bits are those that each would make alone.
     """
     results: list[Tensor | None] = [None] * len(members)
     if not torch.is_grad_enabled() or not ops._is_plain():
         return results
     alike: dict[Any, list[int]] = {}
     for i, (adapter, theta, whitening, mix) in enumerate(members):
-        if mix is None or adapter.blocks > 1 or whitening.center is not None or whitening.mean is not None:
+        channels, center, mean, gain = whitening
+        if not adapter.is_linear or adapter.blocks > 1 or center is not None or (mix is not None and mean is not None):
             continue
-        shapes = adapter.circuit.parameter_shape, (mix.shape[0], adapter.n_features)
-        if not (theta.requires_grad or mix.requires_grad) or (theta.shape, mix.shape) != shapes:
-            continue  # or shards of them
-        factors = tuple(factor for factor in whitening if factor is not None)
-        if not all(type(t) is nn.Parameter and t.is_cpu and t.dtype == mix.dtype for t in (theta, mix, *factors)):
+        gain = None if mix is None else gain
+        given = tuple(tensor for tensor in (theta, mix, gain, channels) if tensor is not None)
+        if not all(type(t) is nn.Parameter and t.is_cpu and t.dtype == theta.dtype for t in given):
             continue
-        if any(factor.requires_grad for factor in factors):
-            continue
-        has = whitening.gain is not None, whitening.channels is not None
-        alike.setdefault((adapter.circuit, adapter._width, mix.shape, mix.dtype, has), []).append(i)
-    for (circuit, width, *_, dtype, (has_gain, has_channels)), found in alike.items():
+        rows = adapter.n_features if mix is None else tuple(mix.shape)
+        if theta.shape != adapter.circuit.parameter_shape or (mix is not None and mix.shape[-1] != adapter.n_features):
+            continue  # shards of them
+        is_trained = theta.requires_grad or (mix is not None and mix.requires_grad)
+        if is_trained and ops._is_constant(gain) and ops._is_constant(channels):
+            kind = adapter.circuit, rows, adapter._width, theta.dtype, gain is not None, channels is not None
+            alike.setdefault(kind, []).append(i)
+    for (circuit, rows, width, dtype, has_gain, has_channels), found in alike.items():
         if len(found) > 1:
             _, thetas, whitenings, mixes = zip(*(members[i] for i in found), strict=True)
-            gains = [w.gain for w in whitenings] if has_gain else None
-            channels = [w.channels for w in whitenings] if has_channels else None
-            dtype = ops._autocast_dtype(mixes[0]) or dtype
-            together = ops._mixed_rows_together(circuit, thetas, mixes, width, gains, channels, dtype)
-            for i, rows in zip(found, together, strict=True):
-                results[i] = rows
+            factors = (
+                [w.gain for w in whitenings] if has_gain else None,
+                [w.channels for w in whitenings] if has_channels else None,
+            )
+            dtype = ops._autocast_dtype(thetas[0]) or dtype
+            made = ops._rows_together(circuit, thetas, rows if isinstance(rows, int) else mixes, width, *factors, dtype)
+            for i, of_one in zip(found, made, strict=True):
+                results[i] = of_one
     return results
 
 

@@ -153,7 +153,7 @@ def amplitude_rows(circuit: Circuit, theta: Tensor, k: int, *, width: int | None
     .. math:: A_{bi} = \langle b| U(\theta) |i\rangle, \qquad b < k
 
     so that the first ``k`` amplitudes of ``U(theta) x`` are ``pad(x) @ A.T``: the readout ``"state[:k]"`` without
-    normalization as a matrix, at the cost of ``2 k`` simulated states (``k`` for the real parts).
+    normalization as a matrix, at the cost of ``k`` simulated states: row by row ``U(theta)^T |b>``.
 
     Args:
         circuit: U, on ``n`` wires.
@@ -175,6 +175,7 @@ def amplitude_rows(circuit: Circuit, theta: Tensor, k: int, *, width: int | None
         tensor([[ 0.7071,  0.7071],
                 [ 0.7071, -0.7071]])
     """
+    check_circuit(circuit)
     for name, number in (("k", k), ("width", 1 if width is None else width)):
         if isinstance(number, bool) or not isinstance(number, int):
             raise TypeError(f"expected {name} to be an integer, received {type(number).__name__}")
@@ -193,16 +194,18 @@ def _amplitude_rows(
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """:func:`amplitude_rows`, each column times its factor, in ``dtype``; zeros may follow the rows (:func:`_room`)."""
-    readout = f"state[:{k}]"
-    if torch.compiler.is_compiling():
-        return _scaled(torch.ops.qaa.rows(theta, _text(circuit, readout, False), width, real), columns, dtype)
-    what = program(circuit, readout, False)
-    _check_theta(what, theta)
     width = 2**circuit.n_wires if width is None else width
-    what.check_width(width)
-    if _is_plain(theta) and _is_constant(columns):
-        return _Rows.apply(theta, what, width, real, columns, dtype)
-    return _scaled(torch.ops.qaa.rows(theta, str(what), width, real), columns, dtype)
+    if torch.compiler.is_compiling():
+        units = torch.eye(k, dtype=_real_dtype(theta), device=theta.device)
+    else:
+        what = program(circuit, f"state[:{k}]", False)
+        _check_theta(what, theta)
+        what.check_width(width)
+        units = _units(k, _real_dtype(theta), theta.device)
+    if real:
+        return _mixed_rows(circuit, theta, units, width, None, columns, dtype)
+    rows = quantum_features(_transposed(circuit), theta, units, f"state[:{width}]", normalize=False)
+    return _scaled(rows, columns, dtype)
 
 
 def mixed_rows(circuit: Circuit, theta: Tensor, mix: Tensor, *, width: int | None = None) -> Tensor:
@@ -266,25 +269,27 @@ def _mixed_rows(
     _check_together(theta, "mix", mix)
     if _is_plain(theta, mix) and _is_constant(columns) and _is_constant(gain):
         factors = (None if each is None else each[None, None] for each in (gain, columns))
-        rows: Tensor = _MixedRows.apply(what, *factors, dtype, theta, mix)[0]
+        rows: Tensor = _MixedRows.apply(what, 1, *factors, dtype, theta, mix)[0]
         return rows
     return _scaled(torch.ops.qaa.forward(theta, _scaled(mix, gain, None), str(what)).real, columns, dtype)
 
 
-def _mixed_rows_together(
+def _rows_together(
     circuit: Circuit,
     thetas: Sequence[Tensor],
-    mixes: Sequence[Tensor],
+    mixes: Sequence[Tensor] | int,
     width: int,
     gains: Sequence[Tensor] | None = None,
     columns: Sequence[Tensor] | None = None,
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
-    """:func:`_mixed_rows` of several angles and M, plain tensors of one shape and dtype on a CPU: the same bits by one
-    call of the core and one node of autograd."""
+    """:func:`_mixed_rows` of several angles and M, or :func:`_amplitude_rows` of the first k amplitudes for a number k;
+    plain tensors of one shape and dtype on a CPU. The same bits by one call of the core and one node of autograd."""
     what = program(_transposed(circuit), f"state[:{width}]", False)
     factors = (None if each is None else torch.stack(tuple(each))[:, None] for each in (gains, columns))
-    rows: tuple[Tensor, ...] = _MixedRows.apply(what, *factors, dtype, *thetas, *mixes)
+    if isinstance(mixes, int):
+        mixes = [_units(mixes, _real_dtype(thetas[0]), thetas[0].device)]
+    rows: tuple[Tensor, ...] = _MixedRows.apply(what, len(thetas), *factors, dtype, *thetas, *mixes)
     return rows
 
 
@@ -556,15 +561,16 @@ def _forward(what: Program, theta: Tensor, x: Tensor) -> Tensor:
     return features
 
 
-def _real_parts(what: Program, theta: Tensor, x: Tensor, groups: int = 1) -> Tensor:
+def _real_parts(what: Program, theta: Tensor, x: Tensor, n_rows: int, groups: int) -> Tensor:
     """Real parts of the amplitudes that a program reads, a view of both parts."""
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-    pairs = torch.empty(x.shape[0], 2 * what.n_outputs, dtype=dtype, device=x.device)
+    pairs = torch.empty(n_rows, 2 * what.n_outputs, dtype=dtype, device=x.device)
     _call_forward(what, theta, x, pairs, groups)
     return pairs[:, ::2]
 
 
-# With several groups, which are for CPUs, rows fall into so many of one size, each with a row of theta as its angles.
+# With several groups, which are for CPUs, rows fall into so many of one size, each with a row of theta as its angles; x
+# may have the rows of one group, for all.
 
 
 def _call_forward(what: Program, theta: Tensor, x: Tensor, features: Tensor, groups: int = 1) -> None:
@@ -671,47 +677,22 @@ def _current(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if torch.cuda.current_device() == device.index else torch.cuda.device(device)
 
 
-def _state_dtype(theta: Tensor, real: bool) -> torch.dtype:
-    if theta.dtype == torch.float64:
-        return torch.float64 if real else torch.complex128
-    return torch.float32 if real else torch.complex64
+def _real_dtype(theta: Tensor) -> torch.dtype:
+    return torch.float64 if theta.dtype == torch.float64 else torch.float32
 
 
-def _units(k: int, dtype: torch.dtype, device: torch.device, with_imaginary: bool = False) -> Tensor:
-    """The unit matrix of k rows, and with ``with_imaginary`` below it i times that; of few rows it is kept."""
-    return (_known_units if k <= 256 else _new_units)(k, dtype, device, with_imaginary)
+def _units(k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The unit matrix of k rows; of few rows it is kept."""
+    return (_known_units if k <= 256 else _new_units)(k, dtype, device)
 
 
-def _new_units(k: int, dtype: torch.dtype, device: torch.device, with_imaginary: bool) -> Tensor:
-    eye = torch.eye(k, dtype=dtype, device="cpu")
-    # a copy from the CPU has arrived before any stream may read it
-    return (torch.cat([eye, 1j * eye]) if with_imaginary else eye).to(device)
+def _new_units(k: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # they will be saved for backward passes
+        # a copy from the CPU has arrived before any stream may read it
+        return torch.eye(k, dtype=dtype, device="cpu").to(device)
 
 
 _known_units = lru_cache(maxsize=32)(_new_units)
-
-
-def _rows(what: Program, theta: Tensor, width: int, real: bool) -> Tensor:
-    if theta.is_cuda:  # where an adjoint goes through the circuit twice, whatever is asked of it
-        return _rows_of_transposed(what, theta, width, real)
-    # The readout is linear in x, so the gradient of Re phi_b with respect to x is row b of Re U, whatever x is.
-    units = _units(what.n_outputs, _state_dtype(theta, False), theta.device, with_imaginary=not real)
-    grad_x = torch.empty(len(units), width, dtype=_state_dtype(theta, True), device=theta.device)
-    layout = _layout(grad_x)
-    _call_backward(what, theta, _angles(theta), (0, *layout[1:]), units, layout)
-    return grad_x if real else torch.complex(*grad_x.chunk(2))
-
-
-def _rows_of_transposed(what: Program, theta: Tensor, width: int, real: bool) -> Tensor:
-    transposed = program(_transposed(what.circuit), f"state[:{width}]", False)
-    units = _units(what.n_outputs, _state_dtype(theta, True), theta.device)
-    return (_real_parts if real else _forward)(transposed, theta, units)
-
-
-def _rows_backward(what: Program, theta: Tensor, grad: Tensor, real: bool) -> Tensor:
-    units = _units(what.n_outputs, _state_dtype(theta, False), theta.device, with_imaginary=not real)
-    x = _readable((grad if real else torch.cat([grad.real, grad.imag])).to(_state_dtype(theta, True)))
-    return _call_backward(what, theta, _angles(theta), _layout(x), units, _NO_MATRIX)
 
 
 _NO_MATRIX = (0, 0, 0, 0, _core.Scalar.float32)
@@ -825,33 +806,6 @@ def _doubles(t: Tensor) -> Any:
     return t.detach().to("cpu", torch.float64).resolve_neg().numpy()
 
 
-class _Rows(_Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        theta: Tensor,
-        what: Program,
-        width: int,
-        real: bool,
-        columns: Tensor | None,
-        dtype: torch.dtype | None,
-    ) -> Tensor:
-        ctx.save_for_backward(theta, columns)
-        ctx.what, ctx.real = what, real
-        rows = _rows(what, theta, width, real)
-        return _padded(rows, columns, dtype, (_room(len(rows), dtype, rows.device), width))
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        theta, columns = ctx.saved_tensors
-        grad = grad[: ctx.what.n_outputs]
-        if torch.is_grad_enabled():
-            grad = _scaled(grad, columns, None)
-            return torch.ops.qaa.rows_backward(theta, grad, str(ctx.what), ctx.real), *[None] * 5
-        grad = _scaled_once(grad, columns, _state_dtype(theta, ctx.real))
-        return _rows_backward(ctx.what, theta, grad, ctx.real), *[None] * 5
-
-
 class _MixedRows(_Function):
     """Real parts of the amplitudes of a transposed circuit, for one or several angles, each with rows of its own.
 
@@ -863,17 +817,17 @@ class _MixedRows(_Function):
     def forward(
         ctx: Any,
         what: Program,
+        n: int,
         gains: Tensor | None,  # (n, 1, k)
         columns: Tensor | None,  # (n, 1, width)
         dtype: torch.dtype | None,
-        *inputs: Tensor,  # n thetas, then n times M
+        *inputs: Tensor,  # n thetas, then as many M, or one for all that wants no gradient
     ) -> tuple[Tensor, ...]:
-        n = len(inputs) // 2
         ctx.set_materialize_grads(False)
         ctx.what, ctx.inputs, ctx.gains, ctx.columns = what, inputs, gains, columns
         ctx.theta = torch.stack([_angles(theta).flatten() for theta in inputs[:n]])
         ctx.mix = _scaled(torch.stack(inputs[n:]), gains, None)
-        rows = _real_parts(what, ctx.theta, ctx.mix.flatten(0, 1), groups=n)
+        rows = _real_parts(what, ctx.theta, ctx.mix.flatten(0, 1), n * ctx.mix.shape[1], groups=n)
         if n > 1:
             return _scaled_once(rows.view(n, -1, rows.shape[1]), columns, dtype).contiguous().unbind()
         shape = _room(len(rows), dtype, rows.device), rows.shape[1]
@@ -882,31 +836,45 @@ class _MixedRows(_Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         n, count, what = len(grads), ctx.mix.shape[1], ctx.what
-        of_theta: Any
-        results: list[Tensor | None] = [None] * (4 + 2 * n)
-        used = [(i, grad[:count]) for i, grad in enumerate(grads) if grad is not None]
-        if not used:
-            return tuple(results)
-        theta, mix, gains, columns = ctx.theta, ctx.mix, ctx.gains, ctx.columns
-        if len(used) < n:
-            index = [i for i, _ in used]
-            theta, mix, gains, columns = (None if t is None else t[index] for t in (theta, mix, gains, columns))
-        grad = torch.stack([grad for _, grad in used])
-        grad = _scaled_once(grad, columns, _feature_dtype(what, ctx.mix.dtype))
+        thetas, mixes = ctx.inputs[:n], ctx.inputs[n:]
+        of_thetas: list[Tensor | None] = [None] * n
+        of_mixes: list[Tensor | None] = [None] * len(mixes)
+        used = [i for i, grad in enumerate(grads) if grad is not None]
+        if used:
+            one_for_all = len(mixes) < n
+            theta, mix, gains, columns = ctx.theta, ctx.mix, ctx.gains, ctx.columns
+            if len(used) < n:
+                theta, gains, columns = (None if t is None else t[used] for t in (theta, gains, columns))
+                mix = mix if one_for_all else mix[used]
+            grad = torch.stack([grad[:count] for grad in grads if grad is not None])
+            grad = _scaled_once(grad, columns, _feature_dtype(what, mix.dtype))
+            found_theta, found_mix = _MixedRows._adjoint(
+                ctx, used, theta, mix, grad, any(ctx.needs_input_grad[5 + n :])
+            )
+            for j, i in enumerate(used):
+                of_thetas[i] = found_theta[j].view(thetas[i].shape).to(thetas[i].dtype)
+                if found_mix is not None:
+                    of_mixes[i] = _scaled(found_mix[j], None if gains is None else gains[j], mixes[i].dtype)
+        return None, None, None, None, None, *of_thetas, *of_mixes
+
+    @staticmethod
+    def _adjoint(
+        ctx: Any, used: list[int], theta: Tensor, mix: Tensor, grad: Tensor, with_mix: bool
+    ) -> tuple[Any, Any]:
+        """Gradients of the angles and of M times its gains, where they are wanted."""
+        what, n = ctx.what, len(ctx.theta)
         if torch.is_grad_enabled():
             pairs = []
-            for (i, _), each, gain in zip(used, grad, [None] * len(used) if gains is None else gains, strict=True):
-                mixed = _scaled(ctx.inputs[n + i], gain, None)
-                pairs.append(torch.ops.qaa.backward(ctx.inputs[i], mixed, each, str(what)))
-            of_theta, of_mix = [pair[0] for pair in pairs], torch.stack([pair[1] for pair in pairs])
-        else:
-            of_theta, of_mix = _backward(what, theta, mix.flatten(0, 1), grad.flatten(0, 1), groups=len(used))
-            of_mix = of_mix.view(mix.shape)
-        of_mix = _scaled(of_mix, gains, None)
-        for (i, _), of_angles, of_rows in zip(used, of_theta, of_mix, strict=True):
-            results[4 + i] = of_angles.view(ctx.inputs[i].shape).to(ctx.inputs[i].dtype)
-            results[4 + n + i] = of_rows.to(ctx.inputs[n + i].dtype)
-        return tuple(results)
+            for j, i in enumerate(used):
+                of_one = ctx.inputs[n + min(i, len(ctx.inputs) - n - 1)]
+                of_one = _scaled(of_one, None if ctx.gains is None else ctx.gains[i], None)
+                pairs.append(torch.ops.qaa.backward(ctx.inputs[i], of_one, grad[j], str(what)))
+            return [pair[0] for pair in pairs], [pair[1] for pair in pairs] if with_mix else None
+        rows, grad = _readable(mix.flatten(0, 1)), grad.flatten(0, 1)
+        if with_mix:
+            found_theta, found_mix = _backward(what, theta, rows, grad, len(used))
+            return found_theta, found_mix.view(mix.shape)
+        return _call_backward(what, theta, _angles(theta), _layout(rows), grad, _NO_MATRIX, len(used)), None
 
 
 class _Project(_Function):
@@ -996,31 +964,26 @@ def _matrix(t: Tensor) -> Tensor:
 _library = torch.library.Library("qaa", "DEF")
 _library.define("forward(Tensor theta, Tensor x, str program) -> Tensor")
 _library.define("backward(Tensor theta, Tensor x, Tensor grad, str program) -> (Tensor, Tensor)")
-_library.define("rows(Tensor theta, str program, int? width, bool real) -> Tensor")
-_library.define("rows_backward(Tensor theta, Tensor grad, str program, bool real) -> Tensor")
 _library.define("project(Tensor base, Tensor features, Tensor up, Tensor? bias, float scale) -> Tensor")
 _library.define(
     "project_backward(Tensor grad, Tensor features, Tensor up, bool with_bias, float scale) -> (Tensor, Tensor, Tensor)"
 )
 
 
-def _checked(text: str, theta: Tensor, x: Tensor | None = None, grad: Tensor | None = None) -> Program:
+def _checked(text: str, theta: Tensor, x: Tensor, grad: Tensor | None = None) -> Program:
     what = Program.parse(text)
     _check_theta(what, theta)
-    if x is not None:
-        _check_x(what, x)
-        _check_together(theta, "x", x)
-        if x.ndim != 2:
-            raise ValueError(f"expected x of shape (batch, d), received {tuple(x.shape)}")
-        if grad is not None:
-            shape, dtype = (x.shape[0], what.n_outputs), _feature_dtype(what, x.dtype)
-            if tuple(grad.shape) != shape or grad.dtype != dtype:
-                raise ValueError(
-                    f"expected grad of shape {shape} and dtype {dtype}, received {tuple(grad.shape)} and {grad.dtype}"
-                )
-            _check_together(theta, "grad", grad)
-    elif what.readout.kind != "state" or what.normalize:
-        raise ValueError(f"expected a program that reads amplitudes 'as is', received {text[-40:]!r}")
+    _check_x(what, x)
+    _check_together(theta, "x", x)
+    if x.ndim != 2:
+        raise ValueError(f"expected x of shape (batch, d), received {tuple(x.shape)}")
+    if grad is not None:
+        shape, dtype = (x.shape[0], what.n_outputs), _feature_dtype(what, x.dtype)
+        if tuple(grad.shape) != shape or grad.dtype != dtype:
+            raise ValueError(
+                f"expected grad of shape {shape} and dtype {dtype}, received {tuple(grad.shape)} and {grad.dtype}"
+            )
+        _check_together(theta, "grad", grad)
     return what
 
 
@@ -1030,29 +993,6 @@ def _op_forward(theta: Tensor, x: Tensor, program: str) -> Tensor:
 
 def _op_backward(theta: Tensor, x: Tensor, grad: Tensor, program: str) -> tuple[Tensor, Tensor]:
     return _backward(_checked(program, theta, x, grad), theta, x, grad)
-
-
-def _checked_width(what: Program, width: int | None) -> int:
-    width = 2**what.circuit.n_wires if width is None else width
-    what.check_width(width)
-    return width
-
-
-def _op_rows(theta: Tensor, program: str, width: int | None, real: bool) -> Tensor:
-    what = _checked(program, theta)
-    return _rows(what, theta, _checked_width(what, width), real).contiguous()
-
-
-def _op_rows_backward(theta: Tensor, grad: Tensor, program: str, real: bool) -> Tensor:
-    what = _checked(program, theta)
-    if grad.ndim != 2 or grad.shape[0] != what.n_outputs or grad.is_complex() is real:
-        kind = "real" if real else "complex"
-        expected = (what.n_outputs, 2**what.circuit.n_wires)
-        raise ValueError(
-            f"expected a {kind} grad of shape {expected} or narrower, received {grad.dtype} {tuple(grad.shape)}"
-        )
-    what.check_width(grad.shape[1])
-    return _rows_backward(what, theta, grad, real)
 
 
 def _check_matrices(**tensors: Tensor) -> None:
@@ -1080,8 +1020,6 @@ def _op_project_backward(
 for _device in ("CPU", "CUDA"):
     _library.impl("forward", _op_forward, _device)
     _library.impl("backward", _op_backward, _device)
-    _library.impl("rows", _op_rows, _device)
-    _library.impl("rows_backward", _op_rows_backward, _device)
 _library.impl("project", _op_project, "CPU")
 _library.impl("project_backward", _op_project_backward, "CPU")
 
@@ -1095,19 +1033,6 @@ def _fake_forward(theta: Tensor, x: Tensor, program: str) -> Tensor:
 @torch.library.register_fake("qaa::backward", lib=_library)
 def _fake_backward(theta: Tensor, x: Tensor, grad: Tensor, program: str) -> tuple[Tensor, Tensor]:
     return theta.new_empty(theta.shape), x.new_empty(x.shape)
-
-
-@torch.library.register_fake("qaa::rows", lib=_library)
-def _fake_rows(theta: Tensor, program: str, width: int | None, real: bool) -> Tensor:
-    what = _checked(program, theta)
-    dtype = torch.float64 if theta.dtype == torch.float64 else torch.float32
-    shape = (what.n_outputs, _checked_width(what, width))
-    return theta.new_empty(shape, dtype=dtype if real else _feature_dtype(what, dtype))
-
-
-@torch.library.register_fake("qaa::rows_backward", lib=_library)
-def _fake_rows_backward(theta: Tensor, grad: Tensor, program: str, real: bool) -> Tensor:
-    return theta.new_empty(theta.shape)
 
 
 @torch.library.register_fake("qaa::project", lib=_library)
@@ -1133,16 +1058,6 @@ def _autograd_features(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return grad_theta, grad_x, None
 
 
-def _setup_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    theta, ctx.program, _, ctx.real = inputs
-    ctx.save_for_backward(theta)
-
-
-def _autograd_rows(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    grad_theta = torch.ops.qaa.rows_backward(ctx.saved_tensors[0], grad, ctx.program, ctx.real)
-    return grad_theta, None, None, None
-
-
 def _setup_project(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     _, features, up, bias, ctx.scale = inputs
     ctx.with_bias = bias is not None
@@ -1160,11 +1075,9 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
 
 
 torch.library.register_autograd("qaa::forward", _autograd_features, setup_context=_setup_features, lib=_library)
-torch.library.register_autograd("qaa::rows", _autograd_rows, setup_context=_setup_rows, lib=_library)
 torch.library.register_autograd("qaa::project", _autograd_project, setup_context=_setup_project, lib=_library)
 torch.library.register_autograd("qaa::project_backward", _no_second_derivative, lib=_library)
 torch.library.register_autograd("qaa::backward", _no_second_derivative, lib=_library)
-torch.library.register_autograd("qaa::rows_backward", _no_second_derivative, lib=_library)
 
 
 # ------------------------------------------------------------------------------------------------ operation counts
@@ -1183,19 +1096,6 @@ def _flop_forward(theta: _Shape, x: _Shape, program: str, **_: Any) -> int:
 @register_flop_formula(torch.ops.qaa.backward)
 def _flop_backward(theta: _Shape, x: _Shape, grad: _Shape, program: str, **_: Any) -> int:
     return 2 * x[0] * round(Program.parse(program).plan.operations(x[1])[1])
-
-
-@register_flop_formula(torch.ops.qaa.rows)
-def _flop_rows(theta: _Shape, program: str, width: int | None, real: bool, **_: Any) -> int:
-    what = Program.parse(program)  # one state for each row and part goes once through the circuit, backwards
-    states = what.n_outputs * (1 if real else 2)
-    return 2 * states * round(what.plan.operations(_checked_width(what, width))[0])
-
-
-@register_flop_formula(torch.ops.qaa.rows_backward)
-def _flop_rows_backward(theta: _Shape, grad: _Shape, program: str, real: bool, **_: Any) -> int:
-    states = grad[0] * (1 if real else 2)
-    return 2 * states * round(Program.parse(program).plan.operations(grad[1])[1])
 
 
 @register_flop_formula(torch.ops.qaa.project)

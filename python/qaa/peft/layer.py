@@ -344,9 +344,9 @@ def rows_made_together(model: nn.Module) -> Iterator[None]:
             modules.extend(child for child in module._modules.values() if child is not None)
             if isinstance(module, QaaLayer) and not (module.disable_adapters or module.merged):
                 for name in module.active_adapters:
-                    if module.qaa_pending.get(name) not in ("measure", "verify") and name in module.qaa_mix:
+                    if name in module.qaa_adapter and module.qaa_pending.get(name) not in ("measure", "verify"):
                         parts = module.qaa_adapter[name], module.qaa_theta[name], module._whitening_of(name)
-                        members[module, name] = Trained(*parts, module.qaa_mix[name])
+                        members[module, name] = Trained(*parts, module._get("qaa_mix", name))
         made = zip(members, rows_of_several(list(members.values())), strict=True)
         _made.rows = {key: rows for key, rows in made if rows is not None}
         yield
