@@ -334,7 +334,7 @@ class Adapter:
     ) -> Tensor:
         """``base + delta(x, ...)`` in the dtype of ``base``; with ``in_place`` it may be written over ``base``.
 
-        ``down`` is what :func:`rows_of_several` has made of theta, the whitening and the mix, if it has.
+        ``down`` is what :func:`_rows_of_several` has made of theta, the whitening and the mix, if it has.
         """
         # without a mean a gain is left to the function that changes V or M anyway
         gain = whitening.gain if whitening.mean is None else None
@@ -368,8 +368,8 @@ class Adapter:
         return self._own(down), up * self.scaling, None if bias is None else bias * self.scaling
 
 
-class Trained(NamedTuple):
-    """A linear adapter with what its matrix is made of, for :func:`rows_of_several`."""
+class _Trained(NamedTuple):
+    """A linear adapter with what its matrix is made of, for :func:`_rows_of_several`."""
 
     adapter: Adapter
     theta: Tensor
@@ -377,7 +377,7 @@ class Trained(NamedTuple):
     mix: Tensor | None
 
 
-def rows_of_several(members: Sequence[Trained]) -> list[Tensor | None]:
+def _rows_of_several(members: Sequence[_Trained]) -> list[Tensor | None]:
     """What :meth:`Adapter.add_to` takes as ``down``, for several adapters at once; None for those that have to wait.
 
     Matrices of linear adapters do not depend on x. Those of one shape in training, on a CPU, are made by one call,

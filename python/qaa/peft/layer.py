@@ -14,7 +14,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from qaa.circuit import MAX_WIRES
-from qaa.nn import Adapter, Trained, Whitening, draw_angles, is_private_result, random_signs, rows_of_several
+from qaa.nn import Adapter, Whitening, _rows_of_several, _Trained, draw_angles, is_private_result, random_signs
 from qaa.ops import _autocast_dtype, _is_cast_back, _is_plain
 
 from .tuner import AdditiveLayer
@@ -341,13 +341,14 @@ def rows_made_together(model: nn.Module) -> Iterator[None]:
         members, modules = {}, [model]
         while modules:
             module = modules.pop()
-            modules.extend(child for child in module._modules.values() if child is not None)
-            if isinstance(module, QaaLayer) and not (module.disable_adapters or module.merged):
+            if not isinstance(module, QaaLayer):
+                modules.extend(child for child in module._modules.values() if child is not None)
+            elif not (module.disable_adapters or module.merged):
                 for name in module.active_adapters:
                     if name in module.qaa_adapter and module.qaa_pending.get(name) not in ("measure", "verify"):
                         parts = module.qaa_adapter[name], module.qaa_theta[name], module._whitening_of(name)
-                        members[module, name] = Trained(*parts, module._get("qaa_mix", name))
-        made = zip(members, rows_of_several(list(members.values())), strict=True)
+                        members[module, name] = _Trained(*parts, module._get("qaa_mix", name))
+        made = zip(members, _rows_of_several(list(members.values())), strict=True)
         _made.rows = {key: rows for key, rows in made if rows is not None}
         yield
     finally:
