@@ -82,6 +82,6 @@ def test_a_linear_form_simulates_once_a_step():
     assert row.bytes == 16 * row.trainable + 4 * 48
     assert row.operations.token_forward == lora.operations.token_forward
     assert row.operations.token_both == lora.operations.token_both
-    forward, backward = program(qaa.ansatz("ring", 6, 2), "state[:5]", False).plan.operations(48)
+    forward, backward = program(qaa.ops._transposed(qaa.ansatz("ring", 6, 2)), "state[:48]", False).plan.operations(5)
     assert row.operations.step_forward == 2 * 5 * forward
     assert row.operations.step_both == 2 * 5 * (forward + backward)
