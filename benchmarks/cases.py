@@ -65,6 +65,12 @@ CASES = {
         tuple((rival, Task(4, 16, 64)) for rival in ("SQUARE, MLP", "SQUARE, MLP behind 16 factors", "SQUARE, qaa")),
         threads="one",
     ),
+    "sixty layers": Case(
+        tuple(
+            (f"sixty layers, {method}", Task(10, 576, 2))
+            for method in ("LoRA r = 8", "LoRA r = 4", "QAA default", "QAA compact")
+        ),
+    ),
     "fine-tuning": Case(
         tuple(
             (f"fine-tuning, {method}", Task(10, 576, 2))

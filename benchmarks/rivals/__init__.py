@@ -67,6 +67,10 @@ RIVALS = {
     "fine-tuning, QAA default": Entry("yardstick", "own", "finetune", "qaa_default"),
     "fine-tuning, QAA compact": Entry("yardstick", "own", "finetune", "qaa_compact"),
     "fine-tuning, LoRA r = 8": Entry("yardstick", "own", "finetune", "lora"),
+    "sixty layers, LoRA r = 8": Entry("yardstick", "own", "finetune", "layers_lora"),
+    "sixty layers, LoRA r = 4": Entry("yardstick", "own", "finetune", "layers_lora_4"),
+    "sixty layers, QAA default": Entry("yardstick", "own", "finetune", "layers_default"),
+    "sixty layers, QAA compact": Entry("yardstick", "own", "finetune", "layers_compact"),
 }
 
 SIMULATORS = tuple(name for name, entry in RIVALS.items() if entry.kind in ("by hand", "library"))
