@@ -6,6 +6,7 @@ tokens. Memory is the most that the process has held, so every method needs a pr
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -72,19 +73,13 @@ _LAYERS = r"[qv]_proj\.\d+"
 def _layers(task: Task, adapter: Any) -> Rival:
     torch.manual_seed(0)
     model = get_peft_model(_Layers(), adapter).train()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-3)
     x = torch.randn(task.batch, TOKENS, 576)
 
-    def step() -> tuple[Tensor, None, None]:
-        optimizer.zero_grad()
-        loss = model(x.clone().requires_grad_()).square().mean()  # the layers below want a gradient
-        loss.backward()
-        optimizer.step()
-        return loss, None, None
+    def loss() -> Tensor:
+        result: Tensor = model(x.clone().requires_grad_()).square().mean()  # the layers below want a gradient
+        return result
 
-    count = sum(p.numel() for p in trainable)
-    return Rival(None, step, 1, f"60 layers, {task.batch} x {TOKENS} tokens, {count:,} trainable parameters")
+    return _steps(model, loss, f"60 layers, {task.batch} x {TOKENS} tokens")
 
 
 def _training(task: Task, adapter: Any) -> Rival:
@@ -100,16 +95,19 @@ def _training(task: Task, adapter: Any) -> Rival:
         tie_word_embeddings=True,
     )
     model = get_peft_model(LlamaForCausalLM(config), adapter).train()
+    tokens = torch.randint(config.vocab_size, (task.batch, TOKENS))
+    return _steps(model, lambda: model(input_ids=tokens, labels=tokens).loss, f"{task.batch} x {TOKENS} tokens")
+
+
+def _steps(model: nn.Module, loss_of: Callable[[], Tensor], note: str) -> Rival:
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-3)
-    tokens = torch.randint(config.vocab_size, (task.batch, TOKENS))
 
     def step() -> tuple[Tensor, None, None]:
         optimizer.zero_grad()
-        loss = model(input_ids=tokens, labels=tokens).loss
-        loss.backward()
+        loss = loss_of()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         return loss, None, None
 
-    count = sum(p.numel() for p in trainable)
-    return Rival(None, step, 1, f"{task.batch} x {TOKENS} tokens, {count:,} trainable parameters")
+    return Rival(None, step, 1, f"{note}, {sum(p.numel() for p in trainable):,} trainable parameters")

@@ -199,6 +199,7 @@ void backward_as(const BackwardCall& call) {
   with.storage.chain_rule(slots.data(), call.grad_theta);
 }
 
+// The kernels have one of their own: they share no functions with code for other processors (docs/adr/0003).
 std::int64_t size_of(Scalar scalar) { return scalar == Scalar::float64 ? 8 : scalar == Scalar::float32 ? 4 : 2; }
 
 template <class M>

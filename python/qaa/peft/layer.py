@@ -326,6 +326,22 @@ class _Made(threading.local):
 _made = _Made()
 
 
+def _active_adapters(model: nn.Module) -> Iterator[tuple[tuple[QaaLayer, str], _Trained]]:
+    """Adapters that a forward pass uses and that have nothing left to measure; nobody looks inside the layers."""
+    modules = [model]
+    while modules:
+        module = modules.pop()
+        if not isinstance(module, QaaLayer):
+            modules.extend(child for child in module._modules.values() if child is not None)
+            continue
+        if module.disable_adapters or module.merged:
+            continue
+        for name in module.active_adapters:
+            if name in module.qaa_adapter and module.qaa_pending.get(name) not in ("measure", "verify"):
+                parts = module.qaa_adapter[name], module.qaa_theta[name], module._whitening_of(name)
+                yield (module, name), _Trained(*parts, module._get("qaa_mix", name))
+
+
 @contextmanager
 def rows_made_together(model: nn.Module) -> Iterator[None]:
     """Around a forward pass: the matrices of the model's linear adapters in training are made together, before it.
@@ -338,16 +354,7 @@ def rows_made_together(model: nn.Module) -> Iterator[None]:
         return
     outer, _made.rows = _made.rows, {}
     try:
-        members, modules = {}, [model]
-        while modules:
-            module = modules.pop()
-            if not isinstance(module, QaaLayer):
-                modules.extend(child for child in module._modules.values() if child is not None)
-            elif not (module.disable_adapters or module.merged):
-                for name in module.active_adapters:
-                    if name in module.qaa_adapter and module.qaa_pending.get(name) not in ("measure", "verify"):
-                        parts = module.qaa_adapter[name], module.qaa_theta[name], module._whitening_of(name)
-                        members[module, name] = _Trained(*parts, module._get("qaa_mix", name))
+        members = dict(_active_adapters(model))
         made = zip(members, _rows_of_several(list(members.values())), strict=True)
         _made.rows = {key: rows for key, rows in made if rows is not None}
         yield
