@@ -1,18 +1,19 @@
 """``make gpu-check``: all that only a GPU can tell. Tests on it, compute-sanitizer, the kernels' times, training steps.
 
-Times are medians of CUDA events around one call, each after a flush of the second-level cache. A layer's times are
-those of a replayed CUDA graph, so that nothing waits for Python; a training step's are of PEFT models as users run
-them.
+A layer's times are medians of CUDA events around one replay of a CUDA graph, so that nothing waits for Python, each
+after a flush of the second-level cache; a training step's are of PEFT models as users run them.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import gc
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -126,11 +127,12 @@ def kernels_of_the_build() -> Iterator[None]:
         qaa.ops._program_on_device.cache_clear()
 
 
-def training(name: str) -> dict[str, dict[str, float]]:
-    """Milliseconds of a training step, and GiB at its peak, of a model of random bfloat16 weights and each adapter.
+def training(name: str, rounds: int = 15) -> dict[str, dict[str, float]]:
+    """A training step of a model of random bfloat16 weights and each adapter; methods take turns, step by step.
 
-    AdamW, autocast to bfloat16, adapters on q and v in float32, as the Trainer has it with ``bf16=True``. Methods take
-    turns, so that a drift of the clock meets all of them.
+    AdamW, autocast to bfloat16, adapters on q and v in float32, as the Trainer has it with ``bf16=True``. Medians of
+    milliseconds until the GPU is done and until Python has asked for everything (``host``), of the ratio to the first
+    method's step of the same round, and the sum of all kernels' times (``busy``); GiB at the peak.
     """
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM, LlamaConfig
@@ -139,40 +141,60 @@ def training(name: str) -> dict[str, dict[str, float]]:
     keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     shape: dict[str, Any] = dict(zip((*keys, "vocab_size"), sizes, strict=True))
     config = LlamaConfig(**shape, tie_word_embeddings=True)
-    methods = adapters()
     tokens = torch.randint(config.vocab_size, (n_sequences, length), device="cuda")
     with torch.device("cuda"):
         torch.manual_seed(0)
         auto: Any = AutoModelForCausalLM
         base = auto.from_config(config, dtype=torch.bfloat16)
-    rounds: dict[str, list[dict[str, float]]] = {method: [] for method in methods}
-    for _ in range(2):
-        for method, adapter in methods.items():
-            model = get_peft_model(base, adapter).train()
-            trained = [p for p in model.parameters() if p.requires_grad]
-            optimizer = torch.optim.AdamW(trained, lr=1e-3)
+    frozen = {id(p): p for p in base.parameters()}  # which all methods share
 
-            def step(model: Any = model, optimizer: Any = optimizer) -> None:
-                optimizer.zero_grad()
-                with torch.autocast("cuda", torch.bfloat16):
-                    loss = model(input_ids=tokens, labels=tokens).loss
-                loss.backward()
-                optimizer.step()
+    def step_of(adapter: Any) -> tuple[Callable[[], None], int]:
+        model = get_peft_model(copy.deepcopy(base, dict(frozen)), adapter).train()
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=1e-3)
 
+        def step() -> None:
+            optimizer.zero_grad()
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = model(input_ids=tokens, labels=tokens).loss
+            loss.backward()
+            optimizer.step()
+
+        return step, sum(p.numel() for p in trained)
+
+    steps = {method: step_of(adapter) for method, adapter in adapters().items()}
+    samples: dict[str, list[tuple[float, float]]] = {method: [] for method in steps}
+    results: dict[str, dict[str, float]] = {}
+    for method, (step, n_trained) in steps.items():
+        for _ in range(3):  # the first one may compile kernels
             step()
-            torch.cuda.reset_peak_memory_stats()
-            milliseconds = microseconds(step, repeats=7, warmup=2) / 1000
-            rounds[method].append(
-                {
-                    "milliseconds": milliseconds,
-                    "GiB": torch.cuda.max_memory_allocated() / 2**30,
-                    "trainable": sum(p.numel() for p in trained),
-                }
-            )
-            base = model.unload()
-            del model, trained, optimizer, step
-            gc.collect()
-    return {method: {key: min(r[key] for r in results) for key in results[0]} for method, results in rounds.items()}
+        torch.cuda.reset_peak_memory_stats()
+        results[method] = {"busy": milliseconds_of_kernels(step), "trainable": n_trained}
+        results[method]["GiB"] = torch.cuda.max_memory_allocated() / 2**30
+    for _ in range(rounds):
+        for method, (step, _) in steps.items():
+            torch.cuda.synchronize()
+            start = time.perf_counter()
+            step()
+            asked = time.perf_counter()
+            torch.cuda.synchronize()
+            samples[method].append((1000 * (time.perf_counter() - start), 1000 * (asked - start)))
+    reference = [wall for wall, _ in next(iter(samples.values()))]
+    for method, of_method in samples.items():
+        walls, hosts = zip(*of_method, strict=True)
+        ratios = [wall / other for wall, other in zip(walls, reference, strict=True)]
+        medians = zip(("milliseconds", "host", "ratio"), map(statistics.median, (walls, hosts, ratios)), strict=True)
+        results[method].update(medians)
+    return results
+
+
+def milliseconds_of_kernels(step: Callable[[], None]) -> float:
+    """The time that the GPU is at work in a step, kernel by kernel."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        step()
+        torch.cuda.synchronize()
+    on_gpu = (event for event in profile.events() if event.device_type.name == "CUDA")
+    return float(sum(event.time_range.elapsed_us() for event in on_gpu)) / 1000
 
 
 def adapters() -> dict[str, Any]:
@@ -185,31 +207,41 @@ def adapters() -> dict[str, Any]:
     return {"LoRA r = 8": LoraConfig(r=8, target_modules=TARGETS), **presets}
 
 
-def host(width: int = 576, rows: int = 256, n_modules: int = 8) -> dict[str, float]:
-    """Microseconds that Python takes to ask for one adapted layer's forward and backward, until it may go on."""
+class Residual(torch.nn.Module):
+    """Linear layers, each added to its input."""
+
+    def __init__(self, width: int, n_modules: int) -> None:
+        super().__init__()
+        linear = (
+            torch.nn.Linear(width, width, bias=False, device="cuda", dtype=torch.bfloat16) for _ in range(n_modules)
+        )
+        self.layers = torch.nn.Sequential(*(torch.nn.ModuleDict({TARGETS[0]: each}) for each in linear))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer[TARGETS[0]](x)  # type: ignore[index]
+        return x
+
+
+def host(width: int = 576, rows: int = 256, n_modules: int = 16, rounds: int = 40) -> dict[str, float]:
+    """Microseconds for each adapted layer that Python takes to ask for a model's forward and backward pass."""
     from peft import get_peft_model
 
     x = torch.randn(rows, width, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    times: dict[str, float] = {}
-    for method, adapter in adapters().items():
-        layers = [
-            torch.nn.Linear(width, width, bias=False, device="cuda", dtype=torch.bfloat16) for _ in range(n_modules)
-        ]
-        net = torch.nn.Sequential(*(torch.nn.ModuleDict({TARGETS[0]: one}) for one in layers))
-        model = get_peft_model(net, adapter).train()
-        adapted = [module[TARGETS[0]] for module in model.base_model.model]
-        samples: list[float] = []
-        for _ in range(40):
+    model = Residual(width, n_modules)
+    models: dict[str, Any] = {
+        method: get_peft_model(copy.deepcopy(model), adapter).train() for method, adapter in adapters().items()
+    }
+    times: dict[str, list[float]] = {method: [] for method in models}
+    for _ in range(rounds):
+        for method, model in models.items():
             start = time.perf_counter()
-            y = x
             with torch.autocast("cuda", torch.bfloat16):
-                for one in adapted:
-                    y = y + one(y)
+                y = model(x)
             torch.autograd.backward(y, torch.ones_like(y))
-            samples.append(1e6 * (time.perf_counter() - start) / n_modules)
+            times[method].append(1e6 * (time.perf_counter() - start) / n_modules)
             torch.cuda.synchronize()
-        times[method] = sorted(samples)[len(samples) // 2]
-    return times
+    return {method: statistics.median(of_method) for method, of_method in times.items()}
 
 
 def tests() -> str:
@@ -280,11 +312,14 @@ def main() -> int:
             print(f"\n{name}'s shape, {' x '.join(map(str, MODELS[name][1]))} tokens, a training step", flush=True)
             steps[name] = training(name)
             note("training", steps)
-            reference = steps[name]["LoRA r = 8"]["milliseconds"]
             for method, of in steps[name].items():
-                ratio = of["milliseconds"] / reference
-                cells = f"{of['milliseconds']:9.2f} ms {ratio:6.3f} x LoRA {of['GiB']:7.2f} GiB"
-                print(f"{method:12}{cells} {of['trainable']:10,.0f} trainable", flush=True)
+                ratio, on_gpu = f"({of['ratio']:5.3f} x)", f"GPU {of['busy']:8.2f}"
+                times_of_step = f"{of['milliseconds']:8.2f} ms {ratio}, host {of['host']:8.2f}, {on_gpu}"
+                print(
+                    f"{method:12}{times_of_step}, {of['GiB']:6.2f} GiB, {of['trainable']:10,.0f} trainable", flush=True
+                )
+            gc.collect()
+            torch.cuda.empty_cache()
     verdicts = results.get("sanitizer", {})
     is_clean = verdicts == "not installed" or all(verdict == "clean" for verdict in verdicts.values())
     return 0 if results.get("tests", "passed") == "passed" and is_clean else 1

@@ -165,21 +165,22 @@ py::bytes description_of(const cuda::Program& program) {
 
 void run_cuda_forward(const cuda::Program& program, std::uintptr_t description, std::uintptr_t theta,
                       Scalar theta_scalar, const ConstMatrix& x, const Matrix& features, std::uintptr_t workspace,
-                      std::uintptr_t stream, std::uintptr_t kernel) {
+                      std::uintptr_t stream, std::uintptr_t kernel, std::int64_t groups) {
   without_gil([&] {
     auto pointer = [](std::uintptr_t address) { return reinterpret_cast<void*>(address); };
     cuda::forward({program, pointer(description), pointer(theta), theta_scalar, x, features, pointer(workspace),
-                   pointer(stream), pointer(kernel)});
+                   pointer(stream), pointer(kernel), groups});
   });
 }
 
 void run_cuda_backward(const cuda::Program& program, std::uintptr_t description, std::uintptr_t theta,
                        Scalar theta_scalar, const ConstMatrix& x, const ConstMatrix& grad, std::uintptr_t grad_theta,
-                       const Matrix& grad_x, std::uintptr_t workspace, std::uintptr_t stream, std::uintptr_t kernel) {
+                       const Matrix& grad_x, std::uintptr_t workspace, std::uintptr_t stream, std::uintptr_t kernel,
+                       std::int64_t groups) {
   without_gil([&] {
     auto pointer = [](std::uintptr_t address) { return reinterpret_cast<void*>(address); };
     cuda::backward({program, pointer(description), pointer(theta), theta_scalar, x, grad, pointer(grad_theta), grad_x,
-                    pointer(workspace), pointer(stream), pointer(kernel)});
+                    pointer(workspace), pointer(stream), pointer(kernel), groups});
   });
 }
 
@@ -254,7 +255,7 @@ PYBIND11_MODULE(_core, m) {
            "What follows kernel_headers() in the source of such a kernel; empty where there is none.")
       .def_property_readonly("description", &description_of, "Bytes that a call wants in device memory.")
       .def("workspace_bytes", &cuda::workspace_bytes, py::arg("rows"), py::arg("scalar"), py::arg("backward"),
-           "Scratch memory of a call on the current device.");
+           py::arg("groups") = 1, "Scratch memory of a call on the current device.");
   m.def("cuda_is_built", &cuda::is_built, "Whether this build has CUDA kernels.");
   m.def("cuda_is_available", &cuda::is_available, "Whether it has, and there is a driver with a device.");
   m.def("cuda_kernel_headers", [] { return std::string(cuda::kernel_headers()); },
@@ -262,12 +263,12 @@ PYBIND11_MODULE(_core, m) {
   m.def("cuda_load_kernel", &load_cuda_kernel, py::arg("image"), "A kernel from its machine code, as an address.");
   m.def("cuda_forward", &run_cuda_forward, py::arg("program"), py::arg("description_address"),
         py::arg("theta_address"), py::arg("theta_scalar"), py::arg("x"), py::arg("features"),
-        py::arg("workspace_address"), py::arg("stream"), py::arg("kernel") = 0,
+        py::arg("workspace_address"), py::arg("stream"), py::arg("kernel") = 0, py::arg("groups") = 1,
         "As forward, on the current device and asynchronous on the stream.");
   m.def("cuda_backward", &run_cuda_backward, py::arg("program"), py::arg("description_address"),
         py::arg("theta_address"), py::arg("theta_scalar"), py::arg("x"), py::arg("grad"),
         py::arg("grad_theta_address"), py::arg("grad_x"), py::arg("workspace_address"), py::arg("stream"),
-        py::arg("kernel") = 0,
+        py::arg("kernel") = 0, py::arg("groups") = 1,
         "As backward, on the current device and asynchronous on the stream.");
   m.def("xla_handlers", [] {
     const char* kind = "xla._CUSTOM_CALL_TARGET";  // the name under which jax.ffi takes a function

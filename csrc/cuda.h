@@ -15,8 +15,10 @@ namespace qaa::cuda {
 QAA_API bool is_built();
 QAA_API bool is_available();
 
-// Bytes of scratch memory on the current device for a call with so many rows; aligned to 256 bytes.
-QAA_API std::size_t workspace_bytes(const Program& program, std::int64_t rows, Scalar scalar, bool backward);
+// Bytes of scratch memory on the current device for a call with so many rows of features, in so many groups; aligned to 256
+// bytes.
+QAA_API std::size_t workspace_bytes(const Program& program, std::int64_t rows, Scalar scalar, bool backward,
+                                    std::int64_t groups = 1);
 
 // As qaa::ForwardCall. All pointers are to memory of the current device; `theta` has float32 or float64 numbers.
 struct ForwardCall {
@@ -28,11 +30,12 @@ struct ForwardCall {
   Matrix features;
   void* workspace;
   void* stream;  // a cudaStream_t
-  const void* kernel = nullptr;  // of load_kernel, with a program that is_known
+  const void* kernel = nullptr;  // of load_kernel, with a program that is_known and one group
+  std::int64_t groups = 1;       // at most 65,535
 };
 QAA_API void forward(const ForwardCall& call);
 
-// As qaa::BackwardCall. grad_theta has theta's type; the order of every sum depends on the number of rows alone.
+// As qaa::BackwardCall. grad_theta has theta's type; the order of every sum depends on the number of a group's rows alone.
 struct BackwardCall {
   const Program& program;
   const void* description;
@@ -45,6 +48,7 @@ struct BackwardCall {
   void* workspace;
   void* stream;
   const void* kernel = nullptr;
+  std::int64_t groups = 1;
 };
 QAA_API void backward(const BackwardCall& call);
 

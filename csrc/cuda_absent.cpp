@@ -17,7 +17,7 @@ bool is_built() { return false; }
 bool is_available() { return false; }
 Program::Program(const Plan& of, bool) : plan(of) { refuse(); }
 bool Program::can_be_known(const Plan&) { return false; }
-std::size_t workspace_bytes(const Program&, std::int64_t, Scalar, bool) { refuse(); }
+std::size_t workspace_bytes(const Program&, std::int64_t, Scalar, bool, std::int64_t) { refuse(); }
 void forward(const ForwardCall&) { refuse(); }
 void backward(const BackwardCall&) { refuse(); }
 std::string known_source(const Program&, Scalar, bool) { refuse(); }

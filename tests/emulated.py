@@ -65,9 +65,11 @@ class Device:
         padding: int = 0,
         offset: int = 0,
         known: Path | None = None,
+        groups: int = 1,
     ) -> Results:
         """The results for rows of ``dtype``, ``padding`` numbers apart; nothing between them may change.
 
+        With several groups theta has angles for each, one after the other, and x may have the rows of one for all.
         The first row starts ``offset`` numbers after a 256-byte boundary. ``without`` names rewrites of the plan. With
         a folder ``known``, by kernels that are compiled for this circuit alone, in that folder.
         """
@@ -79,10 +81,11 @@ class Device:
         x = Rows(problem.x, dtype, padding, offset)
         grad = Rows(_reals(problem.grad), dtype, padding, offset)
         features = Rows(np.full(grad.shape, np.nan), dtype, padding, offset)
-        grad_x = Rows(np.full(x.shape, np.nan), dtype, padding, offset)
+        grad_x = Rows(np.full((len(problem.grad), x.shape[1]), np.nan), dtype, padding, offset)
         grad_theta = np.full_like(theta, np.nan)
         scalar = DTYPES.index(np.dtype(dtype))
-        call = (plan, _pointer(theta), DTYPES.index(theta.dtype), x.pointer, *x.shape, x.stride, scalar)
+        rows = (x.pointer, *x.shape, x.stride, scalar, len(problem.grad), groups)
+        call = (plan, _pointer(theta), DTYPES.index(theta.dtype), *rows)
         try:
             self._run("qaa_forward", *call, features.pointer, features.stride, scalar)
             gradients = (_pointer(grad_theta), grad_x.pointer, grad_x.stride)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,6 +20,7 @@ from test_kernels import assert_accurate
 torch = pytest.importorskip("torch")
 import qaa.nn  # noqa: E402
 import qaa.ops  # noqa: E402
+import qaa.peft  # noqa: E402
 
 gpu = pytest.mark.skipif(not qaa.cuda.is_available() or not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -128,7 +130,7 @@ def test_kernels_of_one_circuit(n_wires: int, readout: str | None, dtype: Any) -
     for backward in (False, True):
         for rows, is_known in ((many, _core.CudaProgram.can_be_known(what.plan)), (many - 1, False)):
             layout = (0, rows, 1, 1, qaa.ops._SCALARS[dtype])
-            *_, kernel = qaa.ops._on_device(str(what), torch.device("cuda", 0), layout, backward)
+            *_, kernel = qaa.ops._on_device(str(what), torch.device("cuda", 0), layout, backward, 1)
             assert bool(kernel) == is_known
 
 
@@ -269,6 +271,73 @@ def test_a_captured_adapter_follows_its_angles(readout: str, r: int | None) -> N
         theta.data += 1
         graph.replay()
         torch.testing.assert_close(captured, step(), rtol=0, atol=0)
+
+
+def adapted_net(preset: str, dtype: Any) -> tuple[Any, Any, list[Any]]:
+    """Four adapted layers of two shapes on the GPU, a batch, and what is trained."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    shapes = [(72, 72), (72, 40), (40, 72), (72, 40)]
+    net = torch.nn.Sequential(*(torch.nn.Linear(*shape, dtype=dtype) for shape in shapes)).cuda()
+    config = qaa.peft.QaaConfig.preset(preset, target_modules=[str(i) for i in range(4)], init_weights=False)
+    model = peft.get_peft_model(net, config).train()
+    for layer in model.base_model.model:
+        layer.qaa_pending.clear()
+        for name in ("qaa_channels", "qaa_gain"):
+            for tensor in getattr(layer, name).values():
+                tensor.data.uniform_(0.5, 1.5)
+    x = torch.randn(9, 72, device="cuda", dtype=dtype)
+    return model, x, [p for p in model.parameters() if p.requires_grad]
+
+
+@gpu
+@pytest.mark.parametrize("preset", ["compact", "default", "paper"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_made_together_has_the_bits_of_what_layers_make(
+    preset: str, dtype: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In training, without gradients, and in a graph that follows the parameters; nobody waits for the GPU."""
+    model, x, trained = adapted_net(preset, dtype)
+
+    def step() -> list[Any]:
+        with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            value = model(x)
+        if torch.is_grad_enabled():
+            value.backward(torch.ones_like(value))
+        return [value.detach(), *(p.grad for p in trained if torch.is_grad_enabled())]
+
+    groups: list[int] = []
+    call = _core.cuda_forward
+    monkeypatch.setattr(_core, "cuda_forward", lambda *args: groups.append(args[-1]) or call(*args))
+    for with_grad in (True, False):
+        with torch.set_grad_enabled(with_grad):
+            results = []
+            for together in (True, False):
+                with monkeypatch.context() as patch:
+                    if not together:
+                        patch.setattr(type(model.base_model), "_around_forward", lambda self: nullcontext())
+                    for warm in (True, False):
+                        groups.clear()
+                        model.zero_grad()
+                        if not warm:
+                            torch.cuda.set_sync_debug_mode("error")
+                        try:
+                            results.append(step())
+                        finally:
+                            torch.cuda.set_sync_debug_mode("default")
+                assert sorted(groups) == ([1, 3] if together and preset != "paper" else [1] * 4)
+            assert all(torch.equal(a, b) for a, b in zip(results[1], results[3], strict=True))
+    model.zero_grad()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for p in trained:
+            p += 0.1
+    graph.replay()
+    for ours, theirs in zip(captured, ([model.zero_grad()] and step()), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
 @gpu

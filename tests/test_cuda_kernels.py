@@ -155,6 +155,28 @@ def test_rows_do_not_touch_each_other(device: Device, n_wires: int, kind: str, d
         assert np.all(np.isfinite(mixed[which][7]))
 
 
+@pytest.mark.parametrize("shared_bytes", [SHARED_BYTES, 4096])
+@pytest.mark.parametrize("n_wires", [3, 7, 10])
+@pytest.mark.parametrize(("kind", "dtype"), [("z", np.float32), ("paulis", np.float64), ("state", np.float32)])
+def test_groups_have_the_bits_of_calls_of_their_own(
+    device: Device, n_wires: int, kind: str, dtype: Any, shared_bytes: int
+) -> None:
+    """Groups of rows with angles of their own, with rows of x of their own and with the same."""
+    groups, batch = 4, 5 if n_wires > 3 else 300  # more rows than three blocks hold
+    problem = rounded(draw(10, n_wires, kind, batch=groups * batch), dtype)
+    thetas = np.stack([problem.theta * (1 + g) for g in range(groups)])
+    device.schedule(3, shared_bytes)
+    for x in (problem.x, problem.x[:batch]):
+        together = device.solve(replace(problem, theta=thetas, x=x), dtype, padding=2, groups=groups)
+        for g in range(groups):
+            rows = slice(g * batch, (g + 1) * batch)
+            own = replace(problem, theta=thetas[g], x=x[rows] if len(x) > batch else x, grad=problem.grad[rows])
+            value, grad_theta, grad_x = device.solve(own, dtype, padding=2)
+            assert np.array_equal(together[0][rows], value)
+            assert np.array_equal(together[1][g], grad_theta)
+            assert np.array_equal(together[2][rows], grad_x)
+
+
 @pytest.mark.parametrize("n_wires", [4, 10])
 def test_no_rows(device: Device, n_wires: int) -> None:
     features, grad_theta, grad_x = device.solve(draw(7, n_wires, "z", batch=0), np.float32)

@@ -255,6 +255,43 @@ def test_rows_of_amplitudes_made_together_have_the_bits_of_rows_made_alone() -> 
         assert all(a is b is None or torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("is_padded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("with_bias", "with_gain", "scale"), [(False, False, 1.0), (True, False, 3.0), (True, True, 0.5)]
+)
+def test_factors_made_together_have_the_bits_of_factors_made_alone(
+    monkeypatch: pytest.MonkeyPatch, with_bias: bool, with_gain: bool, scale: float, dtype: Any, is_padded: bool
+) -> None:
+    if is_padded:
+        monkeypatch.setattr(ops, "_room", lambda count, dtype, device: -(-count // 8) * 8)
+    n, d_out, k = 4, 5, 3
+    ups = [vectors(d_out, k, dtype=torch.float32, seed=i).requires_grad_() for i in range(n)]
+    biases = [vectors(d_out, dtype=torch.float32, seed=i).requires_grad_() for i in range(n)] if with_bias else []
+    gains = [vectors(k, dtype=torch.float32, seed=i) for i in range(n)] if with_gain else None
+    together = ops._factors(ups, biases, gains, scale, dtype)
+    alone = [ops._factors([ups[i]], biases[i : i + 1], gains and [gains[i]], scale, dtype)[0] for i in range(n)]
+    columns = k + with_bias
+    for ours, theirs, i in zip(together, alone, range(n), strict=True):
+        gained = ups[i] if gains is None else ups[i] * gains[i]
+        expected = torch.cat([gained, *([biases[i][:, None]] if with_bias else [])], 1) * scale
+        assert ours.dtype == dtype and torch.equal(ours, theirs) and not ours[:, columns:].any()
+        torch.testing.assert_close(ours[:, :columns], expected.to(dtype))
+    for used in (range(n), (0, 3), (2,)):  # what nobody used gets no gradient, not even zeros
+        ours, theirs = (
+            torch.autograd.grad(
+                sum(factors[i].double().pow(2).sum() for i in used),
+                (*ups, *biases),
+                allow_unused=True,
+                retain_graph=True,
+            )
+            for factors in (together, alone)
+        )
+        for a, b, i in zip(ours, theirs, [*range(n)] * (1 + with_bias), strict=True):
+            assert (a is not None) == (i in used)
+            assert a is b is None or (a.dtype == torch.float32 and torch.equal(a, b))
+
+
 def test_rows_keep_what_they_were_made_of() -> None:
     """An optimizer may step before the backward pass; the gradients are those of what was multiplied."""
     theta, mix = angles(MIXED).requires_grad_(), vectors(2, 5).requires_grad_()
@@ -466,7 +503,9 @@ def products(
     base: Any, features: Any, up: Any, bias: Any = None, *, gain: Any = None, scale: float = 1.0, in_place: bool = False
 ) -> Any:
     """What a GPU computes for ``project``."""
-    return ops._Products.apply(base, features, up, bias, gain, scale, features.dtype, in_place)
+    biases, gains = [] if bias is None else [bias], None if gain is None else [gain]
+    (factor,) = ops._factors([up], biases, gains, scale, features.dtype)
+    return ops._add_product(base, features, factor, up.shape[1], bias is not None, in_place)
 
 
 @pytest.mark.parametrize("is_padded", [False, True])
@@ -486,8 +525,9 @@ def test_products_are_project_and_differentiable_twice(
             torch.testing.assert_close(value, expected, rtol=0, atol=1e-12)
             for ours, theirs in zip(gradients(value, *arguments), gradients(expected, *arguments), strict=True):
                 torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
-            leaf = arguments[0].detach()
-            over = products(leaf, *arguments[1:], gain=gain, scale=scale, in_place=True)
+            leaf = arguments[0].detach().clone()
+            with torch.no_grad():
+                over = products(leaf, *arguments[1:], gain=gain, scale=scale, in_place=True)
             assert over.data_ptr() == leaf.data_ptr() and torch.equal(over, value)
     arguments = project_arguments((2, 3), 4, 5, torch.float64, with_bias)
     function = partial(products, gain=vectors(4) if with_gain else None, scale=0.7)
@@ -498,11 +538,11 @@ def test_products_are_project_and_differentiable_twice(
 @pytest.mark.parametrize("base_dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_project_under_autocast_is_as_accurate_as_the_formula(dtype: Any, base_dtype: Any) -> None:
-    """``base + scale * linear(...)`` rounds up to three times, a product added to its base once, and c once more."""
+    """Beside V and c, ``base + scale * linear(...)`` rounds up to three times, a product added to its base once."""
     base, features, up, bias = (t.detach() for t in project_arguments((64, 3), 12, 32, torch.float32, True))
     base, features = base.to(base_dtype), features.to(dtype)
     for c in (None, bias):
-        exact = project_in_torch(base, features, up.to(dtype), None if c is None else c.to(dtype), scale=0.7)
+        exact = project_in_torch(base, features, up, c, scale=0.7)
         with torch.autocast("cpu", dtype):
             plain = (base + 0.7 * torch.nn.functional.linear(features, up, c)).to(base_dtype)
             value = project(base, features, up, c, scale=0.7)
@@ -516,7 +556,8 @@ def test_project_in_place_writes_over_a_base_of_another_dtype() -> None:
     for dtype in (torch.bfloat16, torch.float64):
         expected = project(base.detach().to(dtype), *others, scale=0.7)
         over = base.detach().to(dtype)
-        value = project(over, *others, scale=0.7, in_place=True)
+        with torch.no_grad():
+            value = project(over, *others, scale=0.7, in_place=True)
         assert value.data_ptr() == over.data_ptr() and torch.equal(value, expected)
 
 

@@ -716,6 +716,40 @@ def test_a_step_of_a_linear_preset_takes_no_more_ops_than_one_of_a_lora(preset):
     assert autocast_step(QaaConfig.preset(preset, target_modules=["q"]), x)[2] <= lora
 
 
+def ops_of_a_layer(config, n=6):
+    """Ops with a kernel that a step under autocast takes for each of n adapted layers."""
+    base = nn.Sequential(*(nn.ModuleDict({"q": nn.Linear(72, 72, bias=False, dtype=torch.bfloat16)}) for _ in range(n)))
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = base
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer["q"](x)
+            return x
+
+    model = get_peft_model(Net(), config).train()
+    for layer in layers_of(model):
+        layer.qaa_pending.clear()
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+    x = torch.randn(8, 72).bfloat16().requires_grad_()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        with torch.autocast("cpu", torch.bfloat16):
+            output = model(x)
+        output.backward(torch.ones_like(output))
+    return sum(map(has_kernel, profile.events())) / n
+
+
+@pytest.mark.parametrize("preset", ["compact", "default", "paper"])
+def test_a_model_of_adapters_takes_fewer_ops_than_one_of_loras(preset):
+    """Beside the circuit's kernels: five for all of the linear presets, five a layer for others."""
+    adapter = ops_of_a_layer(QaaConfig.preset(preset, target_modules=["q"]))
+    assert adapter <= ops_of_a_layer(LoraConfig(r=8, target_modules=["q"])) - 5
+
+
 @pytest.mark.parametrize("preset", ["compact", "default", "paper", "tiny"])
 def test_a_step_under_autocast_agrees_with_one_in_full_precision(preset, monkeypatch):
     x = torch.randn(8, 72, generator=torch.Generator().manual_seed(0))
@@ -774,7 +808,7 @@ def alone(model, monkeypatch, *args, **kwargs):
     "how",
     [
         *("plain", "checkpoints", "re-entrant checkpoints", "autocast", "frozen circuit", "float64"),
-        *("full rank", "random"),
+        *("full rank", "random", "autocast checkpoints", "autocast re-entrant checkpoints"),
     ],
 )
 def test_matrices_made_together_are_to_the_bit_those_that_layers_make_alone(how, monkeypatch):
@@ -782,12 +816,12 @@ def test_matrices_made_together_are_to_the_bit_those_that_layers_make_alone(how,
     config = random_config(**{**LOW_RANK, **changes}, train_circuit=how != "frozen circuit")
     model = adapted(config, llama().double() if how == "float64" else None).train()
     if "checkpoints" in how:
-        model.gradient_checkpointing_enable({"use_reentrant": how != "checkpoints"})
+        model.gradient_checkpointing_enable({"use_reentrant": "re-entrant" in how})
         model.enable_input_require_grads()
     for layer in layers_of(model):
         for name in ("qaa_channels", "qaa_gain"):
             getattr(layer, name)["default"].uniform_(0.5, 1.5)
-    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+    with torch.autocast("cpu", torch.bfloat16, enabled="autocast" in how):
         calls = counted_calls(monkeypatch)
         expected = alone(model, monkeypatch)
         assert set(calls) == {1}
@@ -796,6 +830,28 @@ def test_matrices_made_together_are_to_the_bit_those_that_layers_make_alone(how,
         # a re-entrant checkpoint runs without gradients first, where matrices are kept, and then layer by layer
         assert calls[0] == len(layers_of(model)) == 4
         assert "checkpoints" in how or len(calls) == 1
+
+
+@pytest.mark.parametrize("how", ["plain", "checkpoints", "standardised", "low rank"])
+def test_up_projections_made_together_are_to_the_bit_those_that_layers_make_alone(how, monkeypatch):
+    """Of quadratic readouts with a bias, under autocast; those of features with a mean are left to their layers."""
+    changes = {"low rank": {"r": 2}, "standardised": {"standardize_features": True}}.get(how, {})
+    model = adapted(random_config("z", **changes)).train()
+    if how == "checkpoints":
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    for layer in layers_of(model):
+        layer.qaa_pending.clear()
+    made = []
+    monkeypatch.setattr(qaa.ops, "_factors", lambda *args, f=qaa.ops._factors: made.append(len(args[0])) or f(*args))
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = alone(model, monkeypatch)
+        assert set(made) == {1}
+        made.clear()
+        assert is_equal(step_of(model), expected)
+        together = [n for n in made if n > 1]
+        assert sum(together) == (0 if how == "standardised" else len(layers_of(model)))
+        assert (1 in made) == (how in ("checkpoints", "standardised"))
 
 
 @pytest.mark.filterwarnings("ignore:.* were never measured")
@@ -832,14 +888,16 @@ def test_layers_that_find_no_matrix_make_their_own(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.* were never measured")
-def test_a_layer_that_a_pass_leaves_out_gets_no_gradient():
+@pytest.mark.parametrize("with_autocast", [False, True])
+def test_a_layer_that_a_pass_leaves_out_gets_no_gradient(with_autocast):
     class Skipping(nn.Sequential):
         def forward(self, x):
             return self[2](self[0](x))
 
     net = Skipping(nn.Linear(24, 24), nn.Linear(24, 24), nn.Linear(24, 3))
     model = adapted(random_config(**LOW_RANK, target_modules=["0", "1", "2"]), net).train()
-    model(torch.randn(5, 24)).sum().backward()
+    with torch.autocast("cpu", torch.bfloat16, enabled=with_autocast):
+        model(torch.randn(5, 24)).sum().backward()
     grads = [{p.grad is None for p in layer.parameters() if p.requires_grad} for layer in layers_of(model)]
     assert grads == [{False}, {True}, {False}]
 

@@ -65,7 +65,8 @@ constexpr QAA_ANYWHERE BlockMemory block_memory(const Layout& layout, std::uint3
   return m;
 }
 
-// Everything that a launch needs. Pointers are to device memory.
+// Everything that a launch needs. Pointers are to device memory. Rows fall into groups with angles of their own: blockIdx.y
+// names the group in every kernel but those of one circuit, which know a single one.
 template <class T>
 struct Arguments {
   Layout layout;
@@ -73,14 +74,16 @@ struct Arguments {
   const unsigned char* description;
   const void* theta;
   bool theta_is_double;
-  const T* values;    // the bound values: computed from theta by `bind`
-  ConstMatrix x;      // rows may have no data: they are zeros then
+  const T* values;    // the bound values: computed from theta by `bind`, those of each group
+  ConstMatrix x;      // of all groups, or of one for all; rows may have no data: they are zeros then
   Matrix features;    // forward
   ConstMatrix grad;   // backward
   Matrix grad_x;      // backward; may have no data
   void* grad_theta;   // of theta's type
-  T* partial;         // backward: (n_slots, n_blocks), the sum of each block
-  std::uint32_t n_blocks;
+  T* partial;         // backward: (groups, n_slots, n_blocks), the sum of each block
+  std::uint32_t n_blocks;         // of each group
+  std::int64_t rows;              // of each group
+  std::int64_t x_rows_of_a_group; // in x: as many, or none where all groups have the same
   unsigned char* memory;  // of all blocks, where they do not use shared memory
 };
 
@@ -217,7 +220,7 @@ class Worker {
       : a_(a), layout_(Circuit::layout(a)), block_(Circuit::block(a)), warp_(threadIdx.x / warp_size), lane_(threadIdx.x % warp_size) {
     state_ = in_warp ? lane_ & (n_states() - 1) : 0;
     first_tile_ = in_warp ? lane_ >> block_.shift : threadIdx.x;
-    memory_ = in_shared ? shared : a.memory + std::size_t{blockIdx.x} * block_.bytes;
+    memory_ = in_shared ? shared : a.memory + (std::size_t{group_of_rows()} * gridDim.x + blockIdx.x) * block_.bytes;
     sums_ = block_.sums;
     origin_ = (in_warp ? warp_ * block_.state_bytes : 0) + state_ * sizeof(T);
     if constexpr (Circuit::is_constant) {  // addresses are those of the multiprocessor, and an xor changes no other bit
@@ -236,14 +239,18 @@ class Worker {
     };
     ask(layout_.passes.in(a_.description), layout_.n_circuit_passes * sizeof(Pass));
     ask(layout_.tiles.in(a_.description), layout_.tiles.size * sizeof(Tile));
-    ask(a_.values, layout_.n_values * sizeof(T));
+    ask(values(), layout_.n_values * sizeof(T));
   }
 
-  // Rows are dealt to states: `first_row` is the row of the block's first state.
+  // Rows of the group are dealt to states: `first_row` is the row of the block's first state.
   __device__ __forceinline__ std::uint32_t rows_per_block() const { return in_warp ? block_.n_warps * n_states() : 1; }
   __device__ __forceinline__ void start(std::int64_t first_row) {
-    row_ = first_row + (in_warp ? warp_ * n_states() + state_ : 0);
-    active_ = row_ < a_.x.rows;
+    row_ = x_row_ = first_row + (in_warp ? warp_ * n_states() + state_ : 0);
+    active_ = row_ < a_.rows;
+    if constexpr (!Circuit::is_constant) {
+      row_ += group_of_rows() * a_.rows;
+      x_row_ += group_of_rows() * a_.x_rows_of_a_group;
+    }
   }
 
   // Waits for the other threads of the same state.
@@ -422,13 +429,15 @@ class Worker {
     for (std::uint32_t k = threadIdx.x; k < layout_.n_slots; k += blockDim.x) {
       T sum = 0;
       for (std::uint32_t w = 0; w < block_.n_warps; ++w) sum += slot_sum(k, w);
-      a_.partial[std::size_t{k} * a_.n_blocks + blockIdx.x] = sum;
+      a_.partial[(std::size_t{group_of_rows()} * layout_.n_slots + k) * a_.n_blocks + blockIdx.x] = sum;
     }
   }
 
  private:
   // ---------------------------------------------------------------------------------------------- addresses
 
+  static __device__ __forceinline__ std::uint32_t group_of_rows() { return Circuit::is_constant ? 0 : blockIdx.y; }
+  __device__ __forceinline__ const T* values() const { return a_.values + std::size_t{group_of_rows()} * layout_.n_values; }
   __device__ __forceinline__ std::uint32_t n_states() const { return in_warp ? block_.n_states : 1; }
   __device__ __forceinline__ std::uint32_t stride() const { return block_.n_threads_of_state; }
   __device__ __forceinline__ Index n_amplitudes() const { return Index{1} << layout_.n_wires; }
@@ -522,7 +531,7 @@ class Worker {
   __device__ __forceinline__ T load_row(const S*) {
     const RowMap& map = layout_.inputs;
     const bool present = active_ && a_.x.data != nullptr;
-    const S* row = present ? static_cast<const S*>(a_.x.data) + row_ * a_.x.row_stride : nullptr;
+    const S* row = present ? static_cast<const S*>(a_.x.data) + x_row_ * a_.x.row_stride : nullptr;
     const auto n_columns = std::uint32_t(present ? a_.x.columns : 0);
     T squares = 0;
     for_chunks<S>(map, a_.x.data, a_.x.row_stride, [&](const Chunk& chunk, bool aligned) {
@@ -657,7 +666,7 @@ class Worker {
 
   __device__ __forceinline__ void rotate_tile(const Pass& pass, const Place& place, bool inverse,
                                               T (&tile)[tile_size]) const {
-    const T* values = a_.values + pass.values;
+    const T* values = this->values() + pass.values;
     T sine[tile_bits], cosine[tile_bits];
     load_sines(values, place, inverse, sine);
     const T scale = values[scale_value];
@@ -752,7 +761,7 @@ class Worker {
   };
   __device__ __forceinline__ Diagonal diagonal_of(const Pass& pass, const Place& place, std::uint32_t t,
                                                   bool conjugate) const {
-    const T* values = a_.values + pass.values;
+    const T* values = this->values() + pass.values;
     const T* base = values + turn_values + 2 * t;
     Diagonal out;
     load_sines(values, place, conjugate, out.sine);
@@ -824,7 +833,7 @@ class Worker {
 
   template <bool conjugate>
   __device__ __forceinline__ void multiply_part(const Pass& pass, const Place& place, std::uint32_t first) {
-    const T* table = a_.values + pass.values;
+    const T* table = values() + pass.values;
     place.each(first, [&](std::uint32_t, std::uint32_t address) {
       const Index i = place.base() ^ ((address ^ first) >> block_.unit);
       const T re = table[2 * i], im = negate_if(conjugate, table[2 * i + 1]);
@@ -1137,7 +1146,7 @@ class Worker {
     wait();
     const std::uint32_t* first_term = layout_.first_term.in(a_.description);
     const ReadoutTerm* terms = layout_.terms.in(a_.description);
-    const T* coefficients = a_.values + layout_.coefficient_values;
+    const T* coefficients = values() + layout_.coefficient_values;
     S* row = static_cast<S*>(a_.features.data) + row_ * a_.features.row_stride;
     if (!active_) return;
     for (std::uint32_t k = first_tile_; k < layout_.n_columns; k += stride()) {
@@ -1159,7 +1168,7 @@ class Worker {
     const std::uint32_t* first_term = layout_.first_string_term.in(a_.description);
     const std::uint32_t* order = layout_.string_terms.in(a_.description);
     const ReadoutTerm* terms = layout_.terms.in(a_.description);
-    const T* coefficients = a_.values + layout_.coefficient_values;
+    const T* coefficients = values() + layout_.coefficient_values;
     const S* row = static_cast<const S*>(a_.grad.data) + row_ * a_.grad.row_stride;
     for (std::uint32_t s = first_tile_; s < layout_.n_strings; s += stride()) {
       T weight = 0;
@@ -1226,7 +1235,7 @@ class Worker {
   std::uint32_t first_tile_;  // this thread's first tile, or first of whatever else is dealt to the threads of a state
   std::uint32_t origin_;      // the address of this state's first number
   unsigned char* memory_;
-  std::int64_t row_ = 0;
+  std::int64_t row_ = 0, x_row_ = 0;  // among those of all groups, and where x has it
   bool active_ = false;  // whether there is such a row
   T squared_ = 0;        // of the vector that was embedded
   T rescale_ = 1;        // the power of two that the row was multiplied by
@@ -1254,7 +1263,7 @@ __device__ __forceinline__ void run_forward(const Arguments<T>& a, unsigned char
   Worker<T, in_warp, in_shared, Circuit> worker(a, shared);
   worker.prefetch();
   const std::int64_t rows_per_block = worker.rows_per_block();
-  for (std::int64_t row = blockIdx.x * rows_per_block; row < a.x.rows; row += gridDim.x * rows_per_block) {
+  for (std::int64_t row = blockIdx.x * rows_per_block; row < a.rows; row += gridDim.x * rows_per_block) {
     worker.start(row);
     worker.embed();
     worker.run_circuit();
@@ -1270,7 +1279,7 @@ __device__ __forceinline__ void run_backward(const Arguments<T>& a, unsigned cha
   worker.prefetch();
   const std::int64_t rows_per_block = worker.rows_per_block();
   worker.clear_slots();
-  for (std::int64_t row = blockIdx.x * rows_per_block; row < a.x.rows; row += gridDim.x * rows_per_block) {
+  for (std::int64_t row = blockIdx.x * rows_per_block; row < a.rows; row += gridDim.x * rows_per_block) {
     worker.start(row);
     worker.embed();
     worker.run_circuit();
@@ -1298,16 +1307,19 @@ __global__ void __launch_bounds__(threads<in_warp>, blocks<T, in_warp, in_shared
 
 // ------------------------------------------------------------------------------------------------ angles
 
-// Large angles are reduced before they are added up, so that a sum is as exact as the sine of each of its terms.
+// Of the group that blockIdx.y names. Large angles are reduced before they are added up, so that a sum is as exact as the
+// sine of each of its terms.
 template <class T>
 __device__ double angle_of(const Arguments<T>& a, std::uint32_t which) {
   constexpr double period = 12.566370614359172, period_rest = 4 * 1.2246467991473532e-16;  // 4 pi in two doubles
   const BoundAngle& angle = a.layout.angles.in(a.description)[which];
   const AngleTerm* terms = a.layout.angle_terms.in(a.description) + angle.first_term;
+  const std::size_t first = std::size_t{blockIdx.y} * a.layout.n_parameters;
   double value = angle.constant;
   for (std::uint32_t k = 0; k < angle.n_terms; ++k) {
-    const double theta = a.theta_is_double ? static_cast<const double*>(a.theta)[terms[k].parameter]
-                                           : double(static_cast<const float*>(a.theta)[terms[k].parameter]);
+    const std::size_t p = first + terms[k].parameter;
+    const double theta = a.theta_is_double ? static_cast<const double*>(a.theta)[p]
+                                           : double(static_cast<const float*>(a.theta)[p]);
     double part = terms[k].coefficient * theta;
     if (fabs(part) > period) {
       const double turns = nearbyint(part * (1 / period));
@@ -1345,11 +1357,12 @@ __device__ double coefficient_of(const Arguments<T>& a, std::uint32_t t, std::ui
 // large before they are paid back.
 constexpr double min_cosine = 1.0 / 8192;
 
-// The numbers that the circuit's kernels read, from the angles: one block for every pass of the circuit, and one for the
-// readout and the chain rule. The only place where float32 kernels compute in double precision.
+// The numbers that the circuit's kernels read, from the angles: for each group one block for every pass of the circuit, and
+// one for the readout and the chain rule. The only place where float32 kernels compute in double precision.
 template <class T>
 __global__ void __launch_bounds__(threads_of_whole_warps) bind_kernel(const __grid_constant__ Arguments<T> a, T* values) {
   const Layout& layout = a.layout;
+  values += std::size_t{blockIdx.y} * layout.n_values;
   if (blockIdx.x == layout.n_circuit_passes) {
     for (std::uint32_t t = threadIdx.x; t < layout.terms.size; t += blockDim.x) {
       values[layout.coefficient_values + t] = T(coefficient_of(a, t, unused));
@@ -1408,28 +1421,29 @@ __global__ void __launch_bounds__(threads_of_whole_warps) bind_kernel(const __gr
   }
 }
 
-// grad_theta[p]: the sum over parameter p's slots and over the blocks, one block of threads for each parameter. Groups of
-// threads share out the slots, and a group's threads the blocks; every sum has a fixed order.
+// grad_theta[p]: the sum over parameter p's slots and over the blocks, one block of threads for each parameter of each group
+// of rows. Teams of threads share out the slots, and a team's threads the blocks; every sum has a fixed order.
 template <class T>
 __global__ void __launch_bounds__(chain_rule_threads) chain_rule_kernel(const __grid_constant__ Arguments<T> a) {
-  constexpr std::uint32_t n_groups = 4, group_threads = chain_rule_threads / n_groups, at_once = 8;
+  constexpr std::uint32_t n_teams = 4, team_threads = chain_rule_threads / n_teams, at_once = 8;
   const Layout& layout = a.layout;
   const std::uint32_t* first = layout.first_contribution.in(a.description) + blockIdx.x;
   const Contribution* contributions = layout.contributions.in(a.description);
+  const T* values = a.values + std::size_t{blockIdx.y} * layout.n_values + layout.contribution_values;
   T sum = 0;
-  for (std::uint32_t c = first[0] + threadIdx.x / group_threads; c < first[1]; c += n_groups) {
-    const T* partial = a.partial + std::size_t{contributions[c].slot} * a.n_blocks;
+  for (std::uint32_t c = first[0] + threadIdx.x / team_threads; c < first[1]; c += n_teams) {
+    const T* partial = a.partial + (std::size_t{blockIdx.y} * layout.n_slots + contributions[c].slot) * a.n_blocks;
     T of_slot = 0;
-    for (std::uint32_t b = threadIdx.x % group_threads; b < a.n_blocks; b += at_once * group_threads) {
+    for (std::uint32_t b = threadIdx.x % team_threads; b < a.n_blocks; b += at_once * team_threads) {
       T some[at_once];
 #pragma unroll
       for (std::uint32_t k = 0; k < at_once; ++k) {
-        some[k] = b + k * group_threads < a.n_blocks ? partial[b + k * group_threads] : T(0);
+        some[k] = b + k * team_threads < a.n_blocks ? partial[b + k * team_threads] : T(0);
       }
 #pragma unroll
       for (std::uint32_t k = 0; k < at_once; ++k) of_slot += some[k];
     }
-    sum += a.values[layout.contribution_values + c] * of_slot;
+    sum += values[c] * of_slot;
   }
   for (std::uint32_t step = warp_size / 2; step > 0; step /= 2) sum += __shfl_xor_sync(whole_warp, sum, step);
   QAA_SHARED(T, of_warps, chain_rule_threads / warp_size);
@@ -1438,10 +1452,11 @@ __global__ void __launch_bounds__(chain_rule_threads) chain_rule_kernel(const __
   if (threadIdx.x != 0) return;
   sum = 0;
   for (std::uint32_t w = 0; w < blockDim.x / warp_size; ++w) sum += of_warps[w];
+  const std::size_t p = std::size_t{blockIdx.y} * layout.n_parameters + blockIdx.x;
   if (a.theta_is_double) {
-    static_cast<double*>(a.grad_theta)[blockIdx.x] = sum;
+    static_cast<double*>(a.grad_theta)[p] = sum;
   } else {
-    static_cast<float*>(a.grad_theta)[blockIdx.x] = float(sum);
+    static_cast<float*>(a.grad_theta)[p] = float(sum);
   }
 }
 

@@ -53,7 +53,8 @@ std::uint32_t resident_blocks(const Layout& layout, bool backward, std::uint32_t
 
 // How a call is spread over the device, and the workspace's parts in bytes from its start.
 struct Shape {
-  std::uint32_t n_threads, n_blocks;
+  std::uint32_t groups, n_threads, n_blocks;  // blocks of each group
+  std::int64_t rows;                          // of each group
   bool in_warp, in_shared;
   BlockMemory block;
   std::size_t partial, memory, workspace_bytes;  // the bound values come first
@@ -68,10 +69,13 @@ constexpr std::int64_t max_blocks = QAA_MAX_BLOCKS, max_blocks_with_workspace = 
 // What a block may have of shared memory without asking, and with room for a neighbour on every device.
 constexpr std::uint32_t modest_shared_bytes = 48 << 10;
 
+// A group's blocks depend on its rows alone, and so does the order of every sum: its bits are those of a call of its own.
 template <class T>
-Shape shape_of(const Program& program, std::int64_t rows, bool backward) {
+Shape shape_of(const Program& program, std::int64_t rows, std::int64_t groups, bool backward) {
   const Layout& layout = program.layout;
   Shape s{};
+  s.groups = std::uint32_t(groups);
+  s.rows = rows / groups;
   s.in_warp = layout.in_warp();
   std::uint32_t n_warps = warps_of_block(layout);
   auto measured = [&] { return block_memory(layout, sizeof(T), n_warps, backward); };
@@ -90,10 +94,10 @@ Shape shape_of(const Program& program, std::int64_t rows, bool backward) {
     const std::uint32_t blocks = resident_blocks(layout, backward, s.block.bytes);
     most = std::min<std::int64_t>(most, of_device(cudaDevAttrMultiProcessorCount) * std::int64_t{blocks});
   }
-  s.n_blocks = std::uint32_t(std::min((rows + rows_per_block - 1) / rows_per_block, most));
+  s.n_blocks = std::uint32_t(std::min((s.rows + rows_per_block - 1) / rows_per_block, most));
   auto take = [&](std::size_t bytes) {
     const std::size_t at = s.workspace_bytes;
-    s.workspace_bytes += (bytes + 255) / 256 * 256;
+    s.workspace_bytes += (std::size_t(groups) * bytes + 255) / 256 * 256;
     return at;
   };
   take(layout.n_values * sizeof(T));
@@ -119,6 +123,8 @@ Arguments<T> arguments(const Call& call, const Shape& shape) {
   a.x = call.x;
   a.partial = reinterpret_cast<T*>(workspace + shape.partial);
   a.n_blocks = shape.n_blocks;
+  a.rows = shape.rows;
+  a.x_rows_of_a_group = call.x.rows == shape.rows ? 0 : shape.rows;
   a.memory = workspace + shape.memory;
   return a;
 }
@@ -127,9 +133,9 @@ template <class T>
 using Kernels = void (*[2][2])(const Arguments<T>);
 
 template <class T>
-void bind(const Arguments<T>& a, void* workspace, cudaStream_t stream) {
-  QAA_LAUNCH(bind_kernel<T>, a.layout.n_circuit_passes + 1, threads_of_whole_warps, 0, stream, a,
-             static_cast<T*>(workspace));
+void bind(const Arguments<T>& a, std::uint32_t groups, void* workspace, cudaStream_t stream) {
+  const dim3 grid(a.layout.n_circuit_passes + 1, groups);
+  QAA_LAUNCH(bind_kernel<T>, grid, threads_of_whole_warps, 0, stream, a, static_cast<T*>(workspace));
   check(cudaGetLastError(), "compute a circuit's tables");
 }
 
@@ -143,16 +149,21 @@ void launch(const Kernels<T>& kernels, const void* known, const Arguments<T>& a,
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes)),
           "give a block more shared memory");
   }
-  check(launch_function(kernel, shape.n_blocks, shape.n_threads, shared_bytes, stream, a), "run a circuit");
+  const dim3 grid(shape.n_blocks, shape.groups);
+  check(launch_function(kernel, grid, shape.n_threads, shared_bytes, stream, a), "run a circuit");
 }
 
-// A kernel for one circuit fits its program alone, and features of one type.
+// A kernel for one circuit fits its program alone, features of one type and rows of one group.
 void check_kernel(const Program& program, const void* kernel, Scalar rows, Scalar features, const Shape& shape) {
   if ((kernel != nullptr) != program.is_known) {
     throw std::invalid_argument(program.is_known ? "expected a kernel with a program for one circuit, received none"
                                                  : "expected no kernel with a program for any circuit, received one");
   }
   if (!program.is_known) return;
+  if (shape.groups != 1) {
+    throw std::invalid_argument("expected one group of rows for one circuit's kernel, received " +
+                                std::to_string(shape.groups));
+  }
   if (!shape.in_shared) {
     throw std::invalid_argument("expected a circuit whose states fit into a block's shared memory, received one of " +
                                 std::to_string(program.plan.n_wires) + " wires");
@@ -167,12 +178,12 @@ void check_kernel(const Program& program, const void* kernel, Scalar rows, Scala
 
 template <class T>
 void forward_as(const ForwardCall& call) {
-  const Shape shape = shape_of<T>(call.program, call.x.rows, false);
+  const Shape shape = shape_of<T>(call.program, call.features.rows, call.groups, false);
   check_kernel(call.program, call.kernel, call.x.scalar, call.features.scalar, shape);
   const auto stream = static_cast<cudaStream_t>(call.stream);
   Arguments<T> a = arguments<T>(call, shape);
   a.features = call.features;
-  bind(a, call.workspace, stream);
+  bind(a, shape.groups, call.workspace, stream);
   static constexpr Kernels<T> kernels = {{forward_kernel<T, false, false>, forward_kernel<T, false, true>},
                                          {forward_kernel<T, true, false>, forward_kernel<T, true, true>}};
   launch<T>(kernels, call.kernel, a, shape, stream);
@@ -180,20 +191,30 @@ void forward_as(const ForwardCall& call) {
 
 template <class T>
 void backward_as(const BackwardCall& call) {
-  const Shape shape = shape_of<T>(call.program, call.x.rows, true);
+  const Shape shape = shape_of<T>(call.program, call.grad.rows, call.groups, true);
   check_kernel(call.program, call.kernel, call.x.scalar, call.grad.scalar, shape);
   const auto stream = static_cast<cudaStream_t>(call.stream);
   Arguments<T> a = arguments<T>(call, shape);
   a.grad = call.grad;
   a.grad_theta = call.grad_theta;
   a.grad_x = call.grad_x;
-  bind(a, call.workspace, stream);
+  bind(a, shape.groups, call.workspace, stream);
   static constexpr Kernels<T> kernels = {{backward_kernel<T, false, false>, backward_kernel<T, false, true>},
                                          {backward_kernel<T, true, false>, backward_kernel<T, true, true>}};
   if (shape.n_blocks > 0) launch<T>(kernels, call.kernel, a, shape, stream);
   if (a.layout.n_parameters == 0) return;
-  QAA_LAUNCH(chain_rule_kernel<T>, a.layout.n_parameters, chain_rule_threads, 0, stream, a);
+  const dim3 grid(a.layout.n_parameters, shape.groups);
+  QAA_LAUNCH(chain_rule_kernel<T>, grid, chain_rule_threads, 0, stream, a);
   check(cudaGetLastError(), "add up the gradient of the angles");
+}
+
+// What CUDA allows of a grid's second dimension.
+void check_groups_of_a_grid(std::int64_t groups) {
+  constexpr std::int64_t most = 65535;
+  if (groups < 1 || groups > most) {
+    throw std::invalid_argument("expected 1 to " + std::to_string(most) + " groups of rows on a GPU, received " +
+                                std::to_string(groups));
+  }
 }
 
 // The device would report a null pointer as an error of the whole context, at some later call.
@@ -215,27 +236,31 @@ bool is_available() {
   return false;
 }
 
-std::size_t workspace_bytes(const Program& program, std::int64_t rows, Scalar scalar, bool backward) {
-  return scalar == Scalar::float64 ? shape_of<double>(program, rows, backward).workspace_bytes
-                                   : shape_of<float>(program, rows, backward).workspace_bytes;
+std::size_t workspace_bytes(const Program& program, std::int64_t rows, Scalar scalar, bool backward,
+                            std::int64_t groups) {
+  check_groups_of_a_grid(groups);
+  return scalar == Scalar::float64 ? shape_of<double>(program, rows, groups, backward).workspace_bytes
+                                   : shape_of<float>(program, rows, groups, backward).workspace_bytes;
 }
 
 std::string known_source(const Program& program, Scalar scalar, bool backward) {
-  if (!program.is_known || scalar == Scalar::float64 || !shape_of<float>(program, 1, backward).in_shared) return {};
+  if (!program.is_known || scalar == Scalar::float64 || !shape_of<float>(program, 1, 1, backward).in_shared) return {};
   return constants_of(program, scalar, warps_of_block(program.layout), resident_blocks(program.layout, backward), backward);
 }
 
 const void* load_kernel(const void* image) { return load_function(image, "qaa_known_kernel"); }
 
 void forward(const ForwardCall& call) {
-  check_forward(call.program.plan, call.x, call.features);
-  if (call.x.rows == 0) return;
+  check_groups_of_a_grid(call.groups);
+  check_forward(call.program.plan, call.x, call.features, call.groups);
+  if (call.features.rows == 0) return;
   check_pointers(call);
   call.x.scalar == Scalar::float64 ? forward_as<double>(call) : forward_as<float>(call);
 }
 
 void backward(const BackwardCall& call) {
-  check_backward(call.program.plan, call.x, call.grad, call.grad_x);
+  check_groups_of_a_grid(call.groups);
+  check_backward(call.program.plan, call.x, call.grad, call.grad_x, call.groups);
   check_pointers(call);
   check_angles(call.program.plan.n_parameters, call.grad_theta, "grad_theta");
   call.x.scalar == Scalar::float64 ? backward_as<double>(call) : backward_as<float>(call);

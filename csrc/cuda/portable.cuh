@@ -56,7 +56,7 @@ __device__ __forceinline__ __nv_bfloat16 __float2bfloat16_rn(float value) {
 
 #ifndef __CUDACC_RTC__
 template <class A>
-cudaError_t launch_function(const void* function, unsigned grid, unsigned block, unsigned shared_bytes, cudaStream_t stream,
+cudaError_t launch_function(const void* function, dim3 grid, unsigned block, unsigned shared_bytes, cudaStream_t stream,
                             A argument) {
   void* arguments[] = {&argument};
   return cudaLaunchKernel(function, grid, block, arguments, shared_bytes, stream);

@@ -151,7 +151,13 @@ class CudaProgram:
         """
         What follows kernel_headers() in the source of such a kernel; empty where there is none.
         """
-    def workspace_bytes(self, rows: typing.SupportsInt | typing.SupportsIndex, scalar: Scalar, backward: bool) -> int:
+    def workspace_bytes(
+        self,
+        rows: typing.SupportsInt | typing.SupportsIndex,
+        scalar: Scalar,
+        backward: bool,
+        groups: typing.SupportsInt | typing.SupportsIndex = 1,
+    ) -> int:
         """
         Scratch memory of a call on the current device.
         """
@@ -342,6 +348,7 @@ def cuda_forward(
     workspace_address: typing.SupportsInt | typing.SupportsIndex,
     stream: typing.SupportsInt | typing.SupportsIndex,
     kernel: typing.SupportsInt | typing.SupportsIndex = 0,
+    groups: typing.SupportsInt | typing.SupportsIndex = 1,
 ) -> None:
     """
     As forward, on the current device and asynchronous on the stream.
@@ -359,6 +366,7 @@ def cuda_backward(
     workspace_address: typing.SupportsInt | typing.SupportsIndex,
     stream: typing.SupportsInt | typing.SupportsIndex,
     kernel: typing.SupportsInt | typing.SupportsIndex = 0,
+    groups: typing.SupportsInt | typing.SupportsIndex = 1,
 ) -> None:
     """
     As backward, on the current device and asynchronous on the stream.

@@ -10,7 +10,7 @@ import copy
 import hashlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -330,20 +330,22 @@ class Adapter:
         mix: Tensor | None = None,
         *,
         in_place: bool = False,
-        down: Tensor | None = None,
+        made: _Made | None = None,
     ) -> Tensor:
         """``base + delta(x, ...)`` in the dtype of ``base``; with ``in_place`` it may be written over ``base``.
 
-        ``down`` is what :func:`_rows_of_several` has made of theta, the whitening and the mix, if it has.
+        ``made`` is what :func:`_made_together` has made of the parameters, if it has.
         """
         # without a mean a gain is left to the function that changes V or M anyway
         gain = whitening.gain if whitening.mean is None else None
         if gain is None:
             up, bias, mix = self._folded(up, bias, whitening, mix)
-        if down is not None:
-            features = F.linear(x, down)
+        if made is not None and made.down is not None:
+            features = F.linear(x, made.down)
         else:
             features = self._features(theta, x, whitening, mix, None if mix is None else gain)
+        if made is not None and made.factor is not None:
+            return made.add_product(base, features, in_place)
         gain = gain if mix is None else None
         return ops._add_projection(base, features, up, bias, self.scaling, in_place, gain)
 
@@ -368,52 +370,125 @@ class Adapter:
         return self._own(down), up * self.scaling, None if bias is None else bias * self.scaling
 
 
-class _Trained(NamedTuple):
-    """A linear adapter with what its matrix is made of, for :func:`_rows_of_several`."""
+class _Member(NamedTuple):
+    """An adapter with its parameters, for :func:`_made_together`; up and bias are None where V is no parameter."""
 
     adapter: Adapter
     theta: Tensor
     whitening: Whitening
     mix: Tensor | None
+    up: Tensor | None
+    bias: Tensor | None
 
 
-def _rows_of_several(members: Sequence[_Trained]) -> list[Tensor | None]:
-    """What :meth:`Adapter.add_to` takes as ``down``, for several adapters at once; None for those that have to wait.
+class _Made(NamedTuple):
+    """What an adapter multiplies by and what does not depend on x, each if it has been made: for linear ones A, and
+    ``s [V, c]`` in the dtype of products (:func:`qaa.ops._factors`)."""
 
-    Matrices of linear adapters do not depend on x. Those of one shape in training, on a CPU, are made by one call,
-    which threads share, and by one node of autograd; the bits are those that each would make alone.
+    down: Tensor | None
+    factor: Tensor | None
+    n_columns: int  # of V
+    with_bias: bool
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether it was made for the dtype in which x is multiplied."""
+        dtype = ops._autocast_dtype(x) or x.dtype
+        return all(made is None or made.dtype == dtype for made in (self.down, self.factor))
+
+    def add_product(self, base: Tensor, features: Tensor, in_place: bool) -> Tensor:
+        """``base + s (V f + c)``."""
+        assert self.factor is not None
+        return ops._add_product(base, features, self.factor, self.n_columns, self.with_bias, in_place)
+
+
+def _made_together(members: Sequence[_Member]) -> list[_Made]:
+    """What :meth:`Adapter.add_to` takes as ``made``, for several adapters at once; those of one shape share launches.
+
+    There is one call of the core for matrices of linear adapters, and one node of autograd for them and one for
+    up-projections that are multiplied in another dtype, or on a GPU. The bits are those that each would make alone.
     """
-    results: list[Tensor | None] = [None] * len(members)
-    if not torch.is_grad_enabled() or not ops._is_plain():
-        return results
-    alike: dict[Any, list[int]] = {}
-    for i, (adapter, theta, whitening, mix) in enumerate(members):
-        channels, center, mean, gain = whitening
-        if not adapter.is_linear or adapter.blocks > 1 or center is not None or (mix is not None and mean is not None):
+    downs: list[Tensor | None] = [None] * len(members)
+    for (circuit, n_features, width, dtype, *_), found in _alike(map(_kind_of_rows, members)):
+        several = [members[i] for i in found]
+        thetas, mixes = [m.theta for m in several], [m.mix for m in several if m.mix is not None]
+        channels = [m.whitening.channels for m in several if m.whitening.channels is not None]
+        gains = [m.whitening.gain for m in several if m.whitening.gain is not None] if mixes else []
+        dtype = ops._autocast_dtype(thetas[0]) or dtype
+        made = ops._rows_together(circuit, thetas, mixes or n_features, width, gains or None, channels or None, dtype)
+        for i, down in zip(found, made, strict=True):
+            downs[i] = down
+    factors: list[Tensor | None] = [None] * len(members)
+    for (scale, *_), found in _alike(map(_kind_of_factor, members)):
+        several = [members[i] for i in found]
+        ups = [m.up for m in several if m.up is not None]
+        dtype = ops._autocast_dtype(ups[0]) or ups[0].dtype
+        if not ups[0].is_cuda and not (ups[0].is_cpu and dtype in (torch.float16, torch.bfloat16)):
             continue
-        gain = None if mix is None else gain
-        given = tuple(tensor for tensor in (theta, mix, gain, channels) if tensor is not None)
-        if not all(type(t) is nn.Parameter and t.is_cpu and t.dtype == theta.dtype for t in given):
+        biases = [m.bias for m in several if m.bias is not None]
+        gains = [m.whitening.gain for m in several if m.whitening.gain is not None and m.mix is None]
+        for i, factor in zip(found, ops._factors(ups, biases, gains or None, scale, dtype), strict=True):
+            factors[i] = factor
+    n_columns = (m.adapter.n_features if m.mix is None else len(m.mix) for m in members)
+    with_bias = (m.bias is not None for m in members)
+    return [_Made(*parts) for parts in zip(downs, factors, n_columns, with_bias, strict=True)]
+
+
+def _alike(kinds: Iterable[Any]) -> Iterator[tuple[Any, list[int]]]:
+    """Each kind of which there are several, with where they are; None is no kind."""
+    found: dict[Any, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        if kind is not None:
+            found.setdefault(kind, []).append(i)
+    return ((kind, where) for kind, where in found.items() if len(where) > 1)
+
+
+def _kind_of_rows(member: _Member) -> Any:
+    """What matrices have in common that can be made by one call; None where the layer has to make its own.
+
+    On a CPU rows that nobody trains are kept (:meth:`Adapter._down`); a GPU has no way to tell whether they still hold.
+    """
+    adapter, theta, (channels, center, mean, gain), mix, *_ = member
+    if not adapter.is_linear or adapter.blocks > 1 or center is not None or (mix is not None and mean is not None):
+        return None
+    gain = None if mix is None else gain
+    if not _are_parameters(theta, mix) or not _are_parameters(theta, gain, channels, frozen=True):
+        return None
+    shape = None if mix is None else mix.shape
+    if theta.shape != adapter.circuit.parameter_shape or (shape is not None and shape[-1:] != (adapter.n_features,)):
+        return None  # shards of them
+    is_trained = theta.requires_grad or (mix is not None and mix.requires_grad)
+    if not theta.is_cuda and not (is_trained and theta.is_cpu and torch.is_grad_enabled()):
+        return None
+    return (
+        *(adapter.circuit, adapter.n_features, adapter._width, theta.dtype, theta.device),
+        *(shape, gain is not None, channels is not None),
+    )
+
+
+def _kind_of_factor(member: _Member) -> Any:
+    """What up-projections have in common that are made by one call, likewise."""
+    adapter, _, (_, _, mean, gain), mix, up, bias = member
+    gain = gain if mix is None else None
+    if up is None or mean is not None or not _are_parameters(up, bias) or not _are_parameters(up, gain, frozen=True):
+        return None
+    if up.shape[1:] != (adapter.n_features if mix is None else len(mix),):
+        return None
+    return adapter.scaling, up.shape, up.dtype, up.device, bias is not None, gain is not None
+
+
+def _are_parameters(first: Tensor, *others: Tensor | None, frozen: bool = False) -> bool:
+    """Whether these are plain parameters of one dtype on one device, the others frozen ones; None is none of them."""
+    if type(first) is not nn.Parameter:
+        return False
+    device, dtype = first.device, first.dtype
+    for other in others:
+        if other is None:
             continue
-        rows = adapter.n_features if mix is None else tuple(mix.shape)
-        if theta.shape != adapter.circuit.parameter_shape or (mix is not None and mix.shape[-1] != adapter.n_features):
-            continue  # shards of them
-        is_trained = theta.requires_grad or (mix is not None and mix.requires_grad)
-        if is_trained and ops._is_constant(gain) and ops._is_constant(channels):
-            kind = adapter.circuit, rows, adapter._width, theta.dtype, gain is not None, channels is not None
-            alike.setdefault(kind, []).append(i)
-    for (circuit, rows, width, dtype, has_gain, has_channels), found in alike.items():
-        if len(found) > 1:
-            _, thetas, whitenings, mixes = zip(*(members[i] for i in found), strict=True)
-            factors = (
-                [w.gain for w in whitenings] if has_gain else None,
-                [w.channels for w in whitenings] if has_channels else None,
-            )
-            dtype = ops._autocast_dtype(thetas[0]) or dtype
-            made = ops._rows_together(circuit, thetas, rows if isinstance(rows, int) else mixes, width, *factors, dtype)
-            for i, of_one in zip(found, made, strict=True):
-                results[i] = of_one
-    return results
+        if type(other) is not nn.Parameter or other.dtype != dtype or other.device != device:
+            return False
+        if frozen and other.requires_grad:
+            return False
+    return True
 
 
 def _are_equal(these: _Parts, those: _Parts) -> bool:

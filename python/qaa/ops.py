@@ -284,7 +284,7 @@ def _rows_together(
     dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, ...]:
     """:func:`_mixed_rows` of several angles and M, or :func:`_amplitude_rows` of the first k amplitudes for a number k;
-    plain tensors of one shape and dtype on a CPU. The same bits by one call of the core and one node of autograd."""
+    plain tensors of one shape, dtype and device. The same bits by one call of the core and one node of autograd."""
     what = program(_transposed(circuit), f"state[:{width}]", False)
     factors = (None if each is None else torch.stack(tuple(each))[:, None] for each in (gains, columns))
     if isinstance(mixes, int):
@@ -323,22 +323,22 @@ def _room(count: int, dtype: torch.dtype | None, device: torch.device) -> int:
     return -(-count // 8) * 8 if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16) else count
 
 
-def _padded(t: Tensor, columns: Tensor | None, dtype: torch.dtype | None, shape: tuple[int, int]) -> Tensor:
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    """``torch.stack``, of one tensor without a copy."""
+    return torch.stack(tuple(tensors)) if len(tensors) > 1 else tensors[0][None]
+
+
+def _padded(t: Tensor, columns: Tensor | float | None, dtype: torch.dtype | None, shape: tuple[int, ...]) -> Tensor:
     """:func:`_scaled_once`, with zeros around it up to ``shape``."""
     if tuple(t.shape) == shape:
         return _scaled_once(t, columns, dtype).contiguous()
     out = torch.zeros(shape, dtype=dtype or t.dtype, device=t.device)
-    inner = out[: t.shape[0], : t.shape[1]]
+    inner = out[..., : t.shape[-2], : t.shape[-1]]
     if columns is None:
         inner.copy_(t)
     else:
         torch.mul(t, columns, out=inner)
     return out
-
-
-def _widened(t: Tensor, width: int) -> Tensor:
-    """Zeros behind every row up to ``width``."""
-    return t if t.shape[-1] == width else torch.nn.functional.pad(t, (0, width - t.shape[-1]))
 
 
 def _narrowed(t: Tensor, width: int) -> Tensor:
@@ -436,20 +436,28 @@ def _add_projection(
     of_kernel = not base.is_cuda and dtype in (torch.float32, torch.float64) and all(t.dtype == dtype for t in tensors)
     of_kernel = of_kernel and all(t.is_cpu or t.is_meta for t in tensors)
     is_plain = _is_plain(*tensors)
-    in_place = in_place and is_plain and _may_write_over(base)
     if is_plain and not of_kernel and _is_constant(gain):
-        return _Products.apply(
-            base, features, up, bias, gain, scale, _autocast_dtype(features) or features.dtype, in_place
-        )
+        dtype, biases = _autocast_dtype(features) or features.dtype, [] if bias is None else [bias]
+        (factor,) = _factors([up], biases, None if gain is None else [gain], scale, dtype)
+        return _add_product(base, features, factor, up.shape[1], bias is not None, in_place)
     up, features = _scaled(up, gain, None), _narrowed(features, up.shape[1])
     if of_kernel:
         flat = features.reshape(-1, features.shape[-1])
         if is_plain:
-            return _Project.apply(base, flat, up, bias, scale, in_place)
+            return _Project.apply(base, flat, up, bias, scale, in_place and _may_write_over(base))
         return torch.ops.qaa.project(base.reshape(-1, base.shape[-1]), flat, up, bias, scale).reshape(base.shape)
     bias = None if bias is None else bias.to(features.dtype)
     delta = torch.nn.functional.linear(features, up.to(features.dtype), bias)
     return (base + (delta if scale == 1 else scale * delta)).to(dtype)
+
+
+def _factors(
+    ups: Sequence[Tensor], biases: Sequence[Tensor], gains: Sequence[Tensor] | None, scale: float, dtype: torch.dtype
+) -> tuple[Tensor, ...]:
+    """What :func:`_add_product` multiplies features by, of V with c, or without any, of one shape, dtype and device."""
+    stacked = None if gains is None else _stacked(gains)[:, None]
+    factors: tuple[Tensor, ...] = _Factors.apply(len(ups), stacked, scale, dtype, *ups, *biases)
+    return factors
 
 
 def _text(
@@ -569,8 +577,8 @@ def _real_parts(what: Program, theta: Tensor, x: Tensor, n_rows: int, groups: in
     return pairs[:, ::2]
 
 
-# With several groups, which are for CPUs, rows fall into so many of one size, each with a row of theta as its angles; x
-# may have the rows of one group, for all.
+# With several groups rows fall into so many of one size, each with a row of theta as its angles; x may have the rows of
+# one group, for all.
 
 
 def _call_forward(what: Program, theta: Tensor, x: Tensor, features: Tensor, groups: int = 1) -> None:
@@ -579,8 +587,8 @@ def _call_forward(what: Program, theta: Tensor, x: Tensor, features: Tensor, gro
     matrices = _core.ConstMatrix(*layout), _core.Matrix(*_layout(features))
     if x.is_cuda:
         with _current(x.device):
-            program, description, kernel = _on_device(str(what), x.device, layout, False)
-            workspace = _workspace(program, layout, x.device, backward=False)
+            program, description, kernel = _on_device(str(what), x.device, layout, False, groups)
+            workspace = _workspace(program, features.shape[0], layout, x.device, False, groups)
             _core.cuda_forward(
                 program,
                 description.data_ptr(),
@@ -590,6 +598,7 @@ def _call_forward(what: Program, theta: Tensor, x: Tensor, features: Tensor, gro
                 workspace.data_ptr(),
                 _stream(x.device),
                 kernel,
+                groups,
             )
     else:
         where = angles.data_ptr(), _SCALARS[angles.dtype]
@@ -609,8 +618,8 @@ def _call_backward(
     matrices = _core.ConstMatrix(*x), _core.ConstMatrix(*_layout(grad))
     if angles.is_cuda:
         with _current(angles.device):
-            program, description, kernel = _on_device(str(what), angles.device, x, True)
-            workspace = _workspace(program, x, angles.device, backward=True)
+            program, description, kernel = _on_device(str(what), angles.device, x, True, groups)
+            workspace = _workspace(program, grad.shape[0], x, angles.device, True, groups)
             _core.cuda_backward(
                 program,
                 description.data_ptr(),
@@ -622,6 +631,7 @@ def _call_backward(
                 workspace.data_ptr(),
                 _stream(angles.device),
                 kernel,
+                groups,
             )
     else:
         _core.backward(
@@ -642,9 +652,11 @@ def _call_backward(
 MANY_ROWS = 256
 
 
-def _on_device(text: str, device: torch.device, x: _Layout, backward: bool) -> tuple[_core.CudaProgram, Tensor, int]:
+def _on_device(
+    text: str, device: torch.device, x: _Layout, backward: bool, groups: int
+) -> tuple[_core.CudaProgram, Tensor, int]:
     """A program as the CUDA kernels read it, its description in the device's memory, and its own kernel or 0."""
-    return _program_on_device(text, device, x[4], backward, x[1] >= MANY_ROWS)
+    return _program_on_device(text, device, x[4], backward, groups == 1 and x[1] >= MANY_ROWS)
 
 
 @lru_cache(maxsize=1024)
@@ -659,12 +671,14 @@ def _program_on_device(
 
 
 @lru_cache(maxsize=1024)
-def _workspace_bytes(program: _core.CudaProgram, rows: int, scalar: _core.Scalar, backward: bool) -> int:
-    return program.workspace_bytes(rows, scalar, backward)
+def _workspace_bytes(program: _core.CudaProgram, rows: int, scalar: _core.Scalar, backward: bool, groups: int) -> int:
+    return program.workspace_bytes(rows, scalar, backward, groups)
 
 
-def _workspace(program: _core.CudaProgram, x: _Layout, device: torch.device, backward: bool) -> Tensor:
-    return torch.empty(_workspace_bytes(program, x[1], x[4], backward), dtype=torch.uint8, device=device)
+def _workspace(
+    program: _core.CudaProgram, rows: int, x: _Layout, device: torch.device, backward: bool, groups: int
+) -> Tensor:
+    return torch.empty(_workspace_bytes(program, rows, x[4], backward, groups), dtype=torch.uint8, device=device)
 
 
 def _stream(device: torch.device) -> int:
@@ -828,10 +842,11 @@ class _MixedRows(_Function):
         ctx.theta = torch.stack([_angles(theta).flatten() for theta in inputs[:n]])
         ctx.mix = _scaled(torch.stack(inputs[n:]), gains, None)
         rows = _real_parts(what, ctx.theta, ctx.mix.flatten(0, 1), n * ctx.mix.shape[1], groups=n)
-        if n > 1:
-            return _scaled_once(rows.view(n, -1, rows.shape[1]), columns, dtype).contiguous().unbind()
-        shape = _room(len(rows), dtype, rows.device), rows.shape[1]
-        return (_padded(rows, None if columns is None else columns[0], dtype, shape),)
+        shape = _room(ctx.mix.shape[1], dtype, rows.device), rows.shape[1]
+        if n == 1:  # not a view, which nobody could write to
+            return (_padded(rows, None if columns is None else columns[0], dtype, shape),)
+        made: tuple[Tensor, ...] = _padded(rows.view(n, -1, rows.shape[1]), columns, dtype, (n, *shape)).unbind()
+        return made
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -846,15 +861,17 @@ class _MixedRows(_Function):
             if len(used) < n:
                 theta, gains, columns = (None if t is None else t[used] for t in (theta, gains, columns))
                 mix = mix if one_for_all else mix[used]
-            grad = torch.stack([grad[:count] for grad in grads if grad is not None])
+            grad = _stacked([grad[:count] for grad in grads if grad is not None])
             grad = _scaled_once(grad, columns, _feature_dtype(what, mix.dtype))
             found_theta, found_mix = _MixedRows._adjoint(
                 ctx, used, theta, mix, grad, any(ctx.needs_input_grad[5 + n :])
             )
+            if found_mix is not None:
+                found_mix = _scaled(found_mix, gains, None)
             for j, i in enumerate(used):
                 of_thetas[i] = found_theta[j].view(thetas[i].shape).to(thetas[i].dtype)
                 if found_mix is not None:
-                    of_mixes[i] = _scaled(found_mix[j], None if gains is None else gains[j], mixes[i].dtype)
+                    of_mixes[i] = found_mix[j].to(mixes[i].dtype)
         return None, None, None, None, None, *of_thetas, *of_mixes
 
     @staticmethod
@@ -869,8 +886,8 @@ class _MixedRows(_Function):
                 of_one = ctx.inputs[n + min(i, len(ctx.inputs) - n - 1)]
                 of_one = _scaled(of_one, None if ctx.gains is None else ctx.gains[i], None)
                 pairs.append(torch.ops.qaa.backward(ctx.inputs[i], of_one, grad[j], str(what)))
-            return [pair[0] for pair in pairs], [pair[1] for pair in pairs] if with_mix else None
-        rows, grad = _readable(mix.flatten(0, 1)), grad.flatten(0, 1)
+            return [pair[0] for pair in pairs], torch.stack([pair[1] for pair in pairs]) if with_mix else None
+        rows, grad = _readable(mix.flatten(0, 1)), _readable(grad.flatten(0, 1))
         if with_mix:
             found_theta, found_mix = _backward(what, theta, rows, grad, len(used))
             return found_theta, found_mix.view(mix.shape)
@@ -900,59 +917,81 @@ class _Project(_Function):
         return grad, grad_features, grad_up, grad_bias if ctx.with_bias else None, None, None
 
 
-class _Products(_Function):
-    """:func:`project` by matrix products in ``dtype``, for GPUs and for tensors of several dtypes."""
+class _Factors(_Function):
+    """``s [V diag(gain), c]`` of one or several adapters in the dtype of products, with zeros behind (:func:`_room`).
+
+    As in :class:`_MixedRows` nothing is saved by autograd's means, and what no layer has used gets no gradient.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        base: Tensor,
-        features: Tensor,
-        up: Tensor,
-        bias: Tensor | None,
-        gain: Tensor | None,
+        n: int,
+        gains: Tensor | None,  # (n, 1, K)
         scale: float,
         dtype: torch.dtype,
-        in_place: bool,
-    ) -> Tensor:
-        f, (d_out, k) = features.to(dtype), up.shape
-        room = max(_room(k, dtype, up.device), f.shape[-1])
-        f, v = _widened(f, room), _padded(up, gain, dtype, (d_out, room))
-        ctx.save_for_backward(features, up, gain, f, v)
-        ctx.scale, ctx.bias_dtype = scale, None if bias is None else bias.dtype
-        if in_place:
-            ctx.mark_dirty(base)
-        out = base if in_place else torch.empty(base.shape, dtype=base.dtype, device=base.device)
-        bias = None if bias is None else bias.to(dtype)
-        if base.dtype != dtype:
-            return torch.add(base, torch.nn.functional.linear(f, v, bias), alpha=scale, out=out)
-        if in_place:
-            _matrix(out).addmm_(_matrix(f), v.T, alpha=scale)
-        else:
-            torch.addmm(_matrix(base), _matrix(f), v.T, alpha=scale, out=_matrix(out))
-        return out if bias is None else out.add_(bias, alpha=scale)
+        *inputs: Tensor,  # n V, then as many c, or none
+    ) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        (d_out, k), up = inputs[0].shape, _stacked(inputs[:n])
+        ctx.n, ctx.k, ctx.gains, ctx.scale = n, k, gains, scale
+        ctx.dtypes = [each.dtype for each in inputs]
+        factor = _product_of(gains, scale)
+        shape = n, d_out, _room(k + (len(inputs) > n), dtype, up.device)
+        made = _padded(up, factor, dtype, shape)
+        if len(inputs) > n:
+            torch.mul(_stacked(inputs[n:]), scale, out=made[..., k])
+        return made.unbind()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        features, up, gain, f, v = ctx.saved_tensors
-        dtype, scale = v.dtype, None if ctx.scale == 1 else ctx.scale
-        if torch.is_grad_enabled():  # f and v as functions of what they were made from
-            room = f.shape[-1]
-            f, v = _widened(features.to(dtype), room), _widened(_scaled(up, gain, dtype), room)
-        rows = _matrix(grad)
-        rows_in_dtype = rows.to(dtype)
-        _, for_features, for_up, for_bias, *_ = ctx.needs_input_grad
-        grad_features = grad_up = grad_bias = None
-        if for_features:
-            grad_features = _narrowed(torch.mm(rows_in_dtype, v), features.shape[-1])
-            grad_features = _scaled(grad_features, scale, features.dtype)
-            grad_features = grad_features if features.ndim == 2 else grad_features.view(features.shape)
-        if for_up:
-            columns = scale if gain is None else _scaled(gain, scale, None)
-            grad_up = _scaled_once(_narrowed(torch.mm(rows_in_dtype.T, _matrix(f)), up.shape[1]), columns, up.dtype)
-        if for_bias:
-            grad_bias = _scaled(rows.sum(0, dtype=ctx.bias_dtype), scale, None)
-        return grad, grad_features, grad_up, grad_bias, None, None, None, None
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        n, gains, scale = ctx.n, ctx.gains, ctx.scale
+        found: list[Tensor | None] = [None] * len(ctx.dtypes)
+        used = [i for i, grad in enumerate(grads) if grad is not None]
+        if used:
+            grad = _stacked([grad for grad in grads if grad is not None])
+            if gains is not None and len(used) < n:
+                gains = gains[used]
+            of_up = _scaled_once(grad[..., : ctx.k], _product_of(gains, scale), ctx.dtypes[0])
+            of_bias = _scaled_once(grad[..., ctx.k], scale, ctx.dtypes[n]) if len(found) > n else None
+            for j, i in enumerate(used):
+                found[i] = of_up[j]
+                if of_bias is not None:
+                    found[n + i] = of_bias[j]
+        return None, None, None, None, *found
+
+
+def _product_of(gains: Tensor | None, scale: float) -> Tensor | float | None:
+    """Gains times a scale; None for one."""
+    return gains if scale == 1 else scale if gains is None else gains * scale
+
+
+def _add_product(base: Tensor, features: Tensor, factor: Tensor, k: int, with_bias: bool, in_place: bool) -> Tensor:
+    """``base + [f, 1] factor^T`` in the dtype of ``base``; f are the first k features of each row. In place where no
+    gradient is wanted: autograd would copy that of a view that was written to."""
+    in_place = in_place and not torch.is_grad_enabled() and _may_write_over(base)
+    f, room = _matrix(features), factor.shape[1]
+    if with_bias or f.shape[1] != room:
+        f = _narrowed(f, k)
+        f = torch.cat((f, _tail(room - k, with_bias, f.dtype, f.device).expand(len(f), -1)), 1)
+    if base.dtype != factor.dtype:
+        added = torch.nn.functional.linear(f.to(factor.dtype), factor).view(base.shape)
+        return torch.add(base, added, out=base) if in_place else (base + added).to(base.dtype)
+    rows = _matrix(base)
+    if in_place:
+        rows.addmm_(f.to(factor.dtype), factor.T)
+        return base
+    return torch.addmm(rows, f.to(factor.dtype), factor.T).view(base.shape)
+
+
+@lru_cache(maxsize=64)
+def _tail(size: int, with_one: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What follows the features of a row: a one that c is multiplied by, if there is a c, and zeros."""
+    with torch.inference_mode(False):
+        tail = torch.zeros(1, size, dtype=dtype)
+        if with_one:
+            tail[0, 0] = 1
+        return tail.to(device)
 
 
 def _matrix(t: Tensor) -> Tensor:

@@ -123,35 +123,36 @@ void qaa_use_kernels(void* plan, const void* forward, const void* backward) {
 
 void qaa_plan_free(void* plan) { delete static_cast<Compiled*>(plan); }
 
-int qaa_forward(void* plan, const void* theta, int theta_scalar, const void* x, std::int64_t rows,
-                std::int64_t columns, std::int64_t stride, int scalar, void* features, std::int64_t features_stride,
-                int features_scalar) {
+int qaa_forward(void* plan, const void* theta, int theta_scalar, const void* x, std::int64_t x_rows,
+                std::int64_t columns, std::int64_t stride, int scalar, std::int64_t rows, std::int64_t groups,
+                void* features, std::int64_t features_stride, int features_scalar) {
   return guarded([&] {
     const auto& compiled = *static_cast<Compiled*>(plan);
     const void* kernel = compiled.kernels[0];
     const auto& [program, description] = compiled.with(kernel);
-    const Workspace workspace(cuda::workspace_bytes(program, rows, Scalar(scalar), false));
+    const Workspace workspace(cuda::workspace_bytes(program, rows, Scalar(scalar), false, groups));
     cuda::forward({program, description.get(), theta, Scalar(theta_scalar),
-                   {x, rows, columns, stride, Scalar(scalar)},
+                   {x, x_rows, columns, stride, Scalar(scalar)},
                    {features, rows, compiled.plan.n_columns(), features_stride, Scalar(features_scalar)},
-                   workspace.get(), nullptr, kernel});
+                   workspace.get(), nullptr, kernel, groups});
   });
 }
 
-int qaa_backward(void* plan, const void* theta, int theta_scalar, const void* x, std::int64_t rows,
-                 std::int64_t columns, std::int64_t stride, int scalar, const void* grad, std::int64_t grad_stride,
-                 int grad_scalar, void* grad_theta, void* grad_x, std::int64_t grad_x_stride) {
+int qaa_backward(void* plan, const void* theta, int theta_scalar, const void* x, std::int64_t x_rows,
+                 std::int64_t columns, std::int64_t stride, int scalar, std::int64_t rows, std::int64_t groups,
+                 const void* grad, std::int64_t grad_stride, int grad_scalar, void* grad_theta, void* grad_x,
+                 std::int64_t grad_x_stride) {
   return guarded([&] {
     const auto& compiled = *static_cast<Compiled*>(plan);
     const void* kernel = compiled.kernels[1];
     const auto& [program, description] = compiled.with(kernel);
-    const Workspace workspace(cuda::workspace_bytes(program, rows, Scalar(scalar), true));
+    const Workspace workspace(cuda::workspace_bytes(program, rows, Scalar(scalar), true, groups));
     cuda::backward({program, description.get(), theta, Scalar(theta_scalar),
-                    {x, rows, columns, stride, Scalar(scalar)},
+                    {x, x_rows, columns, stride, Scalar(scalar)},
                     {grad, rows, compiled.plan.n_columns(), grad_stride, Scalar(grad_scalar)},
                     grad_theta,
                     {grad_x, rows, columns, grad_x_stride, Scalar(scalar)},
-                    workspace.get(), nullptr, kernel});
+                    workspace.get(), nullptr, kernel, groups});
   });
 }
 

@@ -165,7 +165,7 @@ T shuffle(const char* name, const Site& site, unsigned mask, T value, unsigned s
 }  // namespace emulator
 
 template <class A>
-cudaError_t launch_function(const void* function, unsigned grid, unsigned block, unsigned shared_bytes, cudaStream_t stream,
+cudaError_t launch_function(const void* function, dim3 grid, unsigned block, unsigned shared_bytes, cudaStream_t stream,
                             A argument) {
   auto* kernel = reinterpret_cast<void (*)(const A)>(const_cast<void*>(function));
   emulator::launch(kernel, grid, block, shared_bytes, stream, argument);

@@ -14,8 +14,8 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from qaa.circuit import MAX_WIRES
-from qaa.nn import Adapter, Whitening, _rows_of_several, _Trained, draw_angles, is_private_result, random_signs
-from qaa.ops import _autocast_dtype, _is_cast_back, _is_plain
+from qaa.nn import Adapter, Whitening, _Made, _made_together, _Member, draw_angles, is_private_result, random_signs
+from qaa.ops import _is_cast_back, _is_plain
 
 from .tuner import AdditiveLayer
 
@@ -177,7 +177,10 @@ class QaaLayer(AdditiveLayer):
     def _get(self, name: str, adapter_name: str) -> Any:
         """An adapter's tensor, or None; on every forward, hence without the detours of ``ParameterDict.get``."""
         container: Any = self._modules[name]
-        return getattr(container, adapter_name) if adapter_name in container else None
+        found = container._parameters.get(adapter_name)
+        if found is None and adapter_name in container:  # a buffer, or what a wrapper has put in a parameter's place
+            found = getattr(container, adapter_name)
+        return found
 
     def stages(self, adapter_name: str) -> tuple[str, ...]:
         """Those of :data:`STAGES` in which the adapter has statistics; none where there is no such adapter."""
@@ -285,13 +288,15 @@ class QaaLayer(AdditiveLayer):
                 self._calibrate_on(adapter_name, x)
             elif _is_plain(self.qaa_up[adapter_name]):
                 self._warn_if_neutral(adapter_name)
-        parameters = self._parameters_of(adapter_name)
-        x = self._cast(x, parameters[1].dtype)
-        down = None if torch.compiler.is_compiling() else _made.rows.pop((self, adapter_name), None)
-        if down is not None and down.dtype != (_autocast_dtype(x) or x.dtype):
-            down = None
+        x = self._cast(x, self.qaa_up[adapter_name].dtype)
+        made = None if torch.compiler.is_compiling() else _ready.of_layers.pop((self, adapter_name), None)
+        if made is not None and not made.fits(x):
+            made = None
         in_place = is_private_result(self.base_layer)
-        return self.qaa_adapter[adapter_name].add_to(base, x, *parameters, in_place=in_place, down=down)
+        if made is not None and made.down is not None and made.factor is not None:
+            return made.add_product(base, nn.functional.linear(x, made.down), in_place)
+        parameters = self._parameters_of(adapter_name)
+        return self.qaa_adapter[adapter_name].add_to(base, x, *parameters, in_place=in_place, made=made)
 
     def lora_factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor | None]:
         adapter = self.qaa_adapter[adapter_name]
@@ -316,17 +321,17 @@ class QaaLayer(AdditiveLayer):
         return adapter_name in self.qaa_bias or adapter_name in self.qaa_center
 
 
-class _Made(threading.local):
-    """Matrices of linear adapters that a forward pass has made in this thread and that no layer has taken yet."""
+class _Ready(threading.local):
+    """What a forward pass has made in this thread for adapters that have not taken it yet."""
 
     def __init__(self) -> None:
-        self.rows: dict[tuple[QaaLayer, str], Tensor] = {}
+        self.of_layers: dict[tuple[QaaLayer, str], _Made] = {}
 
 
-_made = _Made()
+_ready = _Ready()
 
 
-def _active_adapters(model: nn.Module) -> Iterator[tuple[tuple[QaaLayer, str], _Trained]]:
+def _active_adapters(model: nn.Module) -> Iterator[tuple[tuple[QaaLayer, str], _Member]]:
     """Adapters that a forward pass uses and that have nothing left to measure; nobody looks inside the layers."""
     modules = [model]
     while modules:
@@ -338,28 +343,33 @@ def _active_adapters(model: nn.Module) -> Iterator[tuple[tuple[QaaLayer, str], _
             continue
         for name in module.active_adapters:
             if name in module.qaa_adapter and module.qaa_pending.get(name) not in ("measure", "verify"):
-                parts = module.qaa_adapter[name], module.qaa_theta[name], module._whitening_of(name)
-                yield (module, name), _Trained(*parts, module._get("qaa_mix", name))
+                get = module._get
+                is_full = get("qaa_signs", name) is None and get("qaa_phi", name) is None
+                up = get("qaa_up", name) if is_full else None
+                parts = module.qaa_adapter[name], get("qaa_theta", name), module._whitening_of(name)
+                yield (module, name), _Member(*parts, get("qaa_mix", name), up, get("qaa_bias", name))
 
 
 @contextmanager
-def rows_made_together(model: nn.Module) -> Iterator[None]:
-    """Around a forward pass: the matrices of the model's linear adapters in training are made together, before it.
+def made_together(model: nn.Module) -> Iterator[None]:
+    """Around a forward pass: what adapters make of their parameters, whatever x is, is made together before it.
 
     A layer makes its own where it finds none: when it is called by itself or for a second time, when a checkpointed
     part of the model is run again, or as long as it has statistics to measure.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+    # without gradients there is little to do on a CPU, whose layers keep their matrices
+    may_have_a_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or may_have_a_gpu):
         yield
         return
-    outer, _made.rows = _made.rows, {}
+    outer, _ready.of_layers = _ready.of_layers, {}
     try:
-        members = dict(_active_adapters(model))
-        made = zip(members, _rows_of_several(list(members.values())), strict=True)
-        _made.rows = {key: rows for key, rows in made if rows is not None}
+        if _is_plain():
+            members = dict(_active_adapters(model))
+            _ready.of_layers = dict(zip(members, _made_together(list(members.values())), strict=True))
         yield
     finally:
-        _made.rows = outer
+        _ready.of_layers = outer
 
 
 def up_circuit(out_features: int, n_features: int, config: Any) -> Adapter:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from qaa.circuit import is_number, shown
 from qaa.noise import NoiseModel, check_noise
 
-from .layer import STAGES, QaaLayer, rows_made_together
+from .layer import STAGES, QaaLayer, made_together
 from .tuner import AdditiveModel
 
 
@@ -24,7 +24,7 @@ class QaaModel(AdditiveModel):
     tuner_layer_cls = QaaLayer
 
     def _around_forward(self) -> AbstractContextManager[None]:
-        return rows_made_together(self.model)
+        return made_together(self.model)
 
 
 def parameter_groups(model: nn.Module, lr: float, angle_lr: float) -> list[dict[str, Any]]:
