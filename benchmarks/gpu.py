@@ -254,7 +254,7 @@ def sanitizer() -> dict[str, str] | str:
     """Verdicts of compute-sanitizer over a few tests."""
     if shutil.which("compute-sanitizer") is None:
         return "not installed"
-    chosen = "(test_against_the_oracle and float32 and (6 or 10)) or extreme or empty or (one_circuit and 10-z)"
+    chosen = "(oracle and float32 and (6-z or 10-z)) or extreme or empty or (together and float32-compact)"
     running = {}
     for tool in ("memcheck", "racecheck", "initcheck", "synccheck"):
         checked = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1"]
