@@ -74,7 +74,13 @@ CASES = {
     "fine-tuning": Case(
         tuple(
             (f"fine-tuning, {method}", Task(10, 576, 2))
-            for method in ("LoRA r = 8", "QAA paper", "QAA default", "QAA compact")
+            for method in (
+                "LoRA r = 8",
+                "QAA paper",
+                "QAA paper, one circuit for q and v",
+                "QAA default",
+                "QAA compact",
+            )
         ),
         budget=12.0,
     ),

@@ -29,6 +29,10 @@ def qaa_paper(task: Task) -> Rival:
     return _training(task, QaaConfig.preset("paper", target_modules=TARGETS))
 
 
+def qaa_paper_shared(task: Task) -> Rival:
+    return _training(task, QaaConfig.preset("paper", target_modules=TARGETS, shared_circuit=TARGETS))
+
+
 def qaa_default(task: Task) -> Rival:
     return _training(task, QaaConfig.preset("default", target_modules=TARGETS))
 

@@ -138,7 +138,7 @@ def _square(results: Results, threads: int) -> Iterator[Goal]:
 
 def _finetuning(results: Results, threads: int) -> Iterator[Goal]:
     lora = results.find("fine-tuning", "fine-tuning, LoRA r = 8", "step")
-    for name in ("QAA paper", "QAA default", "QAA compact"):
+    for name in ("QAA paper", "QAA paper, one circuit for q and v", "QAA default", "QAA compact"):
         ours = results.find("fine-tuning", f"fine-tuning, {name}", "step")
         if ours and lora:
             yield Goal(f"fine-tuning step, {name} / LoRA", threads, ratio(ours, lora), 1.05, True, "x")

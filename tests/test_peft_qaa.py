@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import copy
+import dataclasses
 import json
 import math
 import os
@@ -48,7 +49,7 @@ from transformers.integrations.peft import MIN_PEFT_VERSION
 
 import oracle
 import qaa.peft
-from qaa.peft import QaaConfig, QaaLayer, calibrate, parameter_groups, to_lora
+from qaa.peft import QaaConfig, QaaLayer, calibrate, parameter_groups, to_dense, to_lora
 
 STATE = "state[:5]"
 READOUTS = ["z", "probs[:6]", ["ZIIII", "XYZII", "IIIXX"], STATE]
@@ -1807,3 +1808,162 @@ def test_modules_are_imported_on_first_use() -> None:
         "qaa.peft.QaaConfig; assert not hasattr(qaa, 'nothing')"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=300)
+
+
+# ------------------------------------------------------------------------------------------------ shared circuits
+
+SHARED = ["q_proj", "k_proj", "v_proj"]
+SHARING = {"target_modules": [*SHARED, "o_proj"], "shared_circuit": SHARED}
+
+
+def unshared(model, config):
+    """The same adapters with a circuit for each layer, of the same angles and statistics."""
+    copies = adapted(dataclasses.replace(config, shared_circuit=None))
+    for ours, theirs in zip(layers_of(model), layers_of(copies), strict=True):
+        for name in theirs.adapter_layer_names:
+            if (tensor := theirs._get(name, "default")) is not None:
+                tensor.data.copy_(ours._get(name, "default"))
+    return copies
+
+
+@pytest.mark.parametrize("how", ["plain", "checkpoints", "re-entrant checkpoints", "autocast"])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"readout": "z"},
+        {"readout": "probs[:6]", "r": 2},
+        {"readout": "z", "scale_channels": True, "center_channels": True, "standardize_features": True},
+        {**LOW_RANK, "adapter_bias": None},
+    ],
+    ids=["z", "low rank", "whitened", "linear"],
+)
+def test_a_shared_circuit_computes_what_circuits_of_the_same_angles_do(fields, how, monkeypatch):
+    config = random_config(**SHARING, **fields)
+    model = adapted(config).train()
+    if model.base_model.model.model.layers[0].self_attn.q_proj.stages("default"):
+        calibrate(model, [{"input_ids": tokens()}])
+    copies = unshared(model, config).train()
+    for each in (model, copies):
+        if "checkpoints" in how:
+            each.gradient_checkpointing_enable({"use_reentrant": how != "checkpoints"})
+            each.enable_input_require_grads()
+        for layer in layers_of(each):
+            layer.qaa_pending.clear()
+    calls = counted_calls(monkeypatch)
+    with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+        loss, expected = (each(tokens(), labels=tokens()).loss for each in (model, copies))
+        assert torch.equal(loss, expected)
+        n_calls = len(calls)
+        loss.backward()
+        expected.backward()
+    if fields["readout"] != STATE:  # in two layers one call for q, k and v, and one for o; or four
+        assert n_calls == 2 * (2 + 4) and len(calls) == (2 * n_calls if "checkpoints" in how else n_calls)
+    assert not qaa.peft.layer._ready.features
+    rounding = {"rtol": 0.05, "atol": 1e-3} if how == "autocast" else CLOSE
+    for ours, theirs in zip(groups_of_three(model), groups_of_three(copies), strict=True):
+        first, *others = (layer.qaa_theta["default"] for layer in theirs)
+        assert "default" not in ours[1].qaa_theta and "default" not in ours[2].qaa_theta
+        torch.testing.assert_close(
+            ours[0].qaa_theta["default"].grad, first.grad + sum(theta.grad for theta in others), **rounding
+        )
+        for mine, yours in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine.qaa_up["default"].grad, yours.qaa_up["default"].grad, **rounding)
+    o_proj = model.base_model.model.model.layers[0].self_attn.o_proj
+    assert "default" in o_proj.qaa_theta and not o_proj.qaa_sharing
+
+
+def groups_of_three(model):
+    return [[getattr(layer.self_attn, name) for name in SHARED] for layer in model.base_model.model.model.layers]
+
+
+def test_other_vectors_have_features_of_their_own_and_nothing_is_kept(monkeypatch):
+    class Crossed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.wide = nn.Linear(24, 8), nn.Linear(24, 8), nn.Linear(30, 8)
+
+        def forward(self, x, y):
+            return self.q(x) + self.k(y)
+
+    config = random_config(target_modules=["q", "k", "wide"], shared_circuit=["q", "k", "wide"])
+    model = adapted(config, Crossed())
+    net = model.base_model.model
+    assert "default" not in net.k.qaa_theta and "default" in net.wide.qaa_theta  # which has another width
+    x, y = torch.randn(5, 24), torch.randn(5, 24)
+    theta, *_ = net.q._parameters_of("default")
+    expected = net.q.base_layer(x) + net.k.base_layer(y)
+    for layer, each in ((net.q, x), (net.k, y)):
+        _, up, bias, *_ = layer._parameters_of("default")
+        expected = expected + layer.qaa_adapter["default"].delta(each, theta, up, bias)
+    calls = counted_calls(monkeypatch)
+    torch.testing.assert_close(model(x, y), expected, **CLOSE)
+    assert len(calls) == 2
+    same = model(x, x)
+    assert len(calls) == 3
+    changed = net.q(x)
+    x.mul_(2)  # the same tensor with other numbers
+    assert torch.equal(net.k(x), net.k(x.clone())) and not torch.equal(same, changed + net.k(x))
+    with torch.inference_mode():
+        assert torch.equal(model(x, x), model(x, x.clone()))
+    assert not qaa.peft.layer._ready.features or model(x, y) is not None
+    with model.disable_adapter():
+        assert torch.equal(model(x, y), net.q.base_layer(x) + net.k.base_layer(y))
+
+
+@pytest.mark.parametrize("readout", ["z", STATE])
+def test_a_shared_circuit_is_saved_loaded_copied_and_taken_away(readout, tmp_path):
+    config = random_config(readout, **SHARING, scale_channels=True)
+    model = adapted(config)
+    assert calibrate(model, [{"input_ids": tokens()}]) == 4  # q and o of two layers
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    names = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert sum("qaa_theta" in name for name in names) == sum("qaa_channels" in name for name in names) == 4
+    for low_cpu_mem_usage in (False, True):
+        loaded = PeftModel.from_pretrained(llama(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage).eval()
+        assert torch.equal(logits(loaded), expected)
+        q, k, _ = groups_of_three(loaded)[0]
+        q.qaa_theta["default"].data += 0.1
+        assert k._parameters_of("default")[0] is q.qaa_theta["default"]
+    assert torch.equal(logits(copy.deepcopy(model)), expected)
+    twin = pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits(twin), expected) and groups_of_three(twin)[0][1]._owner_of("default") is not None
+    torch.testing.assert_close(to_dense(model)(tokens()).logits, expected, **CLOSE)
+    if readout == STATE:
+        torch.testing.assert_close(copy.deepcopy(model).merge_and_unload()(tokens()).logits, expected, **CLOSE)
+    model.add_adapter("second", config)  # one of another name, and one of the same name once more
+    model.base_model.inject_adapter(model.base_model.model, "default")
+    for layer in groups_of_three(model)[0][1:]:
+        assert layer._owner_of("default") is layer._owner_of("second") is groups_of_three(model)[0][0]
+    assert groups_of_three(model)[0][0].qaa_sharing["default"].count == 3
+    model.delete_adapter("default")
+    assert all("default" not in layer.qaa_sharing and "default" not in layer.qaa_up for layer in layers_of(model))
+    model.set_adapter("second")
+    assert logits(model).isfinite().all()
+
+
+def test_the_first_batch_calibrates_a_shared_circuit_whoever_comes_first():
+    class Backwards(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k = nn.Linear(24, 8), nn.Linear(24, 8)
+
+        def forward(self, x):
+            return self.k(x) + self.q(x)
+
+    config = random_config(
+        target_modules=["q", "k"], shared_circuit=["q", "k"], scale_channels=True, calibration="first_batch"
+    )
+    model, x = adapted(config, Backwards()).train(), torch.randn(50, 24)
+    model(x).sum().backward()
+    net = model.base_model.model
+    torch.testing.assert_close(net.q.qaa_channels["default"], 1 / x.square().mean(0).sqrt())
+    assert net.q.qaa_calibrated["default"] == 1 and "default" not in net.k.qaa_calibrated
+
+
+def test_modules_that_cannot_share_a_circuit_are_refused():
+    for names in ("q_proj", ["q_proj"], ["q_proj", 1], 3):
+        with pytest.raises(ValueError, match="expected shared_circuit to be a list of at least two names"):
+            random_config(shared_circuit=names)
+    with pytest.raises(ValueError, match="expected modules of one parent and one input width among shared_circuit"):
+        adapted(random_config(target_modules=["q_proj", "down_proj"], shared_circuit=["q_proj", "down_proj"]))

@@ -64,6 +64,7 @@ RIVALS = {
     "SQUARE, MLP": Entry("yardstick", "own", "square", "mlp"),
     "SQUARE, MLP behind 16 factors": Entry("yardstick", "own", "square", "scaled_mlp"),
     "fine-tuning, QAA paper": Entry("yardstick", "own", "finetune", "qaa_paper"),
+    "fine-tuning, QAA paper, one circuit for q and v": Entry("yardstick", "own", "finetune", "qaa_paper_shared"),
     "fine-tuning, QAA default": Entry("yardstick", "own", "finetune", "qaa_default"),
     "fine-tuning, QAA compact": Entry("yardstick", "own", "finetune", "qaa_compact"),
     "fine-tuning, LoRA r = 8": Entry("yardstick", "own", "finetune", "lora"),

@@ -292,6 +292,10 @@ class Adapter:
         """:meth:`features`, behind which there may be zeros, for the products that follow; M is ``mix diag(gain)``."""
         if self.is_linear:
             return F.linear(x, *self._affine(theta, whitening, mix, gain, ops._autocast_dtype(x) or x.dtype))
+        return self._mixed(self._quadratic(theta, x, whitening), mix, gain)
+
+    def _quadratic(self, theta: Tensor, x: Tensor, whitening: Whitening) -> Tensor:
+        """``f(u)`` of a readout that is not linear in x."""
         channels, center = whitening.channels, whitening.center
         if channels is not None:
             x = x * channels if center is None else torch.addcmul(-center * channels, x, channels)
@@ -301,8 +305,10 @@ class Adapter:
         if self.blocks > 1:
             x = self._cut(x)
         features = ops.quantum_features(self.circuit, theta, x, self.readout, noise=noise, trajectories=trajectories)
-        if self.blocks > 1:
-            features = features.flatten(-2)
+        return features.flatten(-2) if self.blocks > 1 else features
+
+    @staticmethod
+    def _mixed(features: Tensor, mix: Tensor | None, gain: Tensor | None) -> Tensor:
         return features if mix is None else F.linear(features, ops._scaled(mix, gain, features.dtype))
 
     def delta(
@@ -331,16 +337,20 @@ class Adapter:
         *,
         in_place: bool = False,
         made: _Made | None = None,
+        features: Tensor | None = None,
     ) -> Tensor:
         """``base + delta(x, ...)`` in the dtype of ``base``; with ``in_place`` it may be written over ``base``.
 
-        ``made`` is what :func:`_made_together` has made of the parameters, if it has.
+        ``made`` is what :func:`_made_together` has made of the parameters, if it has; ``features`` is f(u), if that is
+        known, of a readout that is not linear in x.
         """
         # without a mean a gain is left to the function that changes V or M anyway
         gain = whitening.gain if whitening.mean is None else None
         if gain is None:
             up, bias, mix = self._folded(up, bias, whitening, mix)
-        if made is not None and made.down is not None:
+        if features is not None:
+            features = self._mixed(features, mix, gain)
+        elif made is not None and made.down is not None:
             features = F.linear(x, made.down)
         else:
             features = self._features(theta, x, whitening, mix, None if mix is None else gain)

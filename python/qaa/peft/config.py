@@ -74,6 +74,8 @@ class QaaConfig(PeftConfig):
             a layer has one block, and at most 65,536 inputs.
         projection_key: an integer that R is drawn from.
         train_circuit: whether theta is trained; otherwise it keeps its initial values and is saved with the adapter.
+        shared_circuit: names of modules that share one circuit, with its angles and statistics, where they have one
+            parent and one input width, as ``["q_proj", "k_proj", "v_proj"]``; None: each has its own.
 
     Raises:
         ValueError: a field is out of range; the sentence names what was expected and what was received.
@@ -256,6 +258,16 @@ class QaaConfig(PeftConfig):
             "same), which makes training faster and is the control that tells what the circuit contributes."
         },
     )
+    shared_circuit: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of modules, such as ['q_proj', 'k_proj', 'v_proj'], that share one circuit where they have "
+            "one parent and one input width: the first of them has its angles and the statistics of its input, each "
+            "has V, M and c of its own. It pays with quadratic readouts, whose states are simulated once for all "
+            "that are given the same tensor; with 'state' it saves angles and statistics alone. Name only modules "
+            "that read the same vectors: o_proj, which reads others, would have the statistics of q_proj's."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()  # type: ignore[no-untyped-call]
@@ -274,6 +286,14 @@ class QaaConfig(PeftConfig):
         if self.calibration == "first_batch" and not any(getattr(self, name) for name in measured):
             raise ValueError(f"expected one of {', '.join(measured)} with calibration 'first_batch', received none")
         check_key(self.projection_key)
+        if self.shared_circuit is not None:
+            names = self.shared_circuit
+            is_list = isinstance(names, (list, tuple, set, frozenset)) and all(isinstance(name, str) for name in names)
+            if not is_list or len(set(names)) < 2:
+                raise ValueError(
+                    f"expected shared_circuit to be a list of at least two names of modules, received {shown(names)}"
+                )
+            self.shared_circuit = sorted(set(names))
         if self.r is not None:
             self.r = check_count("r", self.r, 2**MAX_WIRES)
         if self.max_wires is not None:

@@ -6,7 +6,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qaa.circuit import MAX_WIRES
 from qaa.nn import Adapter, Whitening, _Made, _made_together, _Member, draw_angles, is_private_result, random_signs
-from qaa.ops import _is_cast_back, _is_plain
+from qaa.ops import _autocast_dtype, _is_cast_back, _is_plain
 
 from .tuner import AdditiveLayer
 
@@ -81,6 +81,13 @@ def _reciprocal(size: Tensor, reference: Tensor) -> Tensor:
     return torch.where(varies, 1 / size.clamp_min(floor), 1.0)
 
 
+class Sharing:
+    """Layers whose adapters share one circuit: the one that has its angles and statistics, and how many they are."""
+
+    def __init__(self, owner: QaaLayer) -> None:
+        self.owner, self.count = owner, 1
+
+
 class QaaLayer(AdditiveLayer):
     """A linear layer with QAA adapters; what an adapter computes is in :class:`qaa.nn.Adapter`."""
 
@@ -88,8 +95,9 @@ class QaaLayer(AdditiveLayer):
     whitening_names = ("qaa_channels", "qaa_center", "qaa_mean", "qaa_gain")
     frozen_names = (*whitening_names, "qaa_calibrated")
     angle_names = ("qaa_theta", "qaa_phi")
-    adapter_layer_names = (*angle_names, "qaa_up", "qaa_mix", "qaa_bias", *frozen_names)
-    other_param_names = ("qaa_adapter", "qaa_pending", "qaa_signs", "qaa_up_adapter")
+    shared_names = ("qaa_theta", *frozen_names)
+    adapter_layer_names = ("qaa_up", *angle_names, "qaa_mix", "qaa_bias", *frozen_names)
+    other_param_names = ("qaa_adapter", "qaa_pending", "qaa_sharing", "qaa_signs", "qaa_up_adapter")
 
     def _create_containers(self) -> None:
         self.qaa_theta = nn.ParameterDict()  # angles in radians, the circuit's shape
@@ -109,6 +117,7 @@ class QaaLayer(AdditiveLayer):
         # what the next step of training has to do, so that it asks no tensor: "measure", then "verify" that the mark
         # has stayed; "warn", where others are to measure, if nobody has; or nothing
         self.qaa_pending: dict[str, str] = {}
+        self.qaa_sharing: dict[str, Sharing] = {}  # of adapters that share their circuit with those of other layers
         self.qaa_adapter: dict[str, Adapter] = {}
 
     def _create_adapter(self, adapter_name: str, config: Any) -> None:
@@ -154,6 +163,21 @@ class QaaLayer(AdditiveLayer):
         frozen = self.frozen_names if config.train_circuit else (*self.frozen_names, *self.angle_names)
         self.frozen_peft_weight_names = {**self.frozen_peft_weight_names, adapter_name: frozen}
 
+    def share_circuit(self, adapter_name: str, owner: QaaLayer) -> None:
+        """From now on the adapter has the angles and statistics of the owner's."""
+        for name in self.shared_names:
+            if adapter_name in (container := getattr(self, name)):
+                del container[adapter_name]
+        self.qaa_pending.pop(adapter_name, None)
+        sharing = owner.qaa_sharing.setdefault(adapter_name, Sharing(owner))
+        sharing.count += 1
+        self.qaa_sharing[adapter_name] = sharing
+
+    def _owner_of(self, adapter_name: str) -> QaaLayer:
+        """The layer that has the adapter's angles and statistics."""
+        sharing = self.qaa_sharing.get(adapter_name)
+        return self if sharing is None else sharing.owner
+
     def _to_do(self, adapter_name: str) -> str:
         return "measure" if adapter_name in self.qaa_calibrated else "warn"
 
@@ -180,6 +204,8 @@ class QaaLayer(AdditiveLayer):
         found = container._parameters.get(adapter_name)
         if found is None and adapter_name in container:  # a buffer, or what a wrapper has put in a parameter's place
             found = getattr(container, adapter_name)
+        elif found is None and name in self.shared_names and (owner := self._owner_of(adapter_name)) is not self:
+            found = owner._get(name, adapter_name)
         return found
 
     def stages(self, adapter_name: str) -> tuple[str, ...]:
@@ -190,7 +216,7 @@ class QaaLayer(AdditiveLayer):
     def moments(self, adapter_name: str, stage: str) -> Moments:
         """Moments of nothing yet, of the width and on the device of the stage's statistics."""
         width = self.in_features if stage == "channels" else self.qaa_adapter[adapter_name].n_features
-        return Moments(width, self.qaa_theta[adapter_name].device)
+        return Moments(width, self.qaa_up[adapter_name].device)
 
     @torch.no_grad()
     def observe(self, adapter_name: str, stage: str, x: Tensor, moments: Moments) -> None:
@@ -282,12 +308,14 @@ class QaaLayer(AdditiveLayer):
         return self.qaa_adapter[adapter_name].delta(self._cast(x, parameters[1].dtype), *parameters)
 
     def add_to(self, base: Tensor, adapter_name: str, x: Tensor) -> Tensor:
-        pending = self.qaa_pending.get(adapter_name)
+        owner = self._owner_of(adapter_name)
+        pending = owner.qaa_pending.get(adapter_name)
         if pending and self.training and torch.is_grad_enabled() and self.qaa_up[adapter_name].requires_grad:
             if pending != "warn":
-                self._calibrate_on(adapter_name, x)
+                owner._calibrate_on(adapter_name, x)
             elif _is_plain(self.qaa_up[adapter_name]):
-                self._warn_if_neutral(adapter_name)
+                owner._warn_if_neutral(adapter_name)
+        given = x
         x = self._cast(x, self.qaa_up[adapter_name].dtype)
         made = None if torch.compiler.is_compiling() else _ready.of_layers.pop((self, adapter_name), None)
         if made is not None and not made.fits(x):
@@ -296,7 +324,28 @@ class QaaLayer(AdditiveLayer):
         if made is not None and made.down is not None and made.factor is not None:
             return made.add_product(base, nn.functional.linear(x, made.down), in_place)
         parameters = self._parameters_of(adapter_name)
-        return self.qaa_adapter[adapter_name].add_to(base, x, *parameters, in_place=in_place, made=made)
+        adapter, features = self.qaa_adapter[adapter_name], None
+        if adapter_name in self.qaa_sharing and not adapter.is_linear:
+            features = self._features_of_all(adapter_name, given, x, parameters[0], parameters[3])
+        return adapter.add_to(base, x, *parameters, in_place=in_place, made=made, features=features)
+
+    def _features_of_all(
+        self, adapter_name: str, given: Tensor, x: Tensor, theta: Tensor, whitening: Whitening
+    ) -> Tensor | None:
+        """Features of x, computed once for all layers that share the circuit and are given the same tensor in turn."""
+        if torch.compiler.is_compiling() or not _is_plain(given):
+            return None
+        sharing, known = self.qaa_sharing[adapter_name], _ready.features
+        version = None if given.is_inference() else given._version
+        state = version, torch.is_grad_enabled(), x.dtype, _autocast_dtype(x)
+        shared = known.get(sharing)
+        if shared is None or shared.given is not given or shared.state != state or self in shared.takers:
+            features = self.qaa_adapter[adapter_name]._quadratic(theta, x, whitening)
+            shared = known[sharing] = _Shared(given, state, features, set())
+        shared.takers.add(self)
+        if len(shared.takers) >= sharing.count:
+            del known[sharing]
+        return shared.features
 
     def lora_factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor | None]:
         adapter = self.qaa_adapter[adapter_name]
@@ -321,11 +370,21 @@ class QaaLayer(AdditiveLayer):
         return adapter_name in self.qaa_bias or adapter_name in self.qaa_center
 
 
+class _Shared(NamedTuple):
+    """Features of a shared circuit, the tensor that they are of, and the layers that have taken them."""
+
+    given: Tensor
+    state: tuple[Any, ...]
+    features: Tensor
+    takers: set[QaaLayer]
+
+
 class _Ready(threading.local):
     """What a forward pass has made in this thread for adapters that have not taken it yet."""
 
     def __init__(self) -> None:
         self.of_layers: dict[tuple[QaaLayer, str], _Made] = {}
+        self.features: dict[Sharing, _Shared] = {}
 
 
 _ready = _Ready()
@@ -342,7 +401,8 @@ def _active_adapters(model: nn.Module) -> Iterator[tuple[tuple[QaaLayer, str], _
         if module.disable_adapters or module.merged:
             continue
         for name in module.active_adapters:
-            if name in module.qaa_adapter and module.qaa_pending.get(name) not in ("measure", "verify"):
+            is_ready = module._owner_of(name).qaa_pending.get(name) not in ("measure", "verify")
+            if name in module.qaa_adapter and is_ready:
                 get = module._get
                 is_full = get("qaa_signs", name) is None and get("qaa_phi", name) is None
                 up = get("qaa_up", name) if is_full else None
@@ -362,14 +422,14 @@ def made_together(model: nn.Module) -> Iterator[None]:
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or may_have_a_gpu):
         yield
         return
-    outer, _ready.of_layers = _ready.of_layers, {}
+    outer, _ready.of_layers, _ready.features = (_ready.of_layers, _ready.features), {}, {}
     try:
         if _is_plain():
             members = dict(_active_adapters(model))
             _ready.of_layers = dict(zip(members, _made_together(list(members.values())), strict=True))
         yield
     finally:
-        _ready.of_layers = outer
+        _ready.of_layers, _ready.features = outer
 
 
 def up_circuit(out_features: int, n_features: int, config: Any) -> Adapter:

@@ -23,6 +23,38 @@ class QaaModel(AdditiveModel):
     prefix = "qaa_"
     tuner_layer_cls = QaaLayer
 
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, *args, **kwargs)
+        names = peft_config.shared_circuit or ()
+        if target_name not in names:
+            return
+        layer = getattr(parent, target_name)
+        for name, other in parent.named_children():
+            if not isinstance(other, QaaLayer) or other is layer or name not in names:
+                continue
+            if other.in_features == layer.in_features and adapter_name in other.qaa_theta.keys():  # noqa: SIM118
+                layer.share_circuit(adapter_name, other)
+                return
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config: Any = self.peft_config[adapter_name]
+        names = config.shared_circuit
+        layers = (module for module in model.modules() if isinstance(module, QaaLayer))
+        if names and not any(adapter_name in layer.qaa_sharing for layer in layers):
+            raise ValueError(
+                f"expected modules of one parent and one input width among shared_circuit {names}, received none"
+            )
+
     def _around_forward(self) -> AbstractContextManager[None]:
         return made_together(self.model)
 
@@ -163,7 +195,7 @@ def _check_same_angles(layers: list[QaaLayer], adapter_name: str) -> None:
     """Refuses processes that have drawn different angles: their features are not those of one adapter."""
     if not (dist.is_available() and dist.is_initialized()):
         return
-    angles = torch.cat([layer.qaa_theta[adapter_name].detach().flatten() for layer in layers])
+    angles = torch.cat([layer._get("qaa_theta", adapter_name).detach().flatten() for layer in layers])
     extremes = torch.stack([angles, -angles])
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
     if not torch.equal(extremes[0], -extremes[1]):
