@@ -1900,12 +1900,18 @@ def test_other_vectors_have_features_of_their_own_and_nothing_is_kept(monkeypatc
     assert len(calls) == 2
     same = model(x, x)
     assert len(calls) == 3
-    changed = net.q(x)
-    x.mul_(2)  # the same tensor with other numbers
-    assert torch.equal(net.k(x), net.k(x.clone())) and not torch.equal(same, changed + net.k(x))
+    for layer in (net.q, net.k):  # by itself, with a graph of its own
+        layer(x).sum().backward()
+    assert len(calls) == 5
+    net.forward = lambda x, y: (net.q(x), x.mul_(2), net.k(x))[-1]  # the same tensor with other numbers
+    z = x.clone()
+    assert torch.equal(model(z, z), net.k(2 * x)) and not torch.equal(net.k(2 * x), net.k(x))
+    del net.forward
+    with torch.no_grad():
+        assert torch.equal(model(x, x), same)
     with torch.inference_mode():
         assert torch.equal(model(x, x), model(x, x.clone()))
-    assert not qaa.peft.layer._ready.features or model(x, y) is not None
+    assert not qaa.peft.layer._ready.features and not qaa.peft.layer._ready.is_open
     with model.disable_adapter():
         assert torch.equal(model(x, y), net.q.base_layer(x) + net.k.base_layer(y))
 
@@ -1936,6 +1942,9 @@ def test_a_shared_circuit_is_saved_loaded_copied_and_taken_away(readout, tmp_pat
     for layer in groups_of_three(model)[0][1:]:
         assert layer._owner_of("default") is layer._owner_of("second") is groups_of_three(model)[0][0]
     assert groups_of_three(model)[0][0].qaa_sharing["default"].count == 3
+    if readout == STATE:  # a centre is a constant of each layer that shares it
+        centred = adapted(random_config(readout, **SHARING, center_channels=True, adapter_bias=False))
+        assert not any(layer.supports_lora_conversion() for layer in layers_of(centred))
     model.delete_adapter("default")
     assert all("default" not in layer.qaa_sharing and "default" not in layer.qaa_up for layer in layers_of(model))
     model.set_adapter("second")

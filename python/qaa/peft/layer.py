@@ -86,6 +86,7 @@ class Sharing:
 
     def __init__(self, owner: QaaLayer) -> None:
         self.owner, self.count = owner, 1
+        self.is_together = False  # whether the last forward pass computed its features once
 
 
 class QaaLayer(AdditiveLayer):
@@ -332,10 +333,18 @@ class QaaLayer(AdditiveLayer):
     def _features_of_all(
         self, adapter_name: str, given: Tensor, x: Tensor, theta: Tensor, whitening: Whitening
     ) -> Tensor | None:
-        """Features of x, computed once for all layers that share the circuit and are given the same tensor in turn."""
+        """Features of x, computed once for all layers that share the circuit and are given the same tensor in turn.
+
+        So it is in a forward pass of the model, and where a backward pass runs a checkpointed part of it again; a layer
+        that is called by itself, whose graph may be freed before that of another one, has features of its own: None.
+        """
         if torch.compiler.is_compiling() or not _is_plain(given):
             return None
         sharing, known = self.qaa_sharing[adapter_name], _ready.features
+        if torch._C._current_graph_task_id() == -1:  # not in a backward pass
+            sharing.is_together = _ready.is_open
+        if not sharing.is_together:
+            return None
         version = None if given.is_inference() else given._version
         state = version, torch.is_grad_enabled(), x.dtype, _autocast_dtype(x)
         shared = known.get(sharing)
@@ -367,7 +376,7 @@ class QaaLayer(AdditiveLayer):
         return self.qaa_adapter[adapter_name].is_linear and not self._has_constant(adapter_name)
 
     def _has_constant(self, adapter_name: str) -> bool:
-        return adapter_name in self.qaa_bias or adapter_name in self.qaa_center
+        return adapter_name in self.qaa_bias or self._get("qaa_center", adapter_name) is not None
 
 
 class _Shared(NamedTuple):
@@ -383,6 +392,7 @@ class _Ready(threading.local):
     """What a forward pass has made in this thread for adapters that have not taken it yet."""
 
     def __init__(self) -> None:
+        self.is_open = False  # whether a forward pass is on its way
         self.of_layers: dict[tuple[QaaLayer, str], _Made] = {}
         self.features: dict[Sharing, _Shared] = {}
 
@@ -417,19 +427,21 @@ def made_together(model: nn.Module) -> Iterator[None]:
     A layer makes its own where it finds none: when it is called by itself or for a second time, when a checkpointed
     part of the model is run again, or as long as it has statistics to measure.
     """
-    # without gradients there is little to do on a CPU, whose layers keep their matrices
-    may_have_a_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    if torch.compiler.is_compiling() or not (torch.is_grad_enabled() or may_have_a_gpu):
+    if torch.compiler.is_compiling():
         yield
         return
-    outer, _ready.of_layers, _ready.features = (_ready.of_layers, _ready.features), {}, {}
+    # without gradients there is little to make on a CPU, whose layers keep their matrices
+    may_have_a_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    members: dict[tuple[QaaLayer, str], _Member] = {}
+    if (torch.is_grad_enabled() or may_have_a_gpu) and _is_plain():
+        members = dict(_active_adapters(model))
+    outer = vars(_ready).copy()
+    made = dict(zip(members, _made_together(list(members.values())), strict=True))
+    vars(_ready).update(is_open=True, of_layers=made, features={})
     try:
-        if _is_plain():
-            members = dict(_active_adapters(model))
-            _ready.of_layers = dict(zip(members, _made_together(list(members.values())), strict=True))
         yield
     finally:
-        _ready.of_layers, _ready.features = outer
+        vars(_ready).update(outer)
 
 
 def up_circuit(out_features: int, n_features: int, config: Any) -> Adapter:
