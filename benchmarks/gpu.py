@@ -162,7 +162,7 @@ def training(name: str, rounds: int = 15) -> dict[str, dict[str, float]]:
 
         return step, sum(p.numel() for p in trained)
 
-    steps = {method: step_of(adapter) for method, adapter in adapters().items()}
+    steps = {method: step_of(adapter) for method, adapter in adapters(with_shared=True).items()}
     samples: dict[str, list[tuple[float, float]]] = {method: [] for method in steps}
     results: dict[str, dict[str, float]] = {}
     for method, (step, n_trained) in steps.items():
@@ -197,13 +197,15 @@ def milliseconds_of_kernels(step: Callable[[], None]) -> float:
     return float(sum(event.time_range.elapsed_us() for event in on_gpu)) / 1000
 
 
-def adapters() -> dict[str, Any]:
-    """The methods that a training step compares."""
+def adapters(with_shared: bool = False) -> dict[str, Any]:
+    """The methods that a training step compares, with one whose q and v share a circuit."""
     from peft import LoraConfig
 
     from qaa.peft import QaaConfig
 
     presets = {form: QaaConfig.preset(form, target_modules=TARGETS) for form in ("compact", "default", "paper")}
+    if with_shared:
+        presets["paper, one circuit"] = QaaConfig.preset("paper", target_modules=TARGETS, shared_circuit=TARGETS)
     return {"LoRA r = 8": LoraConfig(r=8, target_modules=TARGETS), **presets}
 
 
@@ -316,7 +318,7 @@ def main() -> int:
                 ratio, on_gpu = f"({of['ratio']:5.3f} x)", f"GPU {of['busy']:8.2f}"
                 times_of_step = f"{of['milliseconds']:8.2f} ms {ratio}, host {of['host']:8.2f}, {on_gpu}"
                 print(
-                    f"{method:12}{times_of_step}, {of['GiB']:6.2f} GiB, {of['trainable']:10,.0f} trainable", flush=True
+                    f"{method:20}{times_of_step}, {of['GiB']:6.2f} GiB, {of['trainable']:10,.0f} trainable", flush=True
                 )
             gc.collect()
             torch.cuda.empty_cache()
