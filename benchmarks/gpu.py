@@ -169,7 +169,7 @@ def training(name: str, rounds: int = 15) -> dict[str, dict[str, float]]:
         for _ in range(3):  # the first one may compile kernels
             step()
         torch.cuda.reset_peak_memory_stats()
-        results[method] = {"busy": milliseconds_of_kernels(step), "trainable": n_trained}
+        results[method] = {**kernels_of(step), "trainable": n_trained}
         results[method]["GiB"] = torch.cuda.max_memory_allocated() / 2**30
     for _ in range(rounds):
         for method, (step, _) in steps.items():
@@ -188,13 +188,13 @@ def training(name: str, rounds: int = 15) -> dict[str, dict[str, float]]:
     return results
 
 
-def milliseconds_of_kernels(step: Callable[[], None]) -> float:
-    """The time that the GPU is at work in a step, kernel by kernel."""
+def kernels_of(step: Callable[[], None]) -> dict[str, float]:
+    """How many kernels and copies a step launches, and the sum of their milliseconds."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
-    on_gpu = (event for event in profile.events() if event.device_type.name == "CUDA")
-    return float(sum(event.time_range.elapsed_us() for event in on_gpu)) / 1000
+    on_gpu = [event for event in profile.events() if event.device_type.name == "CUDA"]
+    return {"busy": sum(event.time_range.elapsed_us() for event in on_gpu) / 1000, "launches": len(on_gpu)}
 
 
 def adapters(with_shared: bool = False) -> dict[str, Any]:
@@ -315,7 +315,7 @@ def main() -> int:
             steps[name] = training(name)
             note("training", steps)
             for method, of in steps[name].items():
-                ratio, on_gpu = f"({of['ratio']:5.3f} x)", f"GPU {of['busy']:8.2f}"
+                ratio, on_gpu = f"({of['ratio']:5.3f} x)", f"GPU {of['busy']:8.2f} in {of['launches']:.0f} launches"
                 times_of_step = f"{of['milliseconds']:8.2f} ms {ratio}, host {of['host']:8.2f}, {on_gpu}"
                 print(
                     f"{method:20}{times_of_step}, {of['GiB']:6.2f} GiB, {of['trainable']:10,.0f} trainable", flush=True

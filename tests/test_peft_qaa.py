@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import copy
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -934,8 +935,14 @@ def test_adapters_of_several_shapes_are_made_by_shape(monkeypatch):
     model = adapted(random_config(**LOW_RANK, target_modules=[str(i) for i in range(5)]), net).train()
     model.add_adapter("second", random_config("z", target_modules=["0"]))
     x, calls = torch.randn(5, 24), counted_calls(monkeypatch)
-    assert is_equal(step_of(model, x), alone(model, monkeypatch, x))
-    assert sorted(calls[:2]) == [2, 3] and calls[2:] == [1] * 5
+    expected = alone(model, monkeypatch, x)
+    calls.clear()
+    assert is_equal(step_of(model, x), expected)
+    assert sorted(calls) == [2, 3]
+    calls.clear()
+    monkeypatch.setattr(qaa.nn, "MANY_AMPLITUDES", 4 * 2**5)  # two matrices of two rows at a time, or one of 64 columns
+    assert is_equal(step_of(model, x), expected)
+    assert sorted(calls) == [1, 1, 1, 2]
     model.base_model.set_adapter(["default", "second"])
     assert is_equal(step_of(model, x), alone(model, monkeypatch, x))
 
@@ -1951,6 +1958,67 @@ def test_a_shared_circuit_is_saved_loaded_copied_and_taken_away(readout, tmp_pat
     assert logits(model).isfinite().all()
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
+@pytest.mark.parametrize("part", ["q and k", "q, then k", "crossed", "base model", "between"])
+def test_shared_features_stay_within_a_checkpointed_part(part, use_reentrant):
+    """Whatever is checkpointed, gradients are those of circuits that are not shared, and nothing is kept."""
+
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v = nn.Linear(24, 8), nn.Linear(24, 8), nn.Linear(24, 8)
+
+        def forward(self, x):
+            run = functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=use_reentrant)
+            if part == "q, then k":
+                return run(self.q, x) * run(self.k, x) + run(self.v, x)
+            if part == "crossed":
+                return run(lambda x, y: self.q(x) * self.k(y) + self.v(y), x, x.sin())
+            return run(lambda x: self.q(x) * self.k(x) + self.v(x), x)
+
+    config = random_config(target_modules=["q", "k", "v"], shared_circuit=["q", "k", "v"])
+    model = adapted(config, Parts()).train()
+    x = torch.randn(5, 24, requires_grad=True)
+
+    def step():
+        model.zero_grad()
+        net = model.get_base_model() if part == "base model" else model
+        loss = net(x).square().sum()
+        if part == "between":
+            with torch.no_grad():
+                model.base_model.model.k(x)
+            model.get_base_model()(x)
+        loss.backward()
+        assert not qaa.peft.layer._ready.features
+        return [p.grad for p in model.parameters() if p.requires_grad]
+
+    ours = step()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(QaaLayer, "_features_of_all", lambda *args: None)
+        for mine, yours in zip(ours, step(), strict=True):
+            torch.testing.assert_close(mine, yours, **CLOSE)
+
+
+@pytest.mark.parametrize("readout", ["z", "low rank"])
+@pytest.mark.parametrize("with_autocast", [False, True])
+def test_selective_checkpoints_find_what_they_saved(readout, with_autocast):
+    fields = LOW_RANK if readout == "low rank" else {"readout": "z"}
+    ops = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default]
+    contexts = functools.partial(torch.utils.checkpoint.create_selective_checkpoint_contexts, ops)
+
+    class Parts(nn.Sequential):
+        def forward(self, x):
+            return torch.utils.checkpoint.checkpoint(super().forward, x, use_reentrant=False, context_fn=contexts)
+
+    model = adapted(random_config(**fields, target_modules=["0", "1"]), Parts(nn.Linear(24, 24), nn.Linear(24, 24)))
+    for layer in layers_of(model.train()):
+        layer.qaa_pending.clear()
+    with torch.autocast("cpu", torch.bfloat16, enabled=with_autocast):
+        loss = model(torch.randn(5, 24)).square().sum()
+    loss.backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.requires_grad)
+
+
 def test_the_first_batch_calibrates_a_shared_circuit_whoever_comes_first():
     class Backwards(nn.Module):
         def __init__(self):
@@ -1974,5 +2042,23 @@ def test_modules_that_cannot_share_a_circuit_are_refused():
     for names in ("q_proj", ["q_proj"], ["q_proj", 1], 3):
         with pytest.raises(ValueError, match="expected shared_circuit to be a list of at least two names"):
             random_config(shared_circuit=names)
-    with pytest.raises(ValueError, match="expected modules of one parent and one input width among shared_circuit"):
-        adapted(random_config(target_modules=["q_proj", "down_proj"], shared_circuit=["q_proj", "down_proj"]))
+    base = llama()
+    expected, names = logits(base), [name for name, _ in base.named_modules()]
+    refused = random_config(target_modules=["q_proj", "down_proj"], shared_circuit=["q_proj", "down_proj"])
+    with pytest.raises(ValueError, match="expected modules of one parent, one input width and one device among shared"):
+        adapted(refused, base)
+    assert torch.equal(logits(base), expected) and [name for name, _ in base.named_modules()] == names
+    model = adapted(random_config(**SHARING), base)
+    expected = logits(model)
+    with pytest.raises(ValueError, match="expected modules of one parent, one input width and one device among shared"):
+        model.add_adapter("second", refused)
+    assert torch.equal(logits(model), expected)
+    assert not any("second" in layer.qaa_up for layer in layers_of(model))
+    assert {layer._owner_of("default") for layer in groups_of_three(model)[0]} == {groups_of_three(model)[0][0]}
+
+
+def test_replicas_of_a_model_with_shared_circuits_are_refused():
+    model = adapted(random_config(**SHARING))
+    replica = groups_of_three(model)[0][1]._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match=r"expected shared_circuit without nn\.DataParallel, received a replica"):
+        replica.add_to(torch.zeros(2, 12), "default", torch.randn(2, 24))

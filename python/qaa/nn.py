@@ -10,7 +10,7 @@ import copy
 import hashlib
 import math
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
@@ -418,7 +418,7 @@ def _made_together(members: Sequence[_Member]) -> list[_Made]:
     up-projections that are multiplied in another dtype, or on a GPU. The bits are those that each would make alone.
     """
     downs: list[Tensor | None] = [None] * len(members)
-    for (circuit, n_features, width, dtype, *_), found in _alike(map(_kind_of_rows, members)):
+    for (circuit, n_features, width, dtype, *_), found in _alike(map(_kind_of_rows, members), _amplitudes):
         several = [members[i] for i in found]
         thetas, mixes = [m.theta for m in several], [m.mix for m in several if m.mix is not None]
         channels = [m.whitening.channels for m in several if m.whitening.channels is not None]
@@ -443,13 +443,16 @@ def _made_together(members: Sequence[_Member]) -> list[_Made]:
     return [_Made(*parts) for parts in zip(downs, factors, n_columns, with_bias, strict=True)]
 
 
-def _alike(kinds: Iterable[Any]) -> Iterator[tuple[Any, list[int]]]:
-    """Each kind of which there are several, with where they are; None is no kind."""
+def _alike(kinds: Iterable[Any], size: Callable[[Any], int] = lambda kind: 1) -> Iterator[tuple[Any, list[int]]]:
+    """Each kind of which there are several, with where they are, so many at a time; None is no kind."""
     found: dict[Any, list[int]] = {}
     for i, kind in enumerate(kinds):
         if kind is not None:
             found.setdefault(kind, []).append(i)
-    return ((kind, where) for kind, where in found.items() if len(where) > 1)
+    for kind, where in found.items():
+        at_once = max(1, MANY_AMPLITUDES // size(kind))
+        if len(where) > 1:
+            yield from ((kind, where[i : i + at_once]) for i in range(0, len(where), at_once))
 
 
 def _kind_of_rows(member: _Member) -> Any:
@@ -471,8 +474,19 @@ def _kind_of_rows(member: _Member) -> Any:
         return None
     return (
         *(adapter.circuit, adapter.n_features, adapter._width, theta.dtype, theta.device),
-        *(shape, gain is not None, channels is not None),
+        *(gain is not None, channels is not None, shape),
     )
+
+
+#: Amplitudes that are simulated by one call at most; on a GPU some lie in memory, 16 bytes each in float32.
+MANY_AMPLITUDES = 2**24
+
+
+def _amplitudes(kind: Any) -> int:
+    """How many amplitudes one of the matrices of this kind is made from."""
+    circuit, n_features, *_, shape = kind
+    rows = n_features if shape is None else shape[0]
+    return int(rows << circuit.n_wires)
 
 
 def _kind_of_factor(member: _Member) -> Any:

@@ -328,6 +328,11 @@ def _stacked(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(tuple(tensors)) if len(tensors) > 1 else tensors[0][None]
 
 
+def _chosen(t: Tensor, indices: Sequence[int]) -> Tensor:
+    """``t[indices]``, without indices that a GPU would wait for."""
+    return _stacked([t[i] for i in indices])
+
+
 def _padded(t: Tensor, columns: Tensor | float | None, dtype: torch.dtype | None, shape: tuple[int, ...]) -> Tensor:
     """:func:`_scaled_once`, with zeros around it up to ``shape``."""
     if tuple(t.shape) == shape:
@@ -390,7 +395,7 @@ def project(
 
     Raises:
         TypeError, ValueError: an argument has the wrong type or shape.
-        RuntimeError: a second derivative is asked for.
+        RuntimeError: a second derivative is asked for, of tensors that are all float32 or all float64 on the CPU.
 
     Example:
         >>> import torch
@@ -859,8 +864,8 @@ class _MixedRows(_Function):
             one_for_all = len(mixes) < n
             theta, mix, gains, columns = ctx.theta, ctx.mix, ctx.gains, ctx.columns
             if len(used) < n:
-                theta, gains, columns = (None if t is None else t[used] for t in (theta, gains, columns))
-                mix = mix if one_for_all else mix[used]
+                theta, gains, columns = (None if t is None else _chosen(t, used) for t in (theta, gains, columns))
+                mix = mix if one_for_all else _chosen(mix, used)
             grad = _stacked([grad[:count] for grad in grads if grad is not None])
             grad = _scaled_once(grad, columns, _feature_dtype(what, mix.dtype))
             found_theta, found_mix = _MixedRows._adjoint(
@@ -951,7 +956,7 @@ class _Factors(_Function):
         if used:
             grad = _stacked([grad for grad in grads if grad is not None])
             if gains is not None and len(used) < n:
-                gains = gains[used]
+                gains = _chosen(gains, used)
             of_up = _scaled_once(grad[..., : ctx.k], _product_of(gains, scale), ctx.dtypes[0])
             of_bias = _scaled_once(grad[..., ctx.k], scale, ctx.dtypes[n]) if len(found) > n else None
             for j, i in enumerate(used):
@@ -988,7 +993,7 @@ def _add_product(base: Tensor, features: Tensor, factor: Tensor, k: int, with_bi
 def _tail(size: int, with_one: bool, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What follows the features of a row: a one that c is multiplied by, if there is a c, and zeros."""
     with torch.inference_mode(False):
-        tail = torch.zeros(1, size, dtype=dtype)
+        tail = torch.zeros(1, size, dtype=dtype, device="cpu")
         if with_one:
             tail[0, 0] = 1
         return tail.to(device)

@@ -264,8 +264,9 @@ class QaaConfig(PeftConfig):
             "help": "Names of modules, such as ['q_proj', 'k_proj', 'v_proj'], that share one circuit where they have "
             "one parent and one input width: the first of them has its angles and the statistics of its input, each "
             "has V, M and c of its own. It pays with quadratic readouts, whose states are simulated once for all "
-            "that are given the same tensor; with 'state' it saves angles and statistics alone. Name only modules "
-            "that read the same vectors: o_proj, which reads others, would have the statistics of q_proj's."
+            "that PeftModel's forward pass gives the same tensor; with 'state' it saves angles and statistics alone. "
+            "Name only modules that read the same vectors: o_proj, which reads others, would have the statistics of "
+            "q_proj's."
         },
     )
 

@@ -22,6 +22,8 @@ from .tuner import AdditiveLayer
 #: what is measured of an adapter, in this order: features depend on the statistics of the channels
 STAGES = ("channels", "features")
 _ROWS = 1024  # vectors that are held in float64 at a time
+# what is done to tensors that autograd saves; checkpoints have hooks of their own
+_top_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
 
 
 class Moments:
@@ -86,7 +88,7 @@ class Sharing:
 
     def __init__(self, owner: QaaLayer) -> None:
         self.owner, self.count = owner, 1
-        self.is_together = False  # whether the last forward pass computed its features once
+        self.measured_by: QaaLayer | None = None  # who has calibrated it on its first batch
 
 
 class QaaLayer(AdditiveLayer):
@@ -202,7 +204,8 @@ class QaaLayer(AdditiveLayer):
     def _get(self, name: str, adapter_name: str) -> Any:
         """An adapter's tensor, or None; on every forward, hence without the detours of ``ParameterDict.get``."""
         container: Any = self._modules[name]
-        found = container._parameters.get(adapter_name)
+        parameters = container._parameters  # which a wrapper may gather when they are asked for
+        found = parameters[adapter_name] if adapter_name in parameters else None  # noqa: SIM401
         if found is None and adapter_name in container:  # a buffer, or what a wrapper has put in a parameter's place
             found = getattr(container, adapter_name)
         elif found is None and name in self.shared_names and (owner := self._owner_of(adapter_name)) is not self:
@@ -284,6 +287,16 @@ class QaaLayer(AdditiveLayer):
         if dist.is_available() and dist.is_initialized():
             self.qaa_pending[adapter_name] = "verify"
 
+    def _calibrate_owner_on(self, adapter_name: str, owner: QaaLayer, x: Tensor) -> None:
+        """Of the layers that share a circuit one measures, and the same one looks whether that has lasted."""
+        sharing = self.qaa_sharing.get(adapter_name)
+        if sharing is not None:
+            if owner.qaa_pending[adapter_name] == "measure":
+                sharing.measured_by = self
+            elif sharing.measured_by is not self:
+                return
+        owner._calibrate_on(adapter_name, x)
+
     def _warn_if_neutral(self, adapter_name: str) -> None:
         """Warns, once, where training starts with statistics that nobody has measured or loaded."""
         self.qaa_pending[adapter_name] = ""
@@ -310,16 +323,18 @@ class QaaLayer(AdditiveLayer):
 
     def add_to(self, base: Tensor, adapter_name: str, x: Tensor) -> Tensor:
         owner = self._owner_of(adapter_name)
+        if owner is not self and getattr(self, "_is_replica", False):
+            raise RuntimeError("expected shared_circuit without nn.DataParallel, received a replica of the model")
         pending = owner.qaa_pending.get(adapter_name)
         if pending and self.training and torch.is_grad_enabled() and self.qaa_up[adapter_name].requires_grad:
             if pending != "warn":
-                owner._calibrate_on(adapter_name, x)
+                self._calibrate_owner_on(adapter_name, owner, x)
             elif _is_plain(self.qaa_up[adapter_name]):
                 owner._warn_if_neutral(adapter_name)
         given = x
         x = self._cast(x, self.qaa_up[adapter_name].dtype)
         made = None if torch.compiler.is_compiling() else _ready.of_layers.pop((self, adapter_name), None)
-        if made is not None and not made.fits(x):
+        if made is not None and not (_is_plain(x) and made.fits(x)):
             made = None
         in_place = is_private_result(self.base_layer)
         if made is not None and made.down is not None and made.factor is not None:
@@ -335,18 +350,25 @@ class QaaLayer(AdditiveLayer):
     ) -> Tensor | None:
         """Features of x, computed once for all layers that share the circuit and are given the same tensor in turn.
 
-        So it is in a forward pass of the model, and where a backward pass runs a checkpointed part of it again; a layer
-        that is called by itself, whose graph may be freed before that of another one, has features of its own: None.
+        So it is in a forward pass of the model, within a checkpointed part of it, and where a backward pass runs that
+        again. A layer that is called by itself, whose graph may be freed before that of another one, has features of
+        its own: None.
         """
-        if torch.compiler.is_compiling() or not _is_plain(given):
+        if torch.compiler.is_compiling() or not _is_plain(given) or _top_hooks is None:
             return None
         sharing, known = self.qaa_sharing[adapter_name], _ready.features
-        if torch._C._current_graph_task_id() == -1:  # not in a backward pass
-            sharing.is_together = _ready.is_open
-        if not sharing.is_together:
-            return None
+        # of a checkpointed part, in its first run or a later one: nothing else may be saved there, or less
+        hooks = _top_hooks(True)
+        task = torch._C._current_graph_task_id()  # of a backward pass, else -1
+        if not _ready.is_open or task != -1:
+            if hooks is None and task == -1:
+                return None
+            if any(each.state[:2] != (hooks, task) for each in known.values()):
+                known.clear()
+            if task != -1 and not known:
+                torch.autograd.Variable._execution_engine.queue_callback(known.clear)
         version = None if given.is_inference() else given._version
-        state = version, torch.is_grad_enabled(), x.dtype, _autocast_dtype(x)
+        state = hooks, task, version, torch.is_grad_enabled(), x.dtype, _autocast_dtype(x)
         shared = known.get(sharing)
         if shared is None or shared.given is not given or shared.state != state or self in shared.takers:
             features = self.qaa_adapter[adapter_name]._quadratic(theta, x, whitening)

@@ -23,37 +23,35 @@ class QaaModel(AdditiveModel):
     prefix = "qaa_"
     tuner_layer_cls = QaaLayer
 
-    def _create_and_replace(
-        self,
-        peft_config: Any,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        *args: Any,
-        **kwargs: Any,
-    ) -> None:
-        super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, *args, **kwargs)
-        names = peft_config.shared_circuit or ()
-        if target_name not in names:
-            return
-        layer = getattr(parent, target_name)
-        for name, other in parent.named_children():
-            if not isinstance(other, QaaLayer) or other is layer or name not in names:
-                continue
-            if other.in_features == layer.in_features and adapter_name in other.qaa_theta.keys():  # noqa: SIM118
-                layer.share_circuit(adapter_name, other)
-                return
-
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config: Any = self.peft_config[adapter_name]
-        names = config.shared_circuit
-        layers = (module for module in model.modules() if isinstance(module, QaaLayer))
-        if names and not any(adapter_name in layer.qaa_sharing for layer in layers):
+        if config.shared_circuit and not self._share_circuits(model, adapter_name, config.shared_circuit):
+            layers = [module for module in model.modules() if isinstance(module, QaaLayer)]
+            for layer in layers:
+                layer._take_out(adapter_name)
+            if not any(layer._get_available_adapters() for layer in layers):
+                self.model = model
+                self.unload()
             raise ValueError(
-                f"expected modules of one parent and one input width among shared_circuit {names}, received none"
+                "expected modules of one parent, one input width and one device among shared_circuit "
+                f"{config.shared_circuit}, received none"
             )
+
+    @staticmethod
+    def _share_circuits(model: nn.Module, adapter_name: str, names: list[str]) -> bool:
+        """Has the first of every group of modules own its circuit; whether there is such a group."""
+        is_any = False
+        for parent in list(model.modules()):
+            owners: dict[Any, QaaLayer] = {}
+            for name, layer in parent.named_children():
+                if name not in names or not isinstance(layer, QaaLayer) or not layer._has_adapter(adapter_name):
+                    continue
+                owner = owners.setdefault((layer.in_features, layer.qaa_up[adapter_name].device), layer)
+                if owner is not layer:
+                    layer.share_circuit(adapter_name, owner)
+                    is_any = True
+        return is_any
 
     def _around_forward(self) -> AbstractContextManager[None]:
         return made_together(self.model)
