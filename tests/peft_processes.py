@@ -28,11 +28,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from qaa.peft import QaaConfig, SoraConfig, calibrate
 
+SHARED = ["q_proj", "v_proj"]
 CONFIGS: dict[str, Callable[[], Any]] = {
     "paper": lambda: QaaConfig.preset("paper"),
     "default": lambda: QaaConfig.preset("default"),
     "first_batch": lambda: QaaConfig.preset("default", center_channels=True, calibration="first_batch"),
     "SoRA": SoraConfig,
+    "one circuit": lambda: QaaConfig.preset("paper", shared_circuit=SHARED),
+    "first_batch of one circuit": lambda: QaaConfig.preset(
+        "default", center_channels=True, calibration="first_batch", shared_circuit=SHARED
+    ),
 }
 TOKENS = torch.arange(4 * 8).reshape(4, 8) * 13 % 60
 
@@ -131,9 +136,9 @@ def check_sharded(name: str, expected: list[float], state: dict[str, Tensor], fo
         check_close(f"{name}, saved by shards", get_peft_model_state_dict(fresh, state_dict=whole), state)
 
 
-def check_first_batch_is_refused_with_shards() -> None:
+def check_first_batch_is_refused_with_shards(name: str) -> None:
     """What is measured in a forward would be lost with the gathered parameters that it is written to."""
-    model = shard(adapted("first_batch"))
+    model = shard(adapted(name))
     try:
         train(model, share(), steps=2)
     except RuntimeError as error:
@@ -181,11 +186,12 @@ def main(folder: Path) -> None:
     check_calibration_is_shared()
     for name in CONFIGS:
         expected, state = check_data_parallel(name)
-        if name != "first_batch":
+        if "first_batch" in name:
+            check_first_batch_is_refused_with_shards(name)
+        else:
             check_sharded(name, expected, state, folder)
         if name == "paper":
             check_accelerate(expected)
-    check_first_batch_is_refused_with_shards()
     dist.barrier()
     if dist.get_rank() == 0:
         print(f"{len(CONFIGS)} adapters on {dist.get_world_size()} processes: as on one")

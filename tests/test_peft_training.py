@@ -63,7 +63,7 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     options = "--multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no --dynamo_backend no"
     launch = (sys.executable, "-m", "accelerate.commands.launch", *options.split(), "--main_process_port", "0")
     output = run(*launch, str(HERE / "peft_processes.py"), str(tmp_path))
-    assert "4 adapters on 2 processes: as on one" in output
+    assert "6 adapters on 2 processes: as on one" in output
 
 
 def test_pefts_own_tests_pass() -> None:
