@@ -1033,7 +1033,7 @@ def test_a_layer_above_sixteen_wires_is_refused():
 
 def test_every_field_says_when_it_pays():
     own = set(QaaConfig.__dataclass_fields__) - set(PeftConfig.__dataclass_fields__)
-    assert len(own) == 21
+    assert len(own) == 22
     for name in own:
         assert len(QaaConfig.__dataclass_fields__[name].metadata["help"]) > 40, name
 
