@@ -1,4 +1,4 @@
-"""torch custom ops: ``torch.ops.qaa.forward``, ``rows`` and ``project`` with their adjoints, and what users call.
+"""torch custom ops: ``torch.ops.qaa.forward`` and ``project`` with their adjoints, and what users call.
 
 The ops carry fakes and autograd, so that ``torch.compile``, ``torch.export`` and ``opcheck`` see them. In eager mode
 the same code is called through an ``autograd.Function``, which costs a fraction of a dispatcher round trip.
@@ -286,7 +286,7 @@ def _rows_together(
     """:func:`_mixed_rows` of several angles and M, or :func:`_amplitude_rows` of the first k amplitudes for a number k;
     plain tensors of one shape, dtype and device. The same bits by one call of the core and one node of autograd."""
     what = program(_transposed(circuit), f"state[:{width}]", False)
-    factors = (None if each is None else torch.stack(tuple(each))[:, None] for each in (gains, columns))
+    factors = (None if each is None else _stacked(each)[:, None] for each in (gains, columns))
     if isinstance(mixes, int):
         mixes = [_units(mixes, _real_dtype(thetas[0]), thetas[0].device)]
     rows: tuple[Tensor, ...] = _MixedRows.apply(what, len(thetas), *factors, dtype, *thetas, *mixes)
