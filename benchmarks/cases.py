@@ -76,6 +76,7 @@ CASES = {
             (f"fine-tuning, {method}", Task(10, 576, 2))
             for method in (
                 "LoRA r = 8",
+                "LoRA r = 4",
                 "QAA paper",
                 "QAA paper, one circuit for q and v",
                 "QAA default",

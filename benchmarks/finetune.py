@@ -25,6 +25,10 @@ def lora(task: Task) -> Rival:
     return _training(task, LoraConfig(r=8, target_modules=TARGETS))
 
 
+def lora_4(task: Task) -> Rival:
+    return _training(task, LoraConfig(r=4, target_modules=TARGETS))
+
+
 def qaa_paper(task: Task) -> Rival:
     return _training(task, QaaConfig.preset("paper", target_modules=TARGETS))
 

@@ -18,7 +18,10 @@ PASSES = {"forward": "forward", "step": "forward + backward"}
 
 @dataclass(frozen=True)
 class Goal:
-    """A promise and what was measured."""
+    """A promise and what was measured.
+
+    ``roofline`` is what would be measured if qaa took :func:`least_seconds` and the others what they took.
+    """
 
     name: str
     threads: int
@@ -27,10 +30,42 @@ class Goal:
     at_most: bool
     unit: str = ""
     detail: str = ""
+    roofline: float | None = None
 
     @property
     def met(self) -> bool:
-        return self.measured <= self.limit if self.at_most else self.measured >= self.limit
+        return self._meets(self.measured)
+
+    @property
+    def is_beyond(self) -> bool:
+        """Whether even the roofline misses it: with the operations and the memory traffic counted, no code could."""
+        return self.roofline is not None and not self._meets(self.roofline)
+
+    @property
+    def verdict(self) -> str:
+        return "met" if self.met else "beyond the roofline" if self.is_beyond else "MISSED"
+
+    def _meets(self, value: float) -> bool:
+        return value <= self.limit if self.at_most else value >= self.limit
+
+
+def least_seconds(peak: Peak | None, task: Task, which: str, is_adapter: bool = False) -> float | None:
+    """For a state, at the machine's peak of multiply-adds or of reading, whichever takes longer: its roofline.
+
+    Counted are the operations of the plan, and rows that are read or written once a pass: x and the features forward;
+    for a step x again, the gradient at the features and that of x. A whole adapter reads and writes its layer's output
+    and reads the gradient there instead, and multiplies by V, by its transpose and for its gradient.
+    """
+    if peak is None:
+        return None
+    operations = multiply_adds(task, which)
+    d, k, is_step = task.width, task.n_wires, which == "step"
+    if is_adapter:
+        operations += (3 if is_step else 1) * d * k
+        numbers = (6 if is_step else 3) * d
+    else:
+        numbers = 3 * d + 2 * k if is_step else d + k
+    return max(operations / peak.multiply_adds_per_second, 4 * numbers / peak.read_bytes_per_second)
 
 
 def median(m: Measurement) -> float:
@@ -48,8 +83,14 @@ def ratio(m: Measurement, reference: Measurement) -> float:
 class Results:
     """Measurements of one thread count, found by case, rival and pass."""
 
-    def __init__(self, measurements: list[Measurement], threads: int) -> None:
+    def __init__(self, measurements: list[Measurement], threads: int, peak: Peak | None) -> None:
         self.measurements = [m for m in measurements if m.threads == threads]
+        self.peak = peak
+
+    def at_the_roofline(self, ours: Measurement, other: Measurement, is_adapter: bool = False) -> float | None:
+        """Our least time over what another took."""
+        least = least_seconds(self.peak, ours.task, ours.which, is_adapter)
+        return None if least is None else least / median(other)
 
     def find(self, case: str, rival: str, which: str, layers: int | None = None) -> Measurement | None:
         for m in self.measurements:
@@ -65,10 +106,11 @@ def goals(measurements: list[Measurement], peaks: dict[int, Peak | None]) -> lis
     """Every goal that the measurements can decide."""
     found: list[Goal] = []
     for threads in sorted({m.threads for m in measurements}):
-        results = Results(measurements, threads)
+        peak = peaks.get(threads)
+        results = Results(measurements, threads, peak)
         for section in (_lora, _layers, _rivals, _precision, _square, _finetuning, _overhead, _threads):
             found += section(results, threads)
-        if peak := peaks.get(threads):
+        if peak:
             found += _share_of_peak(results, threads, peak)
     return found
 
@@ -77,12 +119,15 @@ def _lora(results: Results, threads: int) -> Iterator[Goal]:
     for lora, name in (("LoRA r = 8", "LoRA"), ("LoRA r = 8, addmm_", "LoRA by addmm_")):
         kernel, theirs = (results.find("adapter", rival, "forward") for rival in ("qaa", lora))
         if kernel and theirs:
-            yield Goal(f"kernel / {name}, forward, n = 10", threads, ratio(kernel, theirs), 0.8, True, "x")
+            roofline = results.at_the_roofline(kernel, theirs)
+            measured = ratio(kernel, theirs)
+            yield Goal(f"kernel / {name}, forward, n = 10", threads, measured, 0.8, True, "x", roofline=roofline)
         for case in ("adapter", "adapter, 11 wires", "adapter, 12 wires"):
             ours, theirs = (results.find(case, rival, "step") for rival in ("qaa adapter", lora))
             if ours and theirs:
-                where = f"forward + backward, n = {ours.task.n_wires}"
-                yield Goal(f"adapter / {name}, {where}", threads, ratio(ours, theirs), 0.75, True, "x")
+                text = f"adapter / {name}, forward + backward, n = {ours.task.n_wires}"
+                roofline = results.at_the_roofline(ours, theirs, is_adapter=True)
+                yield Goal(text, threads, ratio(ours, theirs), 0.75, True, "x", roofline=roofline)
 
 
 def _layers(results: Results, threads: int) -> Iterator[Goal]:
@@ -92,7 +137,10 @@ def _layers(results: Results, threads: int) -> Iterator[Goal]:
             more = results.find("layers", "qaa", which, layers=layers)
             if first and more:
                 further = (ratio(more, first) - 1) / (layers - 1)
-                yield Goal(f"each further layer / first, {text}, L = {layers}", threads, further, 1.2, True, "x")
+                least, least_of_first = (least_seconds(results.peak, m.task, which) for m in (more, first))
+                roofline = (least / least_of_first - 1) / (layers - 1) if least and least_of_first else None
+                name = f"each further layer / first, {text}, L = {layers}"
+                yield Goal(name, threads, further, 1.2, True, "x", roofline=roofline)
 
 
 def _rivals(results: Results, threads: int) -> Iterator[Goal]:
@@ -107,9 +155,9 @@ def _rivals(results: Results, threads: int) -> Iterator[Goal]:
                 if others := results.of_kind(case, which, kind):
                     fastest = min(others, key=median)
                     name = f"fastest {kind} / qaa, {where}"
-                    yield Goal(name, threads, ratio(fastest, ours), limit, False, "x", fastest.rival)
+                    yield _of_rival(results, name, threads, fastest, ours, limit, fastest.rival)
             if pennylane := results.find(case, "PennyLane default.qubit", which):
-                yield Goal(f"default.qubit / qaa, {where}", threads, ratio(pennylane, ours), 250, False, "x")
+                yield _of_rival(results, f"default.qubit / qaa, {where}", threads, pennylane, ours, 250)
     for case in ("rivals, one state", "rivals, 4 wires"):
         for which, text in PASSES.items():
             ours = results.find(case, "qaa", which)
@@ -118,6 +166,14 @@ def _rivals(results: Results, threads: int) -> Iterator[Goal]:
                 fastest = min(others, key=median)
                 where = f"{text}, n = {ours.task.n_wires}, B = {ours.task.batch}"
                 yield Goal(f"fastest rival / qaa, {where}", threads, ratio(fastest, ours), 1, False, "x", fastest.rival)
+
+
+def _of_rival(
+    results: Results, name: str, threads: int, rival: Measurement, ours: Measurement, limit: float, detail: str = ""
+) -> Goal:
+    inverse = results.at_the_roofline(ours, rival)
+    roofline = None if inverse is None else 1 / inverse
+    return Goal(name, threads, ratio(rival, ours), limit, False, "x", detail, roofline)
 
 
 def _precision(results: Results, threads: int) -> Iterator[Goal]:
@@ -144,6 +200,11 @@ def _finetuning(results: Results, threads: int) -> Iterator[Goal]:
             yield Goal(f"fine-tuning step, {name} / LoRA", threads, ratio(ours, lora), 1.05, True, "x")
             memory = ours.peak_bytes / lora.peak_bytes
             yield Goal(f"fine-tuning memory, {name} / LoRA", threads, memory, 1.0, True, "x")
+    of_equal_rank = results.find("fine-tuning", "fine-tuning, LoRA r = 4", "step")
+    for name in ("QAA default", "QAA compact"):
+        ours = results.find("fine-tuning", f"fine-tuning, {name}", "step")
+        if ours and of_equal_rank:
+            yield Goal(f"fine-tuning step, {name} / LoRA r = 4", threads, ratio(ours, of_equal_rank), 1.02, True, "x")
 
 
 def _overhead(results: Results, threads: int) -> Iterator[Goal]:

@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks import machine
 from benchmarks.cases import Case
 from benchmarks.driver import Driver, Effort
-from benchmarks.goals import PASSES, median, multiply_adds
+from benchmarks.goals import PASSES, least_seconds, median
 from benchmarks.rivals import RIVALS, SIMULATORS
 from benchmarks.task import Task
 
@@ -60,12 +60,8 @@ def _roofline(peak: machine.Peak, axes: dict[str, Any]) -> Iterable[dict[str, An
     for axis, (_, tasks) in axes.items():
         for task in tasks:
             for which in PASSES:
-                count = multiply_adds(task, which) or 0.0
-                # forward reads a row and writes its features; a step also reads the row again, the gradient at the
-                # features, and writes the gradient of the row
-                numbers = task.width + task.n_wires if which == "forward" else 3 * task.width + 2 * task.n_wires
-                seconds = max(count / peak.multiply_adds_per_second, 4 * numbers / peak.read_bytes_per_second)
-                yield {"axis": axis, "task": asdict(task), "which": which, "seconds": seconds, "counted": count > 0}
+                seconds = least_seconds(peak, task, which)
+                yield {"axis": axis, "task": asdict(task), "which": which, "seconds": seconds}
 
 
 def draw(data: dict[str, Any], folder: Path) -> None:
@@ -90,9 +86,9 @@ def draw(data: dict[str, Any], folder: Path) -> None:
                     panel.plot(*zip(*line, strict=True), **_style(rival), label=rival)
             roof = [r for r in data["roofline"] if (r["axis"], r["which"]) == (axis, which)]
             if roof:
-                name = "roofline" if all(r["counted"] for r in roof) else "roofline (memory only)"
                 line = sorted((r["task"][axis], 1e6 * r["seconds"]) for r in roof)
-                panel.plot(*zip(*line, strict=True), color="black", linestyle=(0, (2, 2)), linewidth=1.2, label=name)
+                style = {"color": "black", "linestyle": (0, (2, 2)), "linewidth": 1.2}
+                panel.plot(*zip(*line, strict=True), **style, label="roofline")
             panel.set(title=title, xlabel=label, yscale="log")
             values = sorted({p["task"][axis] for p in points})
             if axis != "n_wires":

@@ -83,6 +83,27 @@ def test_an_empty_batch_is_a_result(readout: Any) -> None:
     assert grad_x.shape == (0, 13) and grad_theta.shape == THETA.shape and not grad_theta.any()
 
 
+def test_rows_may_have_angles_of_their_own() -> None:
+    rng = np.random.default_rng(1)
+    theta, x = rng.uniform(-3, 3, (5, *CIRCUIT.parameter_shape)), rng.normal(size=(5, 13))
+    value = qaa.arrays.forward(CIRCUIT, theta, x)
+    grad = grad_like(value)
+    grad_theta, grad_x = qaa.arrays.backward(CIRCUIT, theta, x, grad)
+    assert grad_theta.shape == theta.shape
+    for i in range(5):
+        row = slice(i, i + 1)
+        np.testing.assert_array_equal(value[row], qaa.arrays.forward(CIRCUIT, theta[i], x[row]))
+        alone_theta, alone_x = qaa.arrays.backward(CIRCUIT, theta[i], x[row], grad[row])
+        np.testing.assert_array_equal(grad_theta[i], alone_theta)
+        np.testing.assert_array_equal(grad_x[row], alone_x)
+    assert qaa.arrays.forward(CIRCUIT, theta[:0], x[:0]).shape == (0, 4)
+    assert [a.shape for a in qaa.arrays.backward(CIRCUIT, theta[:0], x[:0], grad[:0])] == [(0, 2, 4, 3), (0, 13)]
+    with pytest.raises(
+        ValueError, match=r"expected theta of shape \(2, 4, 3\), or with leading dimensions of x, \(5,\), b"
+    ):
+        qaa.arrays.forward(CIRCUIT, theta[:4], x)
+
+
 def test_theta_of_shape_zero_and_of_no_dimension() -> None:
     fixed, scalar = Circuit.parse("wires 2; theta 0; H 0; CNOT 0 1"), Circuit.parse("wires 2; theta ; RX 1 t0")
     x = np.ones((3, 4))

@@ -19,7 +19,7 @@ from benchmarks.cases import CASES, Case, made_small, with_rivals
 from benchmarks.correctness import hold_to_oracle
 from benchmarks.driver import Driver, Effort, Measurement
 from benchmarks.environments import python_of
-from benchmarks.goals import goals, multiply_adds, ratio
+from benchmarks.goals import goals, least_seconds, multiply_adds, ratio
 from benchmarks.rivals import RIVALS, SIMULATORS
 from benchmarks.task import Task, blocks_of_ry, ring_of_cnots, signs_of_z
 from benchmarks.worker import answer_of
@@ -28,7 +28,7 @@ from qaa import ansatz
 
 TASK = Task(n_wires=4, width=13, batch=8, layers=2)
 FAST = Effort(repeats=2, at_least=0.0005, wake_up=0.0)
-GIGA = machine.Peak(1e9, 1.0, 1.0)
+GIGA = machine.Peak(1e9, 1e12, 1e12)
 CHECKED = [name for name, entry in RIVALS.items() if entry.simulates and "compiled" not in name]
 
 
@@ -104,6 +104,41 @@ def test_ratios_and_goals() -> None:
     assert ratio(numpy, qaa) == 25
     (goal,) = goals([qaa, numpy], {})
     assert (goal.measured, goal.limit, goal.met, goal.detail) == (25, 20, True, "NumPy, Kronecker")
+
+
+def test_goals_say_what_the_roofline_allows() -> None:
+    """A machine that does 1e9 multiply-adds a second, and one that reads 1e8 bytes a second."""
+
+    def measured(case: str, rival: str, which: str, seconds: float, layers: int = TASK.layers) -> Measurement:
+        return Measurement(case, rival, replace(TASK, layers=layers), 1, which, 8, "", None, [seconds] * 3)
+
+    d, k = TASK.width, TASK.n_wires
+    forward, step = (multiply_adds(TASK, which) for which in ("forward", "step"))
+    slow = replace(GIGA, read_bytes_per_second=1e8)
+    for which, operations, numbers in (("forward", forward, d + k), ("step", step, 3 * d + 2 * k)):
+        assert least_seconds(GIGA, TASK, which) == pytest.approx(1e-9 * operations)
+        assert least_seconds(slow, TASK, which) == pytest.approx(4e-8 * numbers)
+        assert least_seconds(None, TASK, which) is None
+    assert least_seconds(GIGA, TASK, "step", is_adapter=True) == pytest.approx(1e-9 * (step + 3 * d * k))
+    assert least_seconds(slow, TASK, "forward", is_adapter=True) == pytest.approx(4e-8 * 3 * d)
+    assert least_seconds(slow, TASK, "step", is_adapter=True) == pytest.approx(4e-8 * 6 * d)
+    least = least_seconds(GIGA, TASK, "step")
+    assert least is not None
+    found = goals(
+        [
+            measured("rivals", "qaa", "step", 2 * least),
+            measured("rivals", "NumPy, Kronecker", "step", 30 * least),
+            measured("rivals", "TensorCircuit-NG", "step", 40 * least),
+            measured("rivals", "PennyLane default.qubit", "step", 600 * least),
+        ],
+        {1: GIGA},
+    )
+    assert [(round(goal.measured, 6), round(goal.roofline or 0, 6), goal.verdict) for goal in found] == [
+        (15, 30, "MISSED"), (20, 40, "beyond the roofline"), (300, 600, "met"),
+    ]  # fmt: skip
+    (further,) = goals([measured("layers", "qaa", "step", t, n) for t, n in ((1, 1), (4, 2))], {1: GIGA})
+    one, two = (multiply_adds(replace(TASK, layers=layers), "step") for layers in (1, 2))
+    assert further.measured == 3 and further.roofline == pytest.approx(two / one - 1)
 
 
 def test_the_share_of_the_peak() -> None:

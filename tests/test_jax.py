@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -201,6 +202,22 @@ def test_a_mapped_batch_is_one_call_of_the_kernels() -> None:
         assert text.count("qaa_adjoint[") == 1 and "scan[" not in text
     shared = jax.make_jaxpr(jax.vmap(jax.grad(energy), (0, None)))(THETAS, X)
     assert "broadcast_in_dim[shape=(4, 5, 7)" not in str(shared).replace(" ", "")  # x is not copied for each
+
+
+def test_vectors_may_have_angles_of_their_own() -> None:
+    x = np.random.default_rng(2).normal(size=(4, 2, 7))
+    mapped = jax.vmap(partial(forward, CIRCUIT))
+    close(forward(CIRCUIT, THETAS, x), mapped(THETAS, x))
+    for argument in (0, 1):
+        ours = jax.grad(lambda *a: jnp.sin(forward(CIRCUIT, *a)).sum(), argument)(THETAS, x)
+        close(ours, jax.grad(lambda *a: jnp.sin(mapped(*a)).sum(), argument)(THETAS, x))
+    twice = jnp.stack([THETAS, THETAS + 1])
+    close(mapped(twice, jnp.stack([x, x])), jnp.stack([mapped(t, x) for t in twice]))
+    assert forward(CIRCUIT, THETAS[:0], x[:0]).shape == (0, 2, 3)
+    with pytest.raises(
+        ValueError, match=r"or with leading dimensions of x, \(4, 2\), before it, received \(3, 2, 3, 3\)"
+    ):
+        forward(CIRCUIT, THETAS[:3], x)
 
 
 def test_members_without_rows_and_no_members_at_all() -> None:

@@ -17,6 +17,7 @@ from torch import nn
 import oracle
 import qaa
 from qaa.nn import Adapter, DenseSquare, QAALinear, QuantumLayer, Square, Whitening, random_signs
+from qaa.noise import NoiseModel
 
 FLOAT32 = {"rtol": 1e-4, "atol": 1e-5}
 
@@ -446,6 +447,56 @@ def test_a_wide_input_goes_through_its_circuit_in_blocks(readout, width, max_wir
         tensor.requires_grad_()
     assert torch.autograd.gradcheck(lambda theta, x, mix: adapter.features(theta, x, whitening, mix), (theta, x, mix))
     assert adapter.features(theta, x[:, :0]).shape == (2, 0, adapter.n_features)
+
+
+@pytest.mark.parametrize("name", ["ring", "basic_entangler", "strongly_entangling", "brick"])
+@pytest.mark.parametrize(("width", "max_wires"), [(13, None), (8, None), (13, 3), (3, None), (1, None)])
+def test_a_vector_sets_the_angles_that_it_meets(name, width, max_wires):
+    """Against the oracle, vector by vector, with the formula of the docstring in plain loops."""
+    generator = torch.Generator().manual_seed(width)
+    adapter = Adapter.create(width, 2, name, max_wires=max_wires, reupload=True)
+    n, shape = adapter.circuit.n_wires, adapter.circuit.parameter_shape
+    assert adapter.parameter_shape == (2, *shape)
+    theta = torch.randn(adapter.parameter_shape, dtype=torch.float64, generator=generator)
+    x = torch.randn(2, 3, width, dtype=torch.float64, generator=generator)
+    at = math.ceil(width / adapter.blocks)
+    expected = []
+    for vector in x.reshape(6, width).numpy():
+        parts = []
+        for start in range(0, width, at):
+            u = np.concatenate([vector[start : start + at], np.zeros(at)])[:at]
+            z = [math.sqrt(n) * sum(u[i] for i in range(at) if i % n == w) / np.linalg.norm(u) for w in range(n)]
+            angles = theta[0].numpy().copy()
+            for w in range(n):
+                angles[:, w] += theta[1, :, w].numpy() * z[w]
+            parts.append(oracle.features(adapter.circuit, angles, u[None], "z")[0])
+        expected.append(np.concatenate(parts))
+    expected = torch.from_numpy(np.stack(expected)).reshape(2, 3, -1)
+    torch.testing.assert_close(adapter.features(theta, x), expected, rtol=1e-10, atol=1e-12)
+    theta.requires_grad_()
+    x.requires_grad_()
+    assert torch.autograd.gradcheck(adapter.features, (theta, x))
+    assert not adapter.features(theta, torch.zeros(2, width, dtype=torch.float64)).any()
+    still = theta.detach().clone()
+    still[1] = 0
+    plain = Adapter.create(width, 2, name, max_wires=max_wires)
+    torch.testing.assert_close(adapter.features(still, x), plain.features(still[0], x), rtol=1e-10, atol=1e-12)
+
+
+def test_angles_that_vectors_set_are_of_unit_size_and_belong_to_observables():
+    adapter = Adapter.create(768, reupload=True)
+    theta = torch.stack([torch.zeros(adapter.circuit.parameter_shape), torch.ones(adapter.circuit.parameter_shape)])
+    angles = adapter._angles(theta, torch.randn(4096, 768, generator=torch.Generator().manual_seed(0)))
+    assert (angles.std(0) - 1).abs().max() < 0.05 and angles.mean(0).abs().max() < 0.05
+    half = torch.randn(3, 768, generator=torch.Generator().manual_seed(1)).bfloat16()
+    assert adapter._angles(theta, half).dtype == torch.float32
+    assert adapter.features(theta, half).dtype == torch.bfloat16
+    with pytest.raises(ValueError, match=r"expected Pauli strings or 'probs' with reupload, received 'state\[:4\]'"):
+        Adapter.create(8, readout="state[:4]", reupload=True)
+    with pytest.raises(ValueError, match="expected reupload to be True or False, received 1"):
+        Adapter.create(8, reupload=1)
+    with pytest.raises(ValueError, match="expected one circuit for all vectors with noise, received an adapter with"):
+        adapter.with_noise(NoiseModel(depolarizing=0.1), 3)
 
 
 def test_blocks_are_of_qaa_linear_and_have_limits():

@@ -81,6 +81,74 @@ def test_the_front_ends_agree_to_the_bit() -> None:
         assert torch.equal(value, through_dispatcher)
 
 
+# ------------------------------------------------------------------------------------------------ angles of their own
+
+
+@pytest.mark.parametrize(("leading", "rest"), [((4,), ()), ((4,), (3,)), ((2, 3), ()), ((2, 3), (2,)), ((1,), (5,))])
+@pytest.mark.parametrize("readout", READOUTS, ids=str)
+@pytest.mark.parametrize("circuit", [CIRCUIT, MIXED], ids=["ring", "mixed"])
+def test_vectors_with_angles_of_their_own_are_the_oracles(
+    circuit: Circuit, readout: Any, leading: tuple[int, ...], rest: tuple[int, ...]
+) -> None:
+    theta = vectors(*leading, *circuit.parameter_shape, seed=5).requires_grad_()
+    x = vectors(*leading, *rest, 6).requires_grad_()
+    value = quantum_features(circuit, theta, x, readout)
+    grad = torch.randn(value.shape, dtype=value.dtype, generator=torch.Generator().manual_seed(3))
+    value.backward(grad)
+    assert value.shape == (*leading, *rest, Readout.parse(readout, 3).n_outputs)
+    sets = theta.detach().reshape(-1, *circuit.parameter_shape).numpy()
+    xs, grads = (t.detach().reshape(len(sets), -1, t.shape[-1]).numpy() for t in (x, grad))
+    exact = np.stack([oracle.features(circuit, t, rows, readout) for t, rows in zip(sets, xs, strict=True)])
+    found = [oracle.vjp(circuit, t, rows, g, readout) for t, rows, g in zip(sets, xs, grads, strict=True)]
+    for ours, expected in (
+        (value, exact),
+        (theta.grad, np.stack([grad_theta for grad_theta, _ in found])),
+        (x.grad, np.stack([grad_x for _, grad_x in found])),
+    ):
+        np.testing.assert_allclose(ours.detach().numpy(), expected.reshape(ours.shape), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_angles_of_their_own_give_the_bits_of_calls_of_their_own(dtype: Any, monkeypatch: Any) -> None:
+    circuit = ansatz("ring", 5, 2)
+    theta, x = vectors(7, *circuit.parameter_shape).requires_grad_(), vectors(7, 2, 29, dtype=dtype).requires_grad_()
+    alone = [quantum_features(circuit, t, rows) for t, rows in zip(theta, x, strict=True)]
+    expected = torch.stack(alone)
+    expected = expected, *gradients(expected, theta, x)
+    for at_once in (ops.MOST_GROUPS, 3, 1):  # a launch on a GPU has a limit
+        monkeypatch.setattr(ops, "MOST_GROUPS", at_once)
+        value = quantum_features(circuit, theta, x)
+        for ours, theirs in zip((value, *gradients(value, theta, x)), expected, strict=True):
+            assert torch.equal(ours, theirs)
+    text = program_text(circuit, "z")
+    assert torch.equal(torch.ops.qaa.forward(theta, x.reshape(14, 29), text).reshape(7, 2, 5), expected[0])
+    rows = qaa.arrays.forward(circuit, theta.detach().numpy(), x[:, 0].detach().float().numpy())
+    np.testing.assert_allclose(rows, quantum_features(circuit, theta, x[:, 0].float()).detach().numpy(), atol=1e-6)
+
+
+def test_angles_of_their_own_pass_pytorchs_checks_and_compile() -> None:
+    theta, x = vectors(3, *CIRCUIT.parameter_shape).requires_grad_(), vectors(3, 2, 6).requires_grad_()
+    assert torch.autograd.gradcheck(lambda theta, x: quantum_features(CIRCUIT, theta, x), (theta, x))
+    torch.library.opcheck(torch.ops.qaa.forward.default, (theta, x.detach().reshape(6, 6), program_text(CIRCUIT, "z")))
+    empty = quantum_features(CIRCUIT, theta[:0], x[:0])
+    assert empty.shape == (0, 2, 3) and [g.shape for g in gradients(empty, theta, x)] == [theta.shape, x.shape]
+    torch._dynamo.reset()
+
+    def model(theta: Any, x: Any) -> Any:
+        return quantum_features(CIRCUIT, theta * 2, x).sin()
+
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for count in (3, 2):
+        ours, expected = compiled(theta[:count], x[:count]), model(theta[:count], x[:count])
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-13)
+        for got, wanted in zip(gradients(ours, theta, x), gradients(expected, theta, x), strict=True):
+            torch.testing.assert_close(got, wanted, rtol=0, atol=1e-13)
+    with pytest.raises(
+        Exception, match=r"expected theta of shape .*, or with leading dimensions of x before it, receiv"
+    ):
+        compiled(theta[:2], x)
+
+
 # ------------------------------------------------------------------------------------------------- PyTorch's own checks
 
 
@@ -965,6 +1033,12 @@ BAD_ARGUMENTS: list[tuple[str, Callable[[], Any], str]] = [
     ("x float8", lambda: quantum_features(CIRCUIT, THETA, X.to(torch.float8_e4m3fn)), r"float8_e4m3fn"),
     ("x an array", lambda: quantum_features(CIRCUIT, THETA, X.numpy()), r"Tensor.*ndarray"),
     ("theta flat", lambda: quantum_features(CIRCUIT, THETA.flatten(), X), r"\(2, 3, 3\).*\(18,\)"),
+    (
+        "theta for other x",
+        lambda: quantum_features(CIRCUIT, THETA.expand(3, 2, 3, 3), X),
+        r"of x, \(4,\).*\(3, 2, 3, 3\)",
+    ),
+    ("theta deeper", lambda: quantum_features(CIRCUIT, THETA.expand(4, 4, 2, 3, 3), X), r"\(4,\).*\(4, 4, 2, 3, 3\)"),
     ("theta integers", lambda: quantum_features(CIRCUIT, THETA.long(), X), r"int64"),
     ("theta an array", lambda: quantum_features(CIRCUIT, THETA.numpy(), X), r"Tensor.*ndarray"),
     ("readout unknown", lambda: quantum_features(CIRCUIT, THETA, X, "y"), r"'y'"),
@@ -979,6 +1053,8 @@ BAD_ARGUMENTS: list[tuple[str, Callable[[], Any], str]] = [
     ("op, x too wide", lambda: torch.ops.qaa.forward(THETA, vectors(4, 9), TEXT), r"8.*received.*9"),
     ("op, x a vector", lambda: torch.ops.qaa.forward(THETA, vectors(6), TEXT), r"\(batch, d\).*\(6,\)"),
     ("op, theta flat", lambda: torch.ops.qaa.forward(THETA.flatten(), X, TEXT), r"\(2, 3, 3\).*\(18,\)"),
+    ("op, five sets", lambda: torch.ops.qaa.forward(THETA.expand(5, 2, 3, 3), X, TEXT), r"each of 5 sets.*received 4"),
+    ("op, no set", lambda: torch.ops.qaa.forward(THETA.expand(0, 2, 3, 3), X, TEXT), r"each of 0 sets.*received 4"),
     ("op, no program", lambda: torch.ops.qaa.forward(THETA, X, "wires 3"), r"'wires 3'"),
     ("op, no circuit", lambda: torch.ops.qaa.forward(THETA, X, "wires 3; theta 1; FOO 0 | z | normalize"), r"FOO"),
     ("op, other gradient", lambda: torch.ops.qaa.backward(THETA, X, X, TEXT), r"\(4, 3\).*\(4, 6\)"),

@@ -522,6 +522,47 @@ def test_quadratic_readouts_refuse_to_merge_and_to_export(tmp_path, readout):
     assert torch.equal(logits(model), expected)
 
 
+def test_vectors_that_set_angles_train_save_and_share(tmp_path):
+    config = random_config(reupload=True, init_weights=True, scale_channels=True, standardize_features=True)
+    model = adapted(config)
+    (layer, *_), before = layers_of(model), logits(model)
+    theta = layer.qaa_theta["default"]
+    assert theta.shape == (2, 2, 5, 3) and theta[0].any() and not theta[1].any()
+    assert torch.equal(before, logits(llama()))
+    qaa.peft.calibrate(model, [{"input_ids": tokens()}])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    losses = []
+    for _ in range(12):
+        loss = model.train()(tokens(), labels=tokens()).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] - 0.02 and theta[1].abs().max() > 0.05
+    model.eval().save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path)
+    assert torch.equal(logits(loaded), logits(model)) and loaded.peft_config["default"].reupload
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(logits(model).float(), before, rtol=0, atol=1)
+    with pytest.raises(ValueError, match="is quadratic in its layer's input"):
+        model.merge_adapter()
+    with pytest.raises(
+        ValueError, match="expected adapters of one circuit for all vectors, received 'default' with reupl"
+    ):
+        qaa.peft.to_dense(model)
+    with pytest.raises(ValueError, match="expected Pauli strings or 'probs' with reupload, received 'state'"):
+        random_config("state", reupload=True)
+    with pytest.raises(ValueError, match="expected reupload to be True or False, received 'yes'"):
+        random_config(reupload="yes")
+
+    targets = {"target_modules": SHARED, "shared_circuit": SHARED}
+    shared = adapted(random_config(reupload=True, **targets))
+    q, k, v = layers_of(shared)[:3]
+    assert "default" not in k.qaa_theta and "default" not in v.qaa_theta
+    shared(tokens(), labels=tokens()).loss.backward()
+    assert q.qaa_theta["default"].grad[1].abs().max() > 0
+
+
 @pytest.mark.parametrize("fields", [
     {"readout": "z"}, {"readout": STATE}, {"readout": "state[:1/2]", "r": 3}, {"readout": "probs[:1/2]", "r": 3},
 ])  # fmt: skip
@@ -1033,7 +1074,7 @@ def test_a_layer_above_sixteen_wires_is_refused():
 
 def test_every_field_says_when_it_pays():
     own = set(QaaConfig.__dataclass_fields__) - set(PeftConfig.__dataclass_fields__)
-    assert len(own) == 22
+    assert len(own) == 23
     for name in own:
         assert len(QaaConfig.__dataclass_fields__[name].metadata["help"]) > 40, name
 

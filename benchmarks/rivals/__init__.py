@@ -68,6 +68,7 @@ RIVALS = {
     "fine-tuning, QAA default": Entry("yardstick", "own", "finetune", "qaa_default"),
     "fine-tuning, QAA compact": Entry("yardstick", "own", "finetune", "qaa_compact"),
     "fine-tuning, LoRA r = 8": Entry("yardstick", "own", "finetune", "lora"),
+    "fine-tuning, LoRA r = 4": Entry("yardstick", "own", "finetune", "lora_4"),
     "sixty layers, LoRA r = 8": Entry("yardstick", "own", "finetune", "layers_lora"),
     "sixty layers, LoRA r = 4": Entry("yardstick", "own", "finetune", "layers_lora_4"),
     "sixty layers, QAA default": Entry("yardstick", "own", "finetune", "layers_default"),

@@ -38,7 +38,8 @@ def forward(
 
     Args:
         circuit: U, on ``n`` wires; wire 0 is the most significant bit of an amplitude's index.
-        theta: angles in radians, shape ``circuit.parameter_shape``, any real floating dtype.
+        theta: angles in radians, shape ``circuit.parameter_shape``, any real floating dtype; or, where every row has
+            angles of its own, ``(batch, *circuit.parameter_shape)``.
         x: shape ``(batch, d)`` with ``1 <= d <= 2**n``, padded with zeros to ``2**n``; float16, bfloat16 (ml_dtypes),
             float32 or float64. The arithmetic is float64 for float64, else float32.
         readout: see :class:`qaa.Readout`.
@@ -63,12 +64,14 @@ def forward(
                [-1., -1.]])
     """
     what = program(circuit, readout, normalize)
-    angles, x = _angles(what, theta), _rows(what, x)
+    x = _rows(what, x)
+    angles = _angles(what, theta, x.shape[:1])
+    groups = _groups(what, angles)
     dtype = _feature_dtype(what, x.dtype)
     features = _empty("features", (x.shape[0], what.n_outputs), dtype)
-    _core.forward(
-        what.plan, angles.ctypes.data, _core.Scalar.float64, _const_matrix(x), _matrix(features), _threads(threads)
-    )
+    matrices, threads = (_const_matrix(x), _matrix(features)), _threads(threads)
+    if groups:
+        _core.forward(what.plan, angles.ctypes.data, _core.Scalar.float64, *matrices, threads, groups)
     return features
 
 
@@ -108,23 +111,28 @@ def backward(
         (array([-1.]), array([[ 0., -2.]]))
     """
     what = program(circuit, readout, normalize)
-    angles, x = _angles(what, theta), _rows(what, x)
+    x = _rows(what, x)
+    angles = _angles(what, theta, x.shape[:1])
+    groups = _groups(what, angles)
     dtype, shape = _feature_dtype(what, x.dtype), (x.shape[0], what.n_outputs)
     grad = _array("grad", grad)
     if grad.shape != shape or grad.dtype != dtype:
         raise ValueError(f"expected grad of shape {shape} and dtype {dtype}, received {grad.shape} and {grad.dtype}")
     grad = _adjacent(grad)
     grad_angles, grad_x = np.empty_like(angles), _empty("grad_x", x.shape, x.dtype)
-    _core.backward(
-        what.plan,
-        angles.ctypes.data,
-        _core.Scalar.float64,
-        _const_matrix(x),
-        _const_matrix(grad),
-        grad_angles.ctypes.data,
-        _matrix(grad_x),
-        _threads(threads),
-    )
+    threads = _threads(threads)
+    if groups:
+        _core.backward(
+            what.plan,
+            angles.ctypes.data,
+            _core.Scalar.float64,
+            _const_matrix(x),
+            _const_matrix(grad),
+            grad_angles.ctypes.data,
+            _matrix(grad_x),
+            threads,
+            groups,
+        )
     return grad_angles.astype(np.asarray(theta).dtype, copy=False), grad_x
 
 
@@ -150,12 +158,18 @@ def _empty(what: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[A
         raise MemoryError(f"expected {what} that fit into memory, received shape {shape} of {dtype}") from None
 
 
-def _angles(what: Program, theta: ArrayLike) -> NDArray[np.float64]:
+def _angles(what: Program, theta: ArrayLike, rows: tuple[int, ...] = ()) -> NDArray[np.float64]:
+    """Angles for all rows, or, where the shape of the rows is given, a set for each."""
     theta = _array("theta", theta)
     if theta.dtype.name not in _SCALARS:
         raise TypeError(f"expected theta of a real floating dtype, received {theta.dtype}")
-    what.check_theta(theta.shape)
+    what.check_theta(theta.shape, rows)
     return np.asarray(theta, np.float64, order="C")
+
+
+def _groups(what: Program, angles: NDArray[np.float64]) -> int:
+    """How many sets of angles there are."""
+    return 1 if angles.ndim == len(what.circuit.parameter_shape) else len(angles)
 
 
 def _rows(what: Program, x: ArrayLike) -> NDArray[Any]:

@@ -52,7 +52,8 @@ def forward(
 
     Args:
         circuit: U, on ``n`` wires; wire 0 is the most significant bit of an amplitude's index.
-        theta: angles in radians, shape ``circuit.parameter_shape``, any real floating dtype.
+        theta: angles in radians, shape ``circuit.parameter_shape``, any real floating dtype; or with leading
+            dimensions of x before it, where vectors have angles of their own.
         x: shape ``(..., d)`` with ``1 <= d <= 2**n``, padded with zeros to ``2**n``; float16, bfloat16, float32 or,
             where ``jax_enable_x64`` is set, float64. The arithmetic is float64 for float64, else float32.
         readout: see :class:`qaa.Readout`.
@@ -86,15 +87,15 @@ def forward(
     theta, x = jnp.asarray(theta), jnp.asarray(x)
     if theta.dtype.name not in _SCALARS:
         raise TypeError(f"expected theta of a real floating dtype, received {theta.dtype}")
-    what.check_theta(theta.shape)
     if x.dtype.name not in _SCALARS:
         raise TypeError(f"expected x of dtype {', '.join(_SCALARS)}, received {x.dtype}")
     if x.ndim < 1:
         raise ValueError(f"expected x of shape (..., d), received {x.shape}")
     what.check_width(x.shape[-1])
+    mapped = what.check_theta(theta.shape, x.shape[:-1])
     if theta.dtype.name not in ("float32", "float64"):
         theta = theta.astype(np.float32)
-    features: jax.Array = _features.bind(theta, x, what=what, threads=_threads(threads), mapped=0, shared=False)
+    features: jax.Array = _features.bind(theta, x, what=what, threads=_threads(threads), mapped=mapped, shared=False)
     return features
 
 

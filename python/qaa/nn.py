@@ -84,6 +84,14 @@ class Adapter:
     With several ``blocks``, x is cut into as many neighbouring pieces of equal width (the last one padded with zeros),
     each goes through the same circuit, normalised by itself, and f are their features one after the other.
 
+    With ``reupload`` a vector sets its angles too (data re-uploading; Pérez-Salinas et al., Quantum 4, 226, 2020, with
+    a fixed projection in the place of trained weights for every input): each angle has a trained rate omega, and
+
+    ``theta_lw(x) = theta_lw + omega_lw z_w(x),  z_w = sqrt(n) sum_(i = w mod n) x_i / ||x||``
+
+    radians, for every angle of wire w in layer l. The n numbers z are orthogonal projections of x; of a direction that
+    is drawn at random they have variance 1. Methods take theta and omega as one tensor, ``parameter_shape``.
+
     Attributes:
         circuit: U(theta), with angles in radians and wire 0 as the most significant bit of the amplitude index.
         readout: the M_k, or the number K of amplitudes.
@@ -93,6 +101,7 @@ class Adapter:
         noise, trajectories: if given, quadratic features are estimates for a noisy circuit (:mod:`qaa.noise`), for
             evaluation: there is no gradient for x.
         blocks: number of pieces that x is cut into.
+        reupload: whether vectors set angles.
 
     Example:
         >>> adapter = Adapter.create(in_features=48, n_layers=2, readout="z")
@@ -110,6 +119,7 @@ class Adapter:
     noise: NoiseModel | None = None
     trajectories: int | None = None
     blocks: int = 1
+    reupload: bool = False
     _known_rows: dict[str, _Rows] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @staticmethod
@@ -120,11 +130,13 @@ class Adapter:
         readout: str | Sequence[str] | Readout = "z",
         scaling: float | None = None,
         max_wires: int | None = None,
+        reupload: bool = False,
     ) -> Adapter:
         """The adapter with ``ceil(log2(in_features))`` wires (at least one), or ``max_wires`` and as few blocks as do.
 
         Raises:
-            ValueError: an argument is out of range, or there would be more than 16 wires.
+            ValueError: an argument is out of range, there would be more than 16 wires, or vectors are to set the angles
+                of the readout ``"state"``, which is linear in x.
         """
         limit = 2**MAX_WIRES
         if max_wires is not None:
@@ -142,19 +154,41 @@ class Adapter:
             raise ValueError(f"expected at most {most} features for {where}, received {count}")
         if scaling is None:
             scaling = 1.0 if parsed.kind == "state" else math.sqrt(2**n_wires + 1)
+        check_flag("reupload", reupload)
+        if reupload and parsed.kind == "state":
+            raise ValueError(f"expected Pauli strings or 'probs' with reupload, received {str(parsed)!r}")
         circuit = ansatz(ansatz_name, n_wires, n_layers)
-        return Adapter(circuit, parsed, check_scaling(scaling), in_features, blocks=blocks)
+        return Adapter(circuit, parsed, check_scaling(scaling), in_features, blocks=blocks, reupload=reupload)
 
     def with_noise(self, noise: NoiseModel | None, trajectories: int | None) -> Adapter:
-        """The same adapter on a noisy circuit, or without noise; ``ValueError`` for ``"state"``, no observable."""
+        """The same adapter on a noisy circuit, or without noise; ``ValueError`` for ``"state"``, no observable, and for
+        vectors that set angles."""
         if noise is not None and self.is_linear:
             raise ValueError(f"expected Pauli strings or 'probs' with noise, received {str(self.readout)!r}")
+        if noise is not None and self.reupload:
+            raise ValueError("expected one circuit for all vectors with noise, received an adapter with reupload")
         return replace(self, noise=noise, trajectories=trajectories)
 
     @property
     def n_features(self) -> int:
         """Number K of features, the width of V."""
         return self.blocks * self.readout.n_outputs
+
+    @property
+    def parameter_shape(self) -> tuple[int, ...]:
+        """Shape of what methods take as ``theta``: the circuit's, after a 2 for theta and omega with ``reupload``."""
+        own = self.circuit.parameter_shape
+        return (2, *own) if self.reupload else own
+
+    def _angles(self, theta: Tensor, x: Tensor) -> Tensor:
+        """``theta + omega z(x)``: from x of shape ``(..., width)`` to ``(..., *circuit.parameter_shape)``."""
+        n, x = self.circuit.n_wires, x.to(theta.dtype)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        each = -(-x.shape[-1] // n)
+        sums = F.pad(x, (0, each * n - x.shape[-1])).reshape(*x.shape[:-1], each, n).sum(-2)
+        z = sums * (math.sqrt(n) / torch.where(norm > 0, norm, 1.0))
+        z = z.reshape(*z.shape[:-1], 1, n, *[1] * (theta.ndim - 3))
+        return torch.addcmul(theta[0], theta[1], z)
 
     def _cut(self, x: Tensor) -> Tensor:
         """The blocks of x: from shape ``(..., in_features)`` to ``(..., blocks, width)``."""
@@ -304,6 +338,8 @@ class Adapter:
         noise, trajectories = self.noise, self.trajectories
         if self.blocks > 1:
             x = self._cut(x)
+        if self.reupload:
+            theta = self._angles(theta, x)
         features = ops.quantum_features(self.circuit, theta, x, self.readout, noise=noise, trajectories=trajectories)
         return features.flatten(-2) if self.blocks > 1 else features
 

@@ -6,7 +6,7 @@ the same code is called through an ``autograd.Function``, which costs a fraction
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from typing import Any, ClassVar
@@ -52,7 +52,10 @@ def quantum_features(
 
     Args:
         circuit: U, on ``n`` wires; wire 0 is the most significant bit of an amplitude's index.
-        theta: angles in radians, shape ``circuit.parameter_shape``, any real floating dtype.
+        theta: angles in radians, shape ``circuit.parameter_shape``, any real floating dtype; or with leading
+            dimensions of x before it, ``(batch, *circuit.parameter_shape)`` for x of shape ``(batch, ..., d)``, where
+            vectors have angles of their own, such as data that is encoded in angles. A vector with its own angles
+            takes two to five times as long as one that shares them with others (docs/performance.md).
         x: shape ``(..., d)`` with ``1 <= d <= 2**n``, padded with zeros to ``2**n``; float16, bfloat16, float32 or
             float64, on the CPU or, in builds with CUDA kernels, on a GPU. States are float64 for float64, else
             float32; autocast does not change that.
@@ -85,6 +88,9 @@ def quantum_features(
         >>> features.sum().backward()
         >>> theta.grad.shape
         torch.Size([2, 3, 3])
+        >>> angles = torch.randn(4, 7, 2, 3, 3)  # of each vector its own
+        >>> quantum_features(circuit, angles, torch.ones(4, 7, 6)).shape
+        torch.Size([4, 7, 3])
     """
     _check_estimates(shots, noise, trajectories, generator)
     if noise is not None:
@@ -93,11 +99,18 @@ def quantum_features(
     if shots is not None:
         return _estimated_features(estimates, circuit, theta, x, readout, normalize, {"shots": shots}, generator)
     if torch.compiler.is_compiling():
+        leading = theta.ndim - len(circuit.parameter_shape)
+        if leading > 0 and theta.shape[:leading] != x.shape[:-1][:leading]:
+            raise ValueError(
+                f"expected theta of shape {circuit.parameter_shape}, or with leading dimensions of x before it, "
+                f"received {tuple(theta.shape)} and x of shape {tuple(x.shape)}"
+            )
+        theta = _in_groups(theta, leading)
         features = torch.ops.qaa.forward(theta, x.reshape(-1, x.shape[-1]), _text(circuit, readout, normalize))
         return features.reshape(*x.shape[:-1], features.shape[-1])
     what = program(circuit, readout, normalize)
-    _check_theta(what, theta)
     _check_x(what, x)
+    theta = _in_groups(theta, _check_theta(what, theta, x.shape[:-1]))
     _check_together(theta, "x", x)
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     if _is_plain(theta, x):
@@ -105,6 +118,11 @@ def quantum_features(
     else:
         features = torch.ops.qaa.forward(theta, rows, str(what))
     return features if x.ndim == 2 else features.reshape(*x.shape[:-1], what.n_outputs)
+
+
+def _in_groups(theta: Tensor, leading: int) -> Tensor:
+    """Angles with so many leading axes as ``(groups, *parameter_shape)``; those of all vectors as they are."""
+    return theta if leading <= 1 else theta.flatten(0, leading - 1)
 
 
 @torch.compiler.disable
@@ -483,13 +501,15 @@ def _constant_text(circuit: str, readout: str | Sequence[str], normalize: bool, 
 # ------------------------------------------------------------------------------------------------ checks
 
 
-def _check_theta(what: Program, theta: Tensor) -> None:
+def _check_theta(what: Program, theta: Tensor, vectors: Sequence[int] = ()) -> int:
+    """How many axes of ``vectors``, the leading shape of x, theta has before the circuit's own."""
     if not isinstance(theta, Tensor):
         raise TypeError(f"expected theta to be a torch.Tensor, received {type(theta).__name__}")
     if theta.dtype not in _SCALARS:
         raise TypeError(f"expected theta of a real floating dtype, received {theta.dtype}")
-    what.check_theta(theta.shape)
+    leading = what.check_theta(theta.shape, vectors)
     _check_place("theta", theta)
+    return leading
 
 
 def _check_x(what: Program, x: Tensor) -> None:
@@ -570,8 +590,32 @@ def _angles(theta: Tensor) -> Tensor:
 
 def _forward(what: Program, theta: Tensor, x: Tensor) -> Tensor:
     features = torch.empty(x.shape[0], what.n_outputs, dtype=_feature_dtype(what, x.dtype), device=x.device)
-    _call_forward(what, theta, x, features)
+    if theta.ndim == len(what.circuit.parameter_shape):
+        _call_forward(what, theta, x, features)
+    else:
+        for groups, angles, rows, results in _groups(theta, x, features):
+            _call_forward(what, angles, rows, results, groups)
     return features
+
+
+def _adjoint(what: Program, theta: Tensor, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of theta, one set of angles or several, and of x."""
+    if theta.ndim == len(what.circuit.parameter_shape):
+        return _backward(what, theta, x, grad)
+    parts = [_backward(what, angles, rows, grads, groups) for groups, angles, rows, grads in _groups(theta, x, grad)]
+    if not parts:
+        return torch.empty_like(theta), torch.empty_like(x)
+    grad_theta, grad_x = zip(*parts, strict=True)
+    return (grad_theta[0], grad_x[0]) if len(parts) == 1 else (torch.cat(grad_theta), torch.cat(grad_x))
+
+
+def _groups(theta: Tensor, x: Tensor, results: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """How many sets of angles, these, and the vectors and results that are theirs, for as many as one call takes."""
+    groups = len(theta)
+    for first in range(0, groups, MOST_GROUPS):
+        angles = theta[first : first + MOST_GROUPS]
+        rows = slice(first * len(x) // groups, (first + len(angles)) * len(x) // groups)
+        yield len(angles), angles, x[rows], results[rows]
 
 
 def _real_parts(what: Program, theta: Tensor, x: Tensor, n_rows: int, groups: int) -> Tensor:
@@ -651,6 +695,9 @@ def _call_backward(
         )
     return grad_angles if grad_angles.dtype == theta.dtype else grad_angles.to(theta.dtype)
 
+
+#: Sets of angles that one call takes: the second dimension of a grid on a GPU.
+MOST_GROUPS = 65_535
 
 #: So many rows are worth a kernel of the circuit's own; the few that an adapter of the readout "state" asks for wait
 #: for memory rather than for instructions.
@@ -787,7 +834,7 @@ class _Features(_Function):
         theta, x = ctx.saved_tensors
         if torch.is_grad_enabled():
             return *torch.ops.qaa.backward(theta, x, grad, str(ctx.what)), None
-        return *_backward(ctx.what, theta, x, grad), None
+        return *_adjoint(ctx.what, theta, x, grad), None
 
 
 class _Estimates(torch.autograd.Function):
@@ -1016,11 +1063,14 @@ _library.define(
 
 def _checked(text: str, theta: Tensor, x: Tensor, grad: Tensor | None = None) -> Program:
     what = Program.parse(text)
-    _check_theta(what, theta)
     _check_x(what, x)
-    _check_together(theta, "x", x)
     if x.ndim != 2:
         raise ValueError(f"expected x of shape (batch, d), received {tuple(x.shape)}")
+    groups = theta.shape[0] if theta.ndim == len(what.circuit.parameter_shape) + 1 else 1
+    if x.shape[0] % groups if groups else x.shape[0]:
+        raise ValueError(f"expected as many vectors for each of {groups} sets of angles, received {x.shape[0]} in all")
+    _check_theta(what, theta, (groups,))
+    _check_together(theta, "x", x)
     if grad is not None:
         shape, dtype = (x.shape[0], what.n_outputs), _feature_dtype(what, x.dtype)
         if tuple(grad.shape) != shape or grad.dtype != dtype:
@@ -1036,7 +1086,7 @@ def _op_forward(theta: Tensor, x: Tensor, program: str) -> Tensor:
 
 
 def _op_backward(theta: Tensor, x: Tensor, grad: Tensor, program: str) -> tuple[Tensor, Tensor]:
-    return _backward(_checked(program, theta, x, grad), theta, x, grad)
+    return _adjoint(_checked(program, theta, x, grad), theta, x, grad)
 
 
 def _check_matrices(**tensors: Tensor) -> None:

@@ -69,10 +69,23 @@ class Program:
                 f"expected x with a last dimension from 1 to {2**n_wires} for {n_wires} wires, received {width}"
             )
 
-    def check_theta(self, shape: Sequence[int]) -> None:
-        """Raises ``ValueError`` unless ``shape`` is the circuit's parameter shape."""
-        if tuple(shape) != self.circuit.parameter_shape:
-            raise ValueError(f"expected theta of shape {self.circuit.parameter_shape}, received {tuple(shape)}")
+    def check_theta(self, shape: Sequence[int], vectors: Sequence[int] = ()) -> int:
+        """How many axes of ``vectors``, the leading shape of x, theta has before the circuit's own; mostly none.
+
+        Raises ``ValueError`` unless ``shape`` is ``(*vectors[:count], *circuit.parameter_shape)`` for such a count.
+        """
+        own, shape, vectors = self.circuit.parameter_shape, tuple(shape), tuple(vectors)
+        if shape == own:
+            return 0
+        count = len(shape) - len(own)
+        if count <= 0 or shape[count:] != own or not vectors:
+            raise ValueError(f"expected theta of shape {own}, received {shape}")
+        if shape[:count] != vectors[:count]:
+            raise ValueError(
+                f"expected theta of shape {own}, or with leading dimensions of x, {vectors}, before it, "
+                f"received {shape}"
+            )
+        return count
 
 
 def program(circuit: Circuit, readout: str | Sequence[str] | Readout, normalize: bool) -> Program:

@@ -74,6 +74,8 @@ class QaaConfig(PeftConfig):
             a layer has one block, and at most 65,536 inputs.
         projection_key: an integer that R is drawn from.
         train_circuit: whether theta is trained; otherwise it keeps its initial values and is saved with the adapter.
+        reupload: whether each vector adds to the angles of its circuit, by trained rates; see
+            :class:`qaa.nn.Adapter`. For readouts other than ``"state"``.
         shared_circuit: names of modules that share one circuit, with its angles and statistics, where they have one
             parent and one input width, as ``["q_proj", "k_proj", "v_proj"]``; None: each has its own.
 
@@ -258,6 +260,13 @@ class QaaConfig(PeftConfig):
             "same), which makes training faster and is the control that tells what the circuit contributes."
         },
     )
+    reupload: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether each vector x sets angles as well as amplitudes (data re-uploading): angle + omega z, with "
+            "z the vector's n projections of unit size and a trained omega, 0 at the start, for every angle. @@PAYS@@"
+        },
+    )
     shared_circuit: list[str] | None = field(
         default=None,
         metadata={
@@ -274,7 +283,8 @@ class QaaConfig(PeftConfig):
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = PeftType.QAA  # type: ignore[attr-defined]
         settle_modules(self)
-        check_flags(self, "init_weights", "train_circuit", "scale_channels", "center_channels", "standardize_features")
+        measured = ("scale_channels", "center_channels", "standardize_features")
+        check_flags(self, "init_weights", "train_circuit", "reupload", *measured)
         if self.adapter_bias is not None:
             check_flag("adapter_bias", self.adapter_bias)
         if self.scaling is not None:
@@ -283,7 +293,6 @@ class QaaConfig(PeftConfig):
             value = getattr(self, name)
             if not isinstance(value, str) or value not in known:
                 raise ValueError(f"expected {name} among {', '.join(known)}, received {shown(value)}")
-        measured = ("scale_channels", "center_channels", "standardize_features")
         if self.calibration == "first_batch" and not any(getattr(self, name) for name in measured):
             raise ValueError(f"expected one of {', '.join(measured)} with calibration 'first_batch', received none")
         check_key(self.projection_key)
@@ -306,7 +315,9 @@ class QaaConfig(PeftConfig):
         first = self.readout[0] if isinstance(self.readout, list) and self.readout else None
         if isinstance(first, str) and not 1 <= len(first) <= MAX_WIRES:
             raise ValueError(f"expected Pauli strings of 1 to {MAX_WIRES} letters, received {shown(first)}")
-        Readout.parse(self.readout, len(first) if isinstance(first, str) else MAX_WIRES)
+        parsed = Readout.parse(self.readout, len(first) if isinstance(first, str) else MAX_WIRES)
+        if self.reupload and parsed.kind == "state":
+            raise ValueError(f"expected Pauli strings or 'probs' with reupload, received {shown(self.readout)}")
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> QaaConfig:

@@ -158,6 +158,8 @@ def _dense(layer: AdditiveLayer, name: str) -> nn.Module:
         down, up, bias = layer.lora_factors(name)
         return nn.Sequential(_linear(down), _linear(up, bias))
     adapter = layer.qaa_adapter[name]
+    if adapter.reupload:
+        raise ValueError(f"expected adapters of one circuit for all vectors, received {name!r} with reupload")
     theta, up, bias, whitening, mix = layer._parameters_of(name)
     up, bias, mix = adapter._folded(up, bias, whitening, mix)
     up = up if mix is None else up @ mix
@@ -200,6 +202,7 @@ def to_dense(peft_model: PeftModel) -> nn.Module:
 
     Raises:
         TypeError: ``peft_model`` is no ``PeftModel`` with QAA or SoRA adapters.
+        ValueError: an adapter re-uploads its input, so that every vector has a unitary of its own.
 
     Example:
         >>> import peft, torch

@@ -103,7 +103,7 @@ class QaaLayer(AdditiveLayer):
     other_param_names = ("qaa_adapter", "qaa_pending", "qaa_sharing", "qaa_signs", "qaa_up_adapter")
 
     def _create_containers(self) -> None:
-        self.qaa_theta = nn.ParameterDict()  # angles in radians, the circuit's shape
+        self.qaa_theta = nn.ParameterDict()  # angles in radians, the circuit's shape; with re-uploading, then omega
         self.qaa_up = nn.ParameterDict()  # V, (out_features, K), or the gains g of one of the two below, (K,)
         self.qaa_mix = nn.ParameterDict()  # M, (r, K), of low rank V = B M; B is then what V is in the other lines
         self.qaa_signs = BufferDict(persistent=False)  # R of random up-projections V = R diag(g) / sqrt(K)
@@ -125,11 +125,14 @@ class QaaLayer(AdditiveLayer):
 
     def _create_adapter(self, adapter_name: str, config: Any) -> None:
         scaling = 1.0 if config.scaling is None and config.standardize_features else config.scaling
-        shape = (config.n_layers, config.ansatz, config.readout, scaling, config.max_wires)
+        shape = (config.n_layers, config.ansatz, config.readout, scaling, config.max_wires, config.reupload)
         adapter = Adapter.create(self.in_features, *shape)
         has_bias = adapter.readout.kind == "expval" if config.adapter_bias is None else config.adapter_bias
         self.qaa_adapter[adapter_name] = adapter
-        self.qaa_theta[adapter_name] = draw_angles(torch.empty(adapter.circuit.parameter_shape), config.init_angles)
+        theta = draw_angles(torch.empty(adapter.parameter_shape), config.init_angles)
+        if config.reupload and config.init_weights:
+            theta[1] = 0.0
+        self.qaa_theta[adapter_name] = theta
         n_columns = adapter.n_features
         if config.r is not None:
             if config.r > n_columns:
