@@ -38,6 +38,13 @@ CASES = {
     "adapter, 11 wires": _adapters(Task(11, 2048, 1024)),
     "adapter, 12 wires": _adapters(Task(12, 4096, 512)),
     "layers": Case(tuple(("qaa", Task(10, 768, 1024, layers)) for layers in (1, 2, 4))),
+    "angles of each row": Case(
+        tuple(
+            (rival, Task(10, 768, 1024, layers))
+            for layers in (1, 4)
+            for rival in ("qaa", "qaa, angles of each row", "PennyLane default.qubit")
+        )
+    ),
     "threads": Case(
         (("qaa kernel on one thread", Task(10, 768, 4096)), ("qaa kernel", Task(10, 768, 4096))), threads="all"
     ),

@@ -844,16 +844,65 @@ def test_vmap_equals_a_loop() -> None:
     torch.testing.assert_close(rows, torch.stack([amplitude_rows(CIRCUIT, t, 3) for t in many]), rtol=0, atol=1e-14)
 
 
-def test_functional_gradients_are_right_or_an_error() -> None:
-    theta, x = angles(CIRCUIT), vectors(4, 6)
-    expected = gradients_of_sum(theta, x)
-    for transform in (torch.func.grad, torch.func.jacrev):
-        try:
-            ours = transform(lambda t: quantum_features(CIRCUIT, t, x).sum())(theta)
-        except RuntimeError as error:
-            assert str(error)
-        else:
-            torch.testing.assert_close(ours, expected, rtol=0, atol=1e-13)
+def energy_of(theta: Any, x: Any) -> Any:
+    return quantum_features(CIRCUIT, theta, x).sin().sum()
+
+
+def gradients_of_energy(theta: Any, x: Any) -> tuple[Any, ...]:
+    theta, x = theta.clone().requires_grad_(), x.clone().requires_grad_()
+    return tuple(torch.autograd.grad(energy_of(theta, x), (theta, x)))
+
+
+@pytest.mark.parametrize("in_dims", [(0, 0), (None, 0), (0, None), (1, 2)], ids=str)
+@pytest.mark.parametrize("own", [False, True], ids=["one set", "own angles"])
+def test_maps_and_gradients_in_either_order_are_loops(in_dims: Any, own: bool) -> None:
+    """The gradient of every member, as for per-sample gradients, and the gradient of the sum over members."""
+    theta, x = vectors(4, *([5] if own else []), *CIRCUIT.parameter_shape), vectors(4, 5, 6)
+    members = [
+        tuple(t if dim is not None else first for t, dim, first in zip(pair, in_dims, (theta[0], x[0]), strict=True))
+        for pair in zip(theta, x, strict=True)
+    ]
+    each = [gradients_of_energy(*member) for member in members]
+    given = [t[0] if dim is None else t.movedim(0, dim) for t, dim in zip((theta, x), in_dims, strict=True)]
+    found = torch.func.vmap(torch.func.grad(energy_of, (0, 1)), in_dims)(*given)
+    for ours, expected in zip(found, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(ours, torch.stack(expected), rtol=0, atol=1e-13)
+    found = torch.func.grad(lambda *a: torch.func.vmap(energy_of, in_dims)(*a).sum(), (0, 1))(*given)
+    for ours, dim, expected in zip(found, in_dims, zip(*each, strict=True), strict=True):
+        stacked = torch.stack(expected)
+        expected = stacked.sum(0) if dim is None else stacked.movedim(0, dim)
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-13)
+
+
+def test_a_map_is_one_call_of_the_kernels(monkeypatch: Any) -> None:
+    theta, x, groups = vectors(4, *CIRCUIT.parameter_shape), vectors(4, 5, 6), []
+
+    def counted(call: Any, *arguments: Any) -> Any:
+        groups.append(arguments[-1] if isinstance(arguments[-1], int) else 1)
+        return call(*arguments)
+
+    for name in ("_call_forward", "_call_backward"):
+        monkeypatch.setattr(ops, name, partial(counted, getattr(ops, name)))
+    torch.func.vmap(torch.func.grad(energy_of))(theta, x)
+    assert groups == [4, 4]
+    groups.clear()
+    torch.func.vmap(torch.func.vmap(energy_of, (None, 0)), (0, None))(theta, x)
+    assert groups == [4]
+    groups.clear()
+    torch.func.vmap(energy_of, (None, 0))(theta[0], x)
+    assert groups == [1]
+
+
+def test_jacobians_of_both_kinds() -> None:
+    theta, x = angles(CIRCUIT).requires_grad_(), vectors(4, 6)
+    by_rows = torch.autograd.functional.jacobian(lambda t: quantum_features(CIRCUIT, t, x), theta)
+    at_once = torch.autograd.functional.jacobian(lambda t: quantum_features(CIRCUIT, t, x), theta, vectorize=True)
+    ours = torch.func.jacrev(lambda t: quantum_features(CIRCUIT, t, x))(theta)
+    assert ours.shape == (4, 3, *CIRCUIT.parameter_shape)
+    torch.testing.assert_close(ours, by_rows, rtol=0, atol=1e-13)
+    torch.testing.assert_close(at_once, by_rows, rtol=0, atol=1e-13)
+    with pytest.raises(RuntimeError, match="expected a first derivative, received a request for a second one"):
+        torch.func.grad(lambda t: torch.func.grad(energy_of)(t, x).sum())(theta)
 
 
 def test_forward_mode_is_right_or_an_error_and_never_silently_zero() -> None:

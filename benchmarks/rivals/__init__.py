@@ -38,6 +38,7 @@ class Entry:
 
 RIVALS = {
     "qaa": Entry("qaa", "own", "rivals.qaa_and_lora", "features"),
+    "qaa, angles of each row": Entry("qaa", "own", "rivals.qaa_and_lora", "angles_of_each_row"),
     "qaa kernel": Entry("qaa", "own", "rivals.qaa_and_lora", "kernel"),
     "qaa kernel on one thread": Entry("qaa", "own", "rivals.qaa_and_lora", "kernel_on_one_thread"),
     "NumPy, Kronecker": Entry("by hand", "own", "rivals.numpy_by_hand", "kronecker"),

@@ -21,6 +21,16 @@ def features(task: Task) -> Rival:
     return differentiable(task, lambda theta, x: qaa.ops.quantum_features(circuit, theta, x))
 
 
+def angles_of_each_row(task: Task) -> Rival:
+    """The same, computed as if every row had other angles."""
+    circuit = qaa.ansatz("ring", task.n_wires, task.layers)
+
+    def function(theta: Tensor, x: Tensor) -> Tensor:
+        return qaa.ops.quantum_features(circuit, theta.expand(len(x), *theta.shape), x)
+
+    return differentiable(task, function, "one set of angles for each row")
+
+
 def nothing(task: Task) -> Rival:
     """What an autograd function in Python costs that computes nothing, with the same arguments and results."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -115,6 +115,8 @@ def quantum_features(
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
     if _is_plain(theta, x):
         features = _Features.apply(theta, rows, what)
+    elif torch._C._functorch.peek_interpreter_stack() is not None:
+        features = _TransformedFeatures.apply(theta, rows, str(what))
     else:
         features = torch.ops.qaa.forward(theta, rows, str(what))
     return features if x.ndim == 2 else features.reshape(*x.shape[:-1], what.n_outputs)
@@ -832,7 +834,8 @@ class _Features(_Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         theta, x = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        # torch.autograd.functional and is_grads_batched map over gradients
+        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
             return *torch.ops.qaa.backward(theta, x, grad, str(ctx.what)), None
         return *_adjoint(ctx.what, theta, x, grad), None
 
@@ -1172,6 +1175,87 @@ torch.library.register_autograd("qaa::forward", _autograd_features, setup_contex
 torch.library.register_autograd("qaa::project", _autograd_project, setup_context=_setup_project, lib=_library)
 torch.library.register_autograd("qaa::project_backward", _no_second_derivative, lib=_library)
 torch.library.register_autograd("qaa::backward", _no_second_derivative, lib=_library)
+
+
+# ------------------------------------------------------------------------------------------------ torch.func
+
+# Members that vmap maps over become groups of vectors, with angles of their own where the angles are mapped. Ops have
+# no gradients under torch.func, so that it is given autograd functions around them.
+
+
+def _members(size: int, dim: int | None, t: Tensor) -> Tensor:
+    """``t`` with the mapped axis in front; where it is not mapped, once for every member."""
+    return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
+
+
+def _mapped_angles(size: int, dim: int | None, theta: Tensor, program: str) -> Tensor:
+    """One set of angles after the other, those of the first member first."""
+    theta = _members(size, dim, theta)
+    return theta if theta.ndim == 1 + len(Program.parse(program).circuit.parameter_shape) else theta.flatten(0, 1)
+
+
+def _map_forward(call: Any, info: Any, in_dims: Any, theta: Tensor, x: Tensor, program: str) -> tuple[Tensor, int]:
+    size, (theta_dim, x_dim, _) = info.batch_size, in_dims
+    rows = _members(size, x_dim, x)
+    if theta_dim is not None or theta.ndim > len(Program.parse(program).circuit.parameter_shape):
+        theta = _mapped_angles(size, theta_dim, theta, program)
+    features = call(theta, rows.flatten(0, 1), program)
+    return features.reshape(*rows.shape[:2], -1), 0
+
+
+def _map_backward(
+    call: Any, info: Any, in_dims: Any, theta: Tensor, x: Tensor, grad: Tensor, program: str
+) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
+    """Every member has a gradient of the angles, whether these are its own or not."""
+    size, (theta_dim, x_dim, grad_dim, _) = info.batch_size, in_dims
+    rows, grads = _members(size, x_dim, x), _members(size, grad_dim, grad)
+    own = theta.shape if theta_dim is None else theta.movedim(theta_dim, 0).shape[1:]
+    angles = _mapped_angles(size, theta_dim, theta, program)
+    grad_theta, grad_x = call(angles, rows.flatten(0, 1), grads.flatten(0, 1), program)
+    return (grad_theta.reshape(size, *own), grad_x.reshape(rows.shape)), (0, 0)
+
+
+torch.library.register_vmap("qaa::forward", partial(_map_forward, torch.ops.qaa.forward), lib=_library)
+torch.library.register_vmap("qaa::backward", partial(_map_backward, torch.ops.qaa.backward), lib=_library)
+
+
+class _TransformedFeatures(torch.autograd.Function):
+    @staticmethod
+    def forward(theta: Tensor, x: Tensor, program: str) -> Tensor:
+        result: Tensor = torch.ops.qaa.forward(theta, x, program)
+        return result
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        theta, x, ctx.program = inputs
+        ctx.save_for_backward(theta, x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *_TransformedAdjoint.apply(*ctx.saved_tensors, grad, ctx.program), None
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Tensor, int]:
+        return _map_forward(_TransformedFeatures.apply, info, in_dims, *inputs)
+
+
+class _TransformedAdjoint(torch.autograd.Function):
+    @staticmethod
+    def forward(theta: Tensor, x: Tensor, grad: Tensor, program: str) -> tuple[Tensor, Tensor]:
+        grad_theta, grad_x = torch.ops.qaa.backward(theta, x, grad, program)
+        return grad_theta, grad_x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        _no_second_derivative(ctx, *grads)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
+        return _map_backward(_TransformedAdjoint.apply, info, in_dims, *inputs)
 
 
 # ------------------------------------------------------------------------------------------------ operation counts
