@@ -15,7 +15,8 @@ from benchmarks.machine import Peak
 TIME = ", microseconds per state"
 LEGEND = """
 ratio: time / time of the case's first rival, the median over repeats. spread: (slowest - fastest) / median.
-roofline: what would be measured if qaa took no longer than its counted operations and rows do at the machine's peaks.
+at best: what would be measured if qaa took no longer than its counted operations and rows do at the machine's peaks, or
+than torch's own functions in it; a goal that is missed at best is beyond.
 error: largest difference to the float64 oracle, features and gradients, relative to the largest exact number.
 d theta: ||difference|| / ||exact|| of the angles' gradient."""
 
@@ -53,15 +54,15 @@ def print_goals(goals: list[Goal]) -> None:
     print(LEGEND)
     if not goals:
         return
-    print(f"\n{'goal':70s} {'threads':>7s} {'measured':>10s} {'limit':>10s} {'roofline':>10s}")
+    print(f"\n{'goal':70s} {'threads':>7s} {'measured':>10s} {'limit':>10s} {'at best':>10s}")
     for goal in goals:
         name = goal.name + (f" ({goal.detail})" if goal.detail else "")
         limit = f"{'<=' if goal.at_most else '>='} {goal.limit:g} {goal.unit}".rstrip()
         measured = f"{goal.measured:.3g} {goal.unit}".rstrip()
-        roofline = "" if goal.roofline is None else f"{goal.roofline:.3g} {goal.unit}".rstrip()
-        print(f"{name:70s} {goal.threads:7d} {measured:>10s} {limit:>10s} {roofline:>10s}  {goal.verdict}")
+        at_best = "" if goal.at_best is None else f"{goal.at_best:.3g} {goal.unit}".rstrip()
+        print(f"{name:70s} {goal.threads:7d} {measured:>10s} {limit:>10s} {at_best:>10s}  {goal.verdict}")
     beyond = sum(goal.is_beyond and not goal.met for goal in goals)
-    print(f"{sum(goal.met for goal in goals)} of {len(goals)} goals met, {beyond} beyond the roofline")
+    print(f"{sum(goal.met for goal in goals)} of {len(goals)} goals met, {beyond} of the others beyond")
 
 
 def write(
