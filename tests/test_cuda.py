@@ -197,6 +197,27 @@ def test_ops_are_well_formed() -> None:
 
 
 @gpu
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_vectors_with_angles_of_their_own(dtype: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on the CPU, in one launch and in several."""
+    circuit = qaa.ansatz("ring", 6, 2)
+    generator = torch.Generator().manual_seed(0)
+    theta = torch.randn(7, *circuit.parameter_shape, dtype=torch.float64, generator=generator)
+    x = torch.randn(7, 3, 50, dtype=torch.float64, generator=generator).to(dtype)
+    grad = torch.randn(7, 3, 6, dtype=torch.float64, generator=generator).to(dtype)
+    results = []
+    for device, at_once in (("cpu", 7), ("cuda", 7), ("cuda", 3)):
+        monkeypatch.setattr(qaa.ops, "MOST_GROUPS", at_once)
+        leaves = [t.to(device).requires_grad_() for t in (theta, x)]
+        value = qaa.ops.quantum_features(circuit, *leaves)
+        results.append((value, *torch.autograd.grad(value, leaves, grad.to(device))))
+    tolerance = {torch.float64: 1e-12, torch.float32: 2e-5, torch.bfloat16: 2e-2}[dtype]
+    for here, there, in_parts in zip(*results, strict=True):
+        torch.testing.assert_close(there.cpu(), here, rtol=tolerance, atol=tolerance)
+        assert torch.equal(there, in_parts)
+
+
+@gpu
 def test_an_empty_batch() -> None:
     circuit = qaa.ansatz("ring", 4)
     theta = torch.rand(circuit.parameter_shape, device="cuda", requires_grad=True)

@@ -177,6 +177,14 @@ def test_groups_have_the_bits_of_calls_of_their_own(
             assert np.array_equal(together[2][rows], grad_x)
 
 
+def test_a_grid_takes_so_many_groups(device: Device) -> None:
+    limit = 65_535  # of a grid's second dimension
+    problem = draw(12, 1, "z", batch=limit + 1)
+    thetas = np.stack([problem.theta] * (limit + 1))
+    with pytest.raises(AssertionError, match="expected 1 to 65535 groups of rows on a GPU, received 65536"):
+        device.solve(replace(problem, theta=thetas), np.float32, groups=limit + 1)
+
+
 @pytest.mark.parametrize("n_wires", [4, 10])
 def test_no_rows(device: Device, n_wires: int) -> None:
     features, grad_theta, grad_x = device.solve(draw(7, n_wires, "z", batch=0), np.float32)
