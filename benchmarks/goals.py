@@ -39,7 +39,7 @@ class Goal:
 
     @property
     def is_beyond(self) -> bool:
-        """Whether it is missed at best: no code could meet it with these operations, traffic and functions."""
+        """Whether it is missed at best: no code could meet it with these operations or functions."""
         return self.at_best is not None and not self._meets(self.at_best)
 
     @property
@@ -51,22 +51,17 @@ class Goal:
 
 
 def least_seconds(peak: Peak | None, task: Task, which: str, is_adapter: bool = False) -> float | None:
-    """For a state, at the machine's peak of multiply-adds or of reading, whichever takes longer: its roofline.
+    """For a state: the operations of the plan at the machine's peak of multiply-adds.
 
-    Counted are the operations of the plan, and rows that are read or written once a pass: x and the features forward;
-    for a step x again, the gradient at the features and that of x. A whole adapter reads and writes its layer's output
-    and reads the gradient there instead, and multiplies by V, by its transpose and for its gradient.
+    A whole adapter also multiplies by V, and in a step by its transpose and for its gradient. Traffic is left out: rows
+    of a case may stay in a cache from one repeat to the next.
     """
     if peak is None:
         return None
     operations = multiply_adds(task, which)
-    d, k, is_step = task.width, task.n_wires, which == "step"
     if is_adapter:
-        operations += (3 if is_step else 1) * d * k
-        numbers = (6 if is_step else 3) * d
-    else:
-        numbers = 3 * d + 2 * k if is_step else d + k
-    return max(operations / peak.multiply_adds_per_second, 4 * numbers / peak.read_bytes_per_second)
+        operations += (3 if which == "step" else 1) * task.width * task.n_wires
+    return operations / peak.multiply_adds_per_second
 
 
 def median(m: Measurement) -> float:
@@ -88,7 +83,7 @@ class Results:
         self.measurements = [m for m in measurements if m.threads == threads]
         self.peak = peak
 
-    def at_the_roofline(self, ours: Measurement, other: Measurement, is_adapter: bool = False) -> float | None:
+    def at_the_peak(self, ours: Measurement, other: Measurement, is_adapter: bool = False) -> float | None:
         """Our least time over what another took."""
         least = least_seconds(self.peak, ours.task, ours.which, is_adapter)
         return None if least is None else least / median(other)
@@ -120,14 +115,14 @@ def _lora(results: Results, threads: int) -> Iterator[Goal]:
     for lora, name in (("LoRA r = 8", "LoRA"), ("LoRA r = 8, addmm_", "LoRA by addmm_")):
         kernel, theirs = (results.find("adapter", rival, "forward") for rival in ("qaa", lora))
         if kernel and theirs:
-            at_best = results.at_the_roofline(kernel, theirs)
+            at_best = results.at_the_peak(kernel, theirs)
             measured = ratio(kernel, theirs)
             yield Goal(f"kernel / {name}, forward, n = 10", threads, measured, 0.8, True, "x", at_best=at_best)
         for case in ("adapter", "adapter, 11 wires", "adapter, 12 wires"):
             ours, theirs = (results.find(case, rival, "step") for rival in ("qaa adapter", lora))
             if ours and theirs:
                 text = f"adapter / {name}, forward + backward, n = {ours.task.n_wires}"
-                at_best = results.at_the_roofline(ours, theirs, is_adapter=True)
+                at_best = results.at_the_peak(ours, theirs, is_adapter=True)
                 yield Goal(text, threads, ratio(ours, theirs), 0.75, True, "x", at_best=at_best)
 
 
@@ -172,7 +167,7 @@ def _rivals(results: Results, threads: int) -> Iterator[Goal]:
 def _of_rival(
     results: Results, name: str, threads: int, rival: Measurement, ours: Measurement, limit: float, detail: str = ""
 ) -> Goal:
-    inverse = results.at_the_roofline(ours, rival)
+    inverse = results.at_the_peak(ours, rival)
     at_best = None if inverse is None else 1 / inverse
     return Goal(name, threads, ratio(rival, ours), limit, False, "x", detail, at_best)
 

@@ -60,7 +60,10 @@ def _roofline(peak: machine.Peak, axes: dict[str, Any]) -> Iterable[dict[str, An
     for axis, (_, tasks) in axes.items():
         for task in tasks:
             for which in PASSES:
-                seconds = least_seconds(peak, task, which)
+                # forward reads a row and writes its features; a step also reads the row again, the gradient at the
+                # features, and writes the gradient of the row
+                numbers = task.width + task.n_wires if which == "forward" else 3 * task.width + 2 * task.n_wires
+                seconds = max(least_seconds(peak, task, which) or 0.0, 4 * numbers / peak.read_bytes_per_second)
                 yield {"axis": axis, "task": asdict(task), "which": which, "seconds": seconds}
 
 

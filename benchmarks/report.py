@@ -15,8 +15,8 @@ from benchmarks.machine import Peak
 TIME = ", microseconds per state"
 LEGEND = """
 ratio: time / time of the case's first rival, the median over repeats. spread: (slowest - fastest) / median.
-at best: what would be measured if qaa took no longer than its counted operations and rows do at the machine's peaks, or
-than torch's own functions in it; a goal that is missed at best is beyond.
+at best: what would be measured if qaa took no longer than its counted operations do at the machine's peak, or than
+torch's own functions in it; a goal that is missed at best is beyond.
 error: largest difference to the float64 oracle, features and gradients, relative to the largest exact number.
 d theta: ||difference|| / ||exact|| of the angles' gradient."""
 

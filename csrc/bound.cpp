@@ -12,28 +12,28 @@ constexpr double min_scale = 1.0 / (1 << 24);
 
 constexpr std::size_t cache_line = 64;
 
-// The rotations of a pass, of which `angle(k)` is the k-th angle. Returns whether cosines are owed.
-template <class T, class Angle>
-bool turn(std::uint32_t radix, Angle angle, bool allow_tangent, double& scale, T* keep, T* mix) {
+// The rotations of a pass, of which `half(k)` is cosine and sine of half the k-th angle. Returns whether cosines are owed.
+template <class T, class Half>
+bool turn(std::uint32_t radix, Half half, bool allow_tangent, double& scale, T* keep, T* mix) {
   double product = 1;
   bool tangent = allow_tangent;
   for (std::uint32_t k = 0; k < radix; ++k) {
-    const double cosine = std::cos(angle(k) / 2);
+    const double cosine = half(k).real();
     product *= cosine;
     tangent &= std::abs(cosine) >= min_cosine;
   }
   tangent &= std::abs(product * scale) >= min_scale;
   for (std::uint32_t k = 0; k < radix; ++k) {
-    const double half = angle(k) / 2;
-    keep[k] = T(std::cos(half));
-    mix[k] = T(tangent ? std::tan(half) : std::sin(half));
+    const std::complex<double> of = half(k);
+    keep[k] = T(of.real());
+    mix[k] = T(tangent ? of.imag() / of.real() : of.imag());
   }
   if (tangent) scale *= product;
   return tangent;
 }
 
 template <class T>
-RotatePass<T> rotate_pass(const Pass& pass, const std::vector<double>& angles, std::uint32_t first_slot,
+RotatePass<T> rotate_pass(const Pass& pass, const std::complex<double>* halves, std::uint32_t first_slot,
                           std::int64_t columns, bool allow_tangent, double& scale) {
   RotatePass<T> out{};
   out.radix = pass.radix();
@@ -47,14 +47,14 @@ RotatePass<T> rotate_pass(const Pass& pass, const std::vector<double>& angles, s
   std::ranges::copy(pass.masks, out.masks);
   for (std::uint32_t k = 0; k < out.radix; ++k) out.slots[k] = first_slot + pass.rotations[k];
   out.overlap_scale = scale * scale;
-  out.tangent = turn(out.radix, [&](std::uint32_t k) { return angles[pass.rotations[k]]; }, allow_tangent, scale,
+  out.tangent = turn(out.radix, [&](std::uint32_t k) { return halves[pass.rotations[k]]; }, allow_tangent, scale,
                      out.keep, out.mix);
   out.link_scale = T(scale);  // over the scale at the end of the stage, squared, when that is known
   return out;
 }
 
 template <class T>
-LanePass<T> lane_pass(const std::vector<std::uint32_t>& lanes, const std::vector<double>& angles,
+LanePass<T> lane_pass(const std::vector<std::uint32_t>& lanes, const std::complex<double>* halves,
                       std::uint32_t first_slot, bool allow_tangent, double& scale) {
   LanePass<T> out{};
   for (std::uint32_t bit = 0; bit < lanes.size(); ++bit) {
@@ -64,11 +64,11 @@ LanePass<T> lane_pass(const std::vector<std::uint32_t>& lanes, const std::vector
   }
   double before = scale;
   out.tangent = turn(out.n_bits, [&](std::uint32_t bit) {
-    return lanes[bit] != StageLayout::none ? angles[lanes[bit]] : 0.0;
+    return lanes[bit] != StageLayout::none ? halves[lanes[bit]] : 1.0;
   }, allow_tangent, scale, out.keep, out.mix);
   for (std::uint32_t bit = 0; bit < out.n_bits; ++bit) {
     out.overlap_scale[bit] = before * before;
-    if (out.tangent && lanes[bit] != StageLayout::none) before *= std::cos(angles[lanes[bit]] / 2);
+    if (out.tangent && lanes[bit] != StageLayout::none) before *= halves[lanes[bit]].real();
   }
   return out;
 }
@@ -169,33 +169,43 @@ template <class T>
 BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const Layout& layout, const double* theta, std::int64_t columns,
                                       bool with_adjoint)
     : plan_(plan),
+      layout_(layout),
+      columns_(columns),
+      with_adjoint_(with_adjoint),
       tables_((with_adjoint ? 4 : 2) * plan.n_amplitudes() * n_diagonals(plan) + 2 * cache_line / sizeof(T)) {
-  const std::size_t n_stages = plan.stages.size(), size = plan.n_amplitudes();
   std::size_t n_passes = 0, n_trees = layout.trees.size();
   for (const StageLayout& stage : layout.stages) {
     n_passes += stage.rotate.size() + stage.unwind.size();
     n_trees += stage.trees.size();
   }
-  stages_.resize(n_stages);
+  stages_.resize(plan.stages.size());
   passes_.reserve(n_passes);
   trees_.reserve(n_trees);
+  bind(theta);
+}
+
+template <class T>
+void BoundPlanStorage<T>::bind(const double* theta) {
+  const Plan& plan = plan_;
+  const Layout& layout = layout_;
+  const std::size_t n_stages = plan.stages.size(), size = plan.n_amplitudes();
+  bound_ = {};
+  passes_.clear();
+  trees_.clear();
+  flips_.clear();
+  correlations_.clear();
+  terms_.clear();
+  slot_lanes_.clear();
+  absorbed_.clear();
   T* next_table = on_line(tables_.data());
   // The diagonals are computed once and stored twice, with the scales owed in either direction.
   Spare<double> numbers(2 * size * (n_diagonals(plan) + 1));
-  std::vector<Diagonal> diagonals(n_stages);
-  double* next_diagonal = numbers.data();
-  auto take_diagonal = [&] {
-    const Diagonal taken{next_diagonal, next_diagonal + size, size};
-    next_diagonal += 2 * size;
-    return taken;
+  auto diagonal = [&](std::size_t k) {
+    double* const first = numbers.data() + 2 * size * k;
+    return Diagonal{first, first + size, size};
   };
-  const Diagonal product = take_diagonal();
-  std::vector<double> angles;
-
-  auto stage_angles = [&](const Stage& stage) {
-    angles.clear();
-    for (const Rotation& r : stage.rotations) angles.push_back(r.angle.value(theta));
-  };
+  std::size_t n_made = 0;
+  const Diagonal product = diagonal(n_diagonals(plan));
   auto add_trees = [&](const std::vector<LaneTree>& trees) {
     const SumTree* first = trees_.data() + trees_.size();
     for (const LaneTree& tree : trees) {
@@ -220,11 +230,11 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const Layout& layout, co
     complex |= !stage.real;
     out.first_slot = slot;
     if (stage.is_diagonal()) {
-      diagonals[s] = take_diagonal();
-      fill(stage, laid_out, theta, diagonals[s], product);
+      const Diagonal made = diagonal(n_made++);
+      fill(stage, laid_out, theta, made, product);
       out.re = next_table;
       out.im = next_table + size;
-      store(next_table, diagonals[s], scale, false);
+      store(next_table, made, scale, false);
       next_table += 2 * size;
       scale = 1;
       out.trees = add_trees(laid_out.trees);
@@ -238,12 +248,16 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const Layout& layout, co
       out.kept = laid_out.kept;
       out.keep = T(scale);  // over the scale that the bra will have
       bound_.n_kept += out.kept;
-      stage_angles(stage);
-      out.lanes = lane_pass<T>(laid_out.lanes, angles, slot, plan.options.tangent, scale);
+      halves_.resize(slot + stage.rotations.size());
+      std::complex<double>* const halves = halves_.data() + slot;
+      for (std::size_t r = 0; r < stage.rotations.size(); ++r) {
+        halves[r] = std::polar(1.0, stage.rotations[r].angle.value(theta) / 2);
+      }
+      out.lanes = lane_pass<T>(laid_out.lanes, halves, slot, plan.options.tangent, scale);
       out.rotate = passes_.data() + passes_.size();
       out.n_rotate = std::uint32_t(laid_out.rotate.size());
       for (const Pass& pass : laid_out.rotate) {
-        passes_.push_back(rotate_pass<T>(pass, angles, slot, columns, plan.options.tangent, scale));
+        passes_.push_back(rotate_pass<T>(pass, halves, slot, columns_, plan.options.tangent, scale));
       }
       for (std::size_t k = passes_.size() - out.n_rotate; k < passes_.size(); ++k) {
         passes_[k].link_scale *= passes_[k].link_scale / T(scale * scale);
@@ -256,26 +270,26 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const Layout& layout, co
     }
   }
   bound_.scale = T(scale);
-  for (std::size_t s = with_adjoint ? n_stages : 0; s-- > 0;) {
+  for (std::size_t s = with_adjoint_ ? n_stages : 0; s-- > 0;) {
     const Stage& stage = plan.stages[s];
     BoundStage<T>& out = stages_[s];
     if (stage.is_diagonal()) {
       out.back_re = next_table;
       out.back_im = next_table + size;
       out.overlap_scale = scale * scale;
-      store(next_table, diagonals[s], scale, true);
+      store(next_table, diagonal(--n_made), scale, true);
       next_table += 2 * size;
       scale = 1;
     } else {
-      stage_angles(stage);
+      const std::complex<double>* const halves = halves_.data() + out.first_slot;
       const StageLayout& laid_out = layout.stages[s];
       out.unwind = passes_.data() + passes_.size();
       out.n_unwind = std::uint32_t(laid_out.unwind.size());
       const double scale_before = scale;
       for (const Pass& pass : laid_out.unwind) {
-        passes_.push_back(rotate_pass<T>(pass, angles, out.first_slot, columns, plan.options.tangent, scale));
+        passes_.push_back(rotate_pass<T>(pass, halves, out.first_slot, columns_, plan.options.tangent, scale));
       }
-      out.unwind_lanes = lane_pass<T>(laid_out.lanes, angles, out.first_slot, plan.options.tangent, scale);
+      out.unwind_lanes = lane_pass<T>(laid_out.lanes, halves, out.first_slot, plan.options.tangent, scale);
       // Overlaps after all rotations of the bra where the ket was kept, and before them at the first stage.
       if (out.kept || s == 0) {
         const double of_overlaps = out.kept ? scale : scale_before;

@@ -156,12 +156,17 @@ class BoundPlanStorage {
  public:
   BoundPlanStorage(const Plan& plan, const Layout& layout, const double* theta, std::int64_t columns,
                    bool with_adjoint);
+  // From now on with other angles, in the same memory.
+  void bind(const double* theta);
   const BoundPlan<T>& bound() const { return bound_; }
   // theta's gradient from the derivatives with respect to slots.
   void chain_rule(const double* slots, double* grad_theta) const;
 
  private:
   const Plan& plan_;
+  const Layout& layout_;
+  const std::int64_t columns_;
+  const bool with_adjoint_;
   BoundPlan<T> bound_{};
   std::vector<BoundStage<T>> stages_;
   std::vector<RotatePass<T>> passes_;
@@ -172,6 +177,7 @@ class BoundPlanStorage {
   std::vector<BoundTerm<T>> terms_;
   std::vector<std::uint32_t> slot_lanes_;
   std::vector<std::complex<double>> absorbed_;  // cosine and sine of every absorbed angle
+  std::vector<std::complex<double>> halves_;    // cosine and sine of half the angle of every rotation, by its slot
 };
 
 }  // namespace qaa

@@ -152,8 +152,9 @@ struct Setting {
   const InstructionSet& set = chosen_instruction_set();
   const CpuKernels<T>& kernel = kernels_of<T>(set);
   const std::uint32_t lane_bits;
-  const BoundPlanStorage<T> storage;
+  BoundPlanStorage<T> storage;
   const Chunks chunks;
+  std::vector<double> slots;  // derivatives, of all rows and then of every chunk
 
   Setting(const Plan& plan, const double* theta, const ConstMatrix& x, bool with_adjoint)
       : lane_bits(lane_bits_for(x.rows, kernel.width, plan.n_wires)),
@@ -173,8 +174,7 @@ int useful_threads(const Call& call) {
 }
 
 template <class T>
-void forward_as(const ForwardCall& call) {
-  const Setting<T> with(call.plan, call.theta, call.x, false);
+void run(const Setting<T>& with, const ForwardCall& call) {
   const BoundPlan<T>& bound = with.storage.bound();
   const Chunks& chunks = with.chunks;
   parallel_for(int(chunks.n_chunks), useful_threads(call), [&](int c) {
@@ -183,20 +183,19 @@ void forward_as(const ForwardCall& call) {
 }
 
 template <class T>
-void backward_as(const BackwardCall& call) {
-  const Setting<T> with(call.plan, call.theta, call.x, true);
+void run(Setting<T>& with, const BackwardCall& call) {
   const BoundPlan<T>& bound = with.storage.bound();
   const Chunks& chunks = with.chunks;
   const std::size_t n_slots = bound.n_slots;
-  std::vector<double> partial(n_slots * std::size_t(chunks.n_chunks), 0.0);
+  with.slots.assign(n_slots * std::size_t(1 + chunks.n_chunks), 0.0);
+  double *const slots = with.slots.data(), *const partial = slots + n_slots;
   parallel_for(int(chunks.n_chunks), useful_threads(call), [&](int c) {
     with.kernel.backward(bound, call, chunks.first(c), chunks.first(c + 1), scratch(with.set, bound),
-                         partial.data() + n_slots * std::size_t(c));
+                         partial + n_slots * std::size_t(c));
   });
-  std::vector<double> slots(n_slots, 0.0);
-  for (std::size_t k = 0; k < partial.size(); ++k) slots[k % n_slots] += partial[k];
+  for (std::size_t k = 0; k < n_slots * std::size_t(chunks.n_chunks); ++k) slots[k % n_slots] += partial[k];
   std::fill_n(call.grad_theta, call.plan.n_parameters, 0.0);
-  with.storage.chain_rule(slots.data(), call.grad_theta);
+  with.storage.chain_rule(slots, call.grad_theta);
 }
 
 // The kernels have one of their own: they share no functions with code for other processors (docs/adr/0003).
@@ -227,13 +226,28 @@ BackwardCall group_of(const BackwardCall& call, std::int64_t g, int threads) {
 
 // Threads share the groups, or each group's rows where there are fewer groups than threads. A group's bits are those
 // that it has in a call of its own.
-template <class Call, class Run>
-void run_groups(const Call& call, Run run) {
-  if (call.groups == 1) return run(call);
+template <class T, class Call>
+void run_as(const Call& call) {
+  constexpr bool with_adjoint = std::is_same_v<Call, BackwardCall>;
+  if (call.groups == 1) {
+    Setting<T> with(call.plan, call.theta, call.x, with_adjoint);
+    return run(with, call);
+  }
   const int threads = useful_threads(call);
   const bool shared = call.groups >= threads;
-  parallel_for(int(call.groups), shared ? threads : 1, [&](int g) { run(group_of(call, g, shared ? 1 : threads)); });
+  const std::int64_t parts = std::min<std::int64_t>(call.groups, shared ? 8 * threads : 1);
+  parallel_for(int(parts), shared ? threads : 1, [&](int part) {
+    const std::int64_t first = part * call.groups / parts, last = (part + 1) * call.groups / parts;
+    const Call start = group_of(call, first, 1);
+    Setting<T> with(call.plan, start.theta, start.x, with_adjoint);
+    for (std::int64_t g = first; g < last; ++g) {
+      const Call group = group_of(call, g, shared ? 1 : threads);
+      if (g > first) with.storage.bind(group.theta);
+      run(with, group);
+    }
+  });
 }
+
 
 // A weight (columns, k) as (k, padded columns), times a factor.
 template <class T>
@@ -319,7 +333,7 @@ void forward(const ForwardCall& call) {
   check_forward(call.plan, call.x, call.features, call.groups);
   check_angles(call.plan.n_parameters, call.theta, "theta");
   if (call.x.rows == 0) return;
-  run_groups(call, call.x.scalar == Scalar::float64 ? forward_as<double> : forward_as<float>);
+  call.x.scalar == Scalar::float64 ? run_as<double>(call) : run_as<float>(call);
 }
 
 void backward(const BackwardCall& call) {
@@ -330,7 +344,7 @@ void backward(const BackwardCall& call) {
     std::fill_n(call.grad_theta, call.groups * std::int64_t{call.plan.n_parameters}, 0.0);
     return;
   }
-  run_groups(call, call.x.scalar == Scalar::float64 ? backward_as<double> : backward_as<float>);
+  call.x.scalar == Scalar::float64 ? run_as<double>(call) : run_as<float>(call);
 }
 
 namespace {

@@ -28,7 +28,7 @@ from qaa import ansatz
 
 TASK = Task(n_wires=4, width=13, batch=8, layers=2)
 FAST = Effort(repeats=2, at_least=0.0005, wake_up=0.0)
-GIGA = machine.Peak(1e9, 1e12, 1e12)
+GIGA = machine.Peak(1e9, 1.0, 1.0)
 CHECKED = [name for name, entry in RIVALS.items() if entry.simulates and "compiled" not in name]
 
 
@@ -106,22 +106,18 @@ def test_ratios_and_goals() -> None:
     assert (goal.measured, goal.limit, goal.met, goal.detail) == (25, 20, True, "NumPy, Kronecker")
 
 
-def test_goals_say_what_the_roofline_allows() -> None:
-    """A machine that does 1e9 multiply-adds a second, and one that reads 1e8 bytes a second."""
+def test_goals_say_what_is_beyond() -> None:
+    """On a machine that does 1e9 multiply-adds a second."""
 
     def measured(case: str, rival: str, which: str, seconds: float, layers: int = TASK.layers) -> Measurement:
         return Measurement(case, rival, replace(TASK, layers=layers), 1, which, 8, "", None, [seconds] * 3)
 
-    d, k = TASK.width, TASK.n_wires
-    forward, step = (multiply_adds(TASK, which) for which in ("forward", "step"))
-    slow = replace(GIGA, read_bytes_per_second=1e8)
-    for which, operations, numbers in (("forward", forward, d + k), ("step", step, 3 * d + 2 * k)):
+    for which, times in (("forward", 1), ("step", 3)):
+        operations = multiply_adds(TASK, which)
         assert least_seconds(GIGA, TASK, which) == pytest.approx(1e-9 * operations)
-        assert least_seconds(slow, TASK, which) == pytest.approx(4e-8 * numbers)
+        operations += times * TASK.width * TASK.n_wires
+        assert least_seconds(GIGA, TASK, which, is_adapter=True) == pytest.approx(1e-9 * operations)
         assert least_seconds(None, TASK, which) is None
-    assert least_seconds(GIGA, TASK, "step", is_adapter=True) == pytest.approx(1e-9 * (step + 3 * d * k))
-    assert least_seconds(slow, TASK, "forward", is_adapter=True) == pytest.approx(4e-8 * 3 * d)
-    assert least_seconds(slow, TASK, "step", is_adapter=True) == pytest.approx(4e-8 * 6 * d)
     least = least_seconds(GIGA, TASK, "step")
     assert least is not None
     found = goals(

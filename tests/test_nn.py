@@ -495,8 +495,34 @@ def test_angles_that_vectors_set_are_of_unit_size_and_belong_to_observables():
         Adapter.create(8, readout="state[:4]", reupload=True)
     with pytest.raises(ValueError, match="expected reupload to be True or False, received 1"):
         Adapter.create(8, reupload=1)
+    with pytest.raises(ValueError, match=r"expected theta of shape \(2, 1, 3, 3\), received \(3, 2, 1, 3, 3\)"):
+        Adapter.create(8, reupload=True).features(torch.zeros(3, 2, 1, 3, 3), torch.randn(3, 8))
+    with pytest.raises(ValueError, match=r"expected theta of shape \(2, 3, 3\), received \(2, 2, 3, 3\)"):
+        Adapter.create(8, 2).features(torch.zeros(2, 2, 3, 3), torch.randn(2, 8))
     with pytest.raises(ValueError, match="expected one circuit for all vectors with noise, received an adapter with"):
         adapter.with_noise(NoiseModel(depolarizing=0.1), 3)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 5e-3)], ids=str)
+def test_angles_do_not_depend_on_the_size_of_a_vector(dtype, tolerance):
+    adapter = Adapter.create(768, 2, reupload=True)
+    theta = torch.randn(adapter.parameter_shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    x = torch.randn(4, 768, generator=torch.Generator().manual_seed(1))
+    exact = adapter.features(theta.double(), x.double())
+    for size in (1.0, 1e19, 1e30, 1e-22, 1e-30):
+        leaf = (x * size).requires_grad_()
+        found = adapter.features(theta, leaf)
+        torch.testing.assert_close(found.double(), exact, rtol=0, atol=tolerance)
+        (grad,) = torch.autograd.grad(found.sum(), leaf)
+        reference = x.double().requires_grad_()
+        (expected,) = torch.autograd.grad(adapter.features(theta.double(), reference).sum(), reference)
+        if 1e-20 < size < 1e20:  # where the gradient is a float32
+            torch.testing.assert_close(grad.double() * size, expected, rtol=1e-3, atol=tolerance)
+    loud = torch.full((1, 768), 1000.0).half()
+    loud[0, 3] = 60000
+    torch.testing.assert_close(
+        adapter.features(theta, loud).double(), adapter.features(theta.double(), loud.double()), rtol=0, atol=5e-3
+    )
 
 
 def test_blocks_are_of_qaa_linear_and_have_limits():

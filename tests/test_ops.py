@@ -149,6 +149,36 @@ def test_angles_of_their_own_pass_pytorchs_checks_and_compile() -> None:
         compiled(theta[:2], x)
 
 
+def test_graphs_take_as_many_sets_as_a_circuit_has_layers() -> None:
+    """A batch of sets may not be mistaken for the first dimension of one."""
+    circuit = ansatz("ring", 3, 4)
+
+    class Own(torch.nn.Module):  # type: ignore[misc]
+        def forward(self, theta: Any, x: Any) -> Any:
+            return quantum_features(circuit, theta, x)
+
+    def draw(count: int) -> tuple[Any, Any]:
+        return vectors(count, *circuit.parameter_shape), vectors(count, 2, 6)
+
+    batch = torch.export.Dim("batch", min=2, max=64)
+    exported = torch.export.export(Own(), draw(3), dynamic_shapes=({0: batch}, {0: batch})).module()
+    for count in (3, 4, 5):
+        torch.testing.assert_close(exported(*draw(count)), Own()(*draw(count)), rtol=0, atol=1e-13)
+
+
+def test_rows_of_several_circuits_are_refused_in_graphs_too() -> None:
+    several = vectors(4, *CIRCUIT.parameter_shape)
+    for call in (
+        lambda t: amplitude_rows(CIRCUIT, t, 4),
+        lambda t: amplitude_rows(CIRCUIT, t, 4, real=True),
+        lambda t: qaa.ops.mixed_rows(CIRCUIT, t, vectors(4, 5)),
+    ):
+        torch._dynamo.reset()
+        for function in (call, torch.compile(call, backend="eager")):
+            with pytest.raises(Exception, match=r"expected theta of shape \(2, 3, 3\), received \(4, 2, 3, 3\)"):
+                function(several)
+
+
 # ------------------------------------------------------------------------------------------------- PyTorch's own checks
 
 
@@ -893,6 +923,87 @@ def test_a_map_is_one_call_of_the_kernels(monkeypatch: Any) -> None:
     assert groups == [1]
 
 
+def test_members_without_rows_and_no_members_at_all() -> None:
+    theta = vectors(4, *CIRCUIT.parameter_shape)
+    for count, rows in ((4, 0), (0, 5), (0, 0)):
+        x = vectors(count, rows, 6)
+        assert torch.func.vmap(lambda v: quantum_features(CIRCUIT, theta[0], v))(x).shape == (count, rows, 3)
+        found = torch.func.vmap(torch.func.grad(energy_of, (0, 1)))(theta[:count], x)
+        assert [tuple(t.shape) for t in found] == [(count, *CIRCUIT.parameter_shape), (count, rows, 6)]
+
+
+def test_gradients_of_vectors_alone_are_one_batch(monkeypatch: Any) -> None:
+    theta, x, groups, call = angles(CIRCUIT), vectors(4, 5, 6), [], ops._call_backward
+    monkeypatch.setattr(ops, "_call_backward", lambda *a: (groups.append(a[-1]), call(*a))[1])
+    found = torch.func.vmap(torch.func.grad(energy_of, 1), (None, 0))(theta, x)
+    assert groups == [1]
+    torch.testing.assert_close(found, gradients_of_energy(theta, x)[1], rtol=0, atol=1e-13)
+    many = vectors(4, *CIRCUIT.parameter_shape)
+    found = torch.func.vmap(torch.func.grad(energy_of, 1))(many, x)
+    expected = torch.stack([gradients_of_energy(*pair)[1] for pair in zip(many, x, strict=True)])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+
+
+FUNCTIONS: dict[str, Callable[..., Any]] = {
+    "features": lambda theta, x: quantum_features(CIRCUIT, theta, x),
+    "amplitudes": lambda theta, x: quantum_features(CIRCUIT, theta, x, "state").abs(),
+    "amplitude rows": lambda theta, x: amplitude_rows(CIRCUIT, theta, 3).abs() * x[0, 0],
+    "real rows": lambda theta, x: amplitude_rows(CIRCUIT, theta, 3, real=True) * x[0, 0],
+    "mixed rows": lambda theta, x: qaa.ops.mixed_rows(CIRCUIT, theta, x),
+    "project": lambda theta, x: project(
+        x, quantum_features(CIRCUIT, theta, x), theta.flatten().reshape(6, 3), theta[0, 0, :1].expand(6), 0.5
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_every_function_under_every_transform(name: str) -> None:
+    function, theta, x = FUNCTIONS[name], vectors(4, *CIRCUIT.parameter_shape), vectors(4, 5, 6)
+
+    def loss(theta: Any, x: Any) -> Any:
+        return function(theta, x).sin().sum()
+
+    def by_autograd(theta: Any, x: Any) -> tuple[Any, ...]:
+        leaves = theta.clone().requires_grad_(), x.clone().requires_grad_()
+        return tuple(torch.autograd.grad(loss(*leaves), leaves))
+
+    expected = [torch.stack(each) for each in zip(*map(by_autograd, theta, x), strict=True)]
+    for ours, exact in zip(torch.func.vmap(torch.func.grad(loss, (0, 1)))(theta, x), expected, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=0, atol=1e-12)
+    summed = torch.func.grad(lambda *a: torch.func.vmap(loss)(*a).sum(), (0, 1))(theta, x)
+    for ours, exact in zip(summed, expected, strict=True):
+        torch.testing.assert_close(ours, exact, rtol=0, atol=1e-12)
+    leaf = theta[0].clone().requires_grad_()
+    by_rows = torch.autograd.functional.jacobian(lambda t: function(t, x[0]), leaf)
+    for mapped in (
+        torch.autograd.functional.jacobian(lambda t: function(t, x[0]), leaf, vectorize=True),
+        torch.func.jacrev(lambda t: function(t, x[0]))(theta[0]),
+    ):
+        torch.testing.assert_close(mapped, by_rows, rtol=0, atol=1e-12)
+    value = function(leaf, x[0])
+    units = torch.eye(value.numel(), dtype=value.dtype).reshape(-1, *value.shape)
+    mapped = torch.func.vmap(lambda v: torch.autograd.grad(value, leaf, v, retain_graph=True)[0])(units)
+    torch.testing.assert_close(mapped.reshape(by_rows.shape), by_rows, rtol=0, atol=1e-12)
+    torch.testing.assert_close(torch.func.functionalize(function)(theta[0], x[0]), function(theta[0], x[0]))
+
+
+@pytest.mark.parametrize("readout", ["z", "state[:4]"])
+def test_gradients_of_an_adapter_for_each_sample(readout: str) -> None:
+    layer, x = qaa.nn.QAALinear(torch.nn.Linear(6, 5), 2, readout=readout).double(), vectors(4, 3, 6)
+    torch.nn.init.normal_(layer.up)
+    parameters = {name: p.detach() for name, p in layer.named_parameters() if p.requires_grad}
+
+    def loss(parameters: Any, x: Any) -> Any:
+        return torch.func.functional_call(layer, parameters, (x,)).sin().sum()
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+    for i, rows in enumerate(x):
+        layer.zero_grad()
+        layer(rows).sin().sum().backward()
+        for name in parameters:
+            torch.testing.assert_close(found[name][i], layer.get_parameter(name).grad, rtol=0, atol=1e-12)
+
+
 def test_jacobians_of_both_kinds() -> None:
     theta, x = angles(CIRCUIT).requires_grad_(), vectors(4, 6)
     by_rows = torch.autograd.functional.jacobian(lambda t: quantum_features(CIRCUIT, t, x), theta)
@@ -911,6 +1022,8 @@ def test_forward_mode_is_right_or_an_error_and_never_silently_zero() -> None:
     functions: list[Callable[[Any], Any]] = [
         lambda t: quantum_features(CIRCUIT, t, x),
         lambda t: amplitude_rows(CIRCUIT, t, 2),
+        lambda t: amplitude_rows(CIRCUIT, t, 2, real=True),
+        lambda t: project(x, x[:, :1], t.flatten()[:6, None]),
     ]
 
     def by_func(function: Callable[[Any], Any]) -> Any:
@@ -921,9 +1034,18 @@ def test_forward_mode_is_right_or_an_error_and_never_silently_zero() -> None:
             dual = torch.autograd.forward_ad.make_dual(theta, direction)
             return torch.autograd.forward_ad.unpack_dual(function(dual)).tangent
 
+    def by_linearization(function: Callable[[Any], Any]) -> Any:
+        return torch.func.linearize(function, theta)[1](direction)
+
+    def under_a_mode(function: Callable[[Any], Any]) -> Any:
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with FlopCounterMode(display=False):
+            return by_dual_numbers(function)
+
     for function in functions:
         quotient = (function(theta + step * direction) - function(theta - step * direction)) / (2 * step)
-        for derive in (by_func, by_dual_numbers):
+        for derive in (by_func, by_dual_numbers, by_linearization, under_a_mode):
             try:
                 tangent = derive(function)
             except (RuntimeError, NotImplementedError) as error:

@@ -89,8 +89,9 @@ class Adapter:
 
     ``theta_lw(x) = theta_lw + omega_lw z_w(x),  z_w = sqrt(n) sum_(i = w mod n) x_i / ||x||``
 
-    radians, for every angle of wire w in layer l. The n numbers z are orthogonal projections of x; of a direction that
-    is drawn at random they have variance 1. Methods take theta and omega as one tensor, ``parameter_shape``.
+    radians, for every angle of wire w in layer l (with a :class:`Whitening`, of u in the place of x). The n numbers z
+    are orthogonal projections; of a direction that is drawn at random they have variance 1 where n divides the width
+    of x, and about 1 elsewhere. Methods take theta and omega as one tensor, ``parameter_shape``.
 
     Attributes:
         circuit: U(theta), with angles in radians and wire 0 as the most significant bit of the amplitude index.
@@ -182,7 +183,11 @@ class Adapter:
 
     def _angles(self, theta: Tensor, x: Tensor) -> Tensor:
         """``theta + omega z(x)``: from x of shape ``(..., width)`` to ``(..., *circuit.parameter_shape)``."""
-        n, x = self.circuit.n_wires, x.to(theta.dtype)
+        n, dtype = self.circuit.n_wires, torch.promote_types(torch.promote_types(theta.dtype, x.dtype), torch.float32)
+        theta, x = theta.to(dtype), x.to(dtype)
+        # z does not depend on the size of x, so that no gradient has to pass the factor that keeps squares in range
+        largest = x.detach().abs().amax(-1, keepdim=True)
+        x = x / torch.where(largest > 0, largest, 1.0)
         norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         each = -(-x.shape[-1] // n)
         sums = F.pad(x, (0, each * n - x.shape[-1])).reshape(*x.shape[:-1], each, n).sum(-2)
@@ -330,6 +335,8 @@ class Adapter:
 
     def _quadratic(self, theta: Tensor, x: Tensor, whitening: Whitening) -> Tensor:
         """``f(u)`` of a readout that is not linear in x."""
+        if theta.shape != self.parameter_shape:
+            raise ValueError(f"expected theta of shape {self.parameter_shape}, received {tuple(theta.shape)}")
         channels, center = whitening.channels, whitening.center
         if channels is not None:
             x = x * channels if center is None else torch.addcmul(-center * channels, x, channels)

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from qaa import _core, cuda
@@ -63,7 +64,8 @@ def quantum_features(
         normalize: if False, the vector itself goes through the circuit: expectations and probabilities become
             quadratic forms of it, amplitudes a linear map.
         shots: if given, features are unbiased estimates from so many runs per vector, and so is the gradient of theta,
-            by the parameter-shift rule: see :mod:`qaa.shots`. Computed on the CPU, outside of compiled graphs.
+            by the parameter-shift rule: see :mod:`qaa.shots`. Computed on the CPU, outside of compiled graphs, with one
+            set of angles for all vectors.
         noise, trajectories: if given, features are those of a noisy circuit, unbiased estimates from so many
             trajectories per vector, and so is the gradient of theta: see :mod:`qaa.noise`. On the CPU as ``shots``,
             and not together with them.
@@ -113,12 +115,7 @@ def quantum_features(
     theta = _in_groups(theta, _check_theta(what, theta, x.shape[:-1]))
     _check_together(theta, "x", x)
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    if _is_plain(theta, x):
-        features = _Features.apply(theta, rows, what)
-    elif torch._C._functorch.peek_interpreter_stack() is not None:
-        features = _TransformedFeatures.apply(theta, rows, str(what))
-    else:
-        features = torch.ops.qaa.forward(theta, rows, str(what))
+    features = _Features.apply(theta, rows, what) if _is_plain(theta, x) else _watched(theta, rows, str(what))
     return features if x.ndim == 2 else features.reshape(*x.shape[:-1], what.n_outputs)
 
 
@@ -216,6 +213,7 @@ def _amplitude_rows(
     """:func:`amplitude_rows`, each column times its factor, in ``dtype``; zeros may follow the rows (:func:`_room`)."""
     width = 2**circuit.n_wires if width is None else width
     if torch.compiler.is_compiling():
+        _check_one_set(circuit, theta)
         units = torch.eye(k, dtype=_real_dtype(theta), device=theta.device)
     else:
         what = program(circuit, f"state[:{k}]", False)
@@ -281,6 +279,7 @@ def _mixed_rows(
     (:func:`_room`)."""
     readout = f"state[:{width}]"
     if torch.compiler.is_compiling():
+        _check_one_set(circuit, theta)
         states = torch.ops.qaa.forward(theta, _scaled(mix, gain, None), _text(circuit, readout, False, transposed=True))
         return _scaled(states.real, columns, dtype)
     what = program(_transposed(circuit), readout, False)
@@ -291,7 +290,7 @@ def _mixed_rows(
         factors = (None if each is None else each[None, None] for each in (gain, columns))
         rows: Tensor = _MixedRows.apply(what, 1, *factors, dtype, theta, mix)[0]
         return rows
-    return _scaled(torch.ops.qaa.forward(theta, _scaled(mix, gain, None), str(what)).real, columns, dtype)
+    return _scaled(_watched(theta, _scaled(mix, gain, None), str(what)).real, columns, dtype)
 
 
 def _rows_together(
@@ -461,6 +460,7 @@ def _add_projection(
     of_kernel = not base.is_cuda and dtype in (torch.float32, torch.float64) and all(t.dtype == dtype for t in tensors)
     of_kernel = of_kernel and all(t.is_cpu or t.is_meta for t in tensors)
     is_plain = _is_plain(*tensors)
+    of_kernel = of_kernel and (is_plain or not (_is_transformed() or _have_tangents(*tensors)))
     if is_plain and not of_kernel and _is_constant(gain):
         dtype, biases = _autocast_dtype(features) or features.dtype, [] if bias is None else [bias]
         (factor,) = _factors([up], biases, None if gain is None else [gain], scale, dtype)
@@ -514,6 +514,12 @@ def _check_theta(what: Program, theta: Tensor, vectors: Sequence[int] = ()) -> i
     return leading
 
 
+def _check_one_set(circuit: Circuit, theta: Tensor) -> None:
+    """For graphs that are traced, where nobody else looks: the op takes several sets of angles."""
+    if theta.ndim != len(circuit.parameter_shape):
+        raise ValueError(f"expected theta of shape {circuit.parameter_shape}, received {tuple(theta.shape)}")
+
+
 def _check_x(what: Program, x: Tensor) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"expected x to be a torch.Tensor, received {type(x).__name__}")
@@ -541,16 +547,42 @@ def _check_together(theta: Tensor, name: str, tensor: Tensor) -> None:
 
 def _is_plain(*tensors: Tensor) -> bool:
     """Whether nobody watches: no tracing, no subclass, no dispatch mode, no transform."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if torch.compiler.is_compiling() or _transform() is not None or torch._C._len_torch_dispatch_stack() > 0:
         return False
     if torch._C._get_tracing_state() is not None:
         return False
-    transform = torch._C._functorch.peek_interpreter_stack()
-    if transform is not None:
-        if transform.key() == torch._C._functorch.TransformType.Jvp:  # torch would take an op's tangent to be zero
-            raise RuntimeError("expected reverse mode, received torch.func.jvp: the kernels have no forward mode")
-        return False
     return all(type(t) in (Tensor, torch.nn.Parameter) and (t.is_cpu or t.is_cuda) for t in tensors)
+
+
+def _transform() -> Any:
+    """What torch.func does here; ``RuntimeError`` in forward mode, where torch takes an op's tangent to be zero."""
+    transform = torch._C._functorch.peek_interpreter_stack()
+    if transform is None:
+        return None
+    kind = transform.key()
+    if kind == torch._C._functorch.TransformType.Jvp:
+        raise RuntimeError("expected reverse mode, received torch.func.jvp: the kernels have no forward mode")
+    return kind
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func maps or differentiates here."""
+    known = torch._C._functorch.TransformType
+    return not torch.compiler.is_compiling() and _transform() in (known.Grad, known.Vmap)
+
+
+def _have_tangents(*tensors: Tensor) -> bool:
+    """Whether one of them is a dual number, whose tangent an op would drop."""
+    return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+
+
+def _watched(theta: Tensor, x: Tensor, program: str) -> Tensor:
+    """The op, which tracers and modes see; under torch.func an autograd function around it."""
+    if _is_transformed():
+        return cast(Tensor, _TransformedFeatures.apply(theta, x, program))
+    if _have_tangents(theta, x):
+        raise RuntimeError("expected reverse mode, received tensors with tangents: the kernels have no forward mode")
+    return cast(Tensor, torch.ops.qaa.forward(theta, x, program))
 
 
 def _is_constant(factors: Tensor | None) -> bool:
@@ -818,6 +850,14 @@ def _project_backward(
 # raises an error, while once_differentiable would let a constant incoming gradient through with a silent zero.
 
 
+def _need_ops(grad: Tensor) -> bool:
+    """Whether the backward pass is to be differentiated, which ops refuse, or vmap, ``is_grads_batched`` or
+    ``torch.autograd.functional`` map over gradients, which ops have rules for."""
+    functorch = torch._C._functorch
+    is_mapped = functorch.is_legacy_batchedtensor(grad) or functorch.is_functorch_wrapped_tensor(grad)
+    return torch.is_grad_enabled() or is_mapped
+
+
 class _Function(torch.autograd.function._SingleLevelFunction):
     """``torch.autograd.Function`` without its search for torch.func's transforms, which :func:`_is_plain` has made."""
 
@@ -834,8 +874,7 @@ class _Features(_Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         theta, x = ctx.saved_tensors
-        # torch.autograd.functional and is_grads_batched map over gradients
-        if torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(grad):
+        if _need_ops(grad):
             return *torch.ops.qaa.backward(theta, x, grad, str(ctx.what)), None
         return *_adjoint(ctx.what, theta, x, grad), None
 
@@ -935,7 +974,7 @@ class _MixedRows(_Function):
     ) -> tuple[Any, Any]:
         """Gradients of the angles and of M times its gains, where they are wanted."""
         what, n = ctx.what, len(ctx.theta)
-        if torch.is_grad_enabled():
+        if _need_ops(grad):
             pairs = []
             for j, i in enumerate(used):
                 of_one = ctx.inputs[n + min(i, len(ctx.inputs) - n - 1)]
@@ -966,7 +1005,7 @@ class _Project(_Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         features, up = ctx.saved_tensors
-        adjoint = torch.ops.qaa.project_backward if torch.is_grad_enabled() else _project_backward
+        adjoint = torch.ops.qaa.project_backward if _need_ops(grad) else _project_backward
         rows = grad.reshape(-1, grad.shape[-1])
         grad_features, grad_up, grad_bias = adjoint(rows, features, up, ctx.with_bias, ctx.scale)
         return grad, grad_features, grad_up, grad_bias if ctx.with_bias else None, None, None
@@ -1200,14 +1239,14 @@ def _map_forward(call: Any, info: Any, in_dims: Any, theta: Tensor, x: Tensor, p
     if theta_dim is not None or theta.ndim > len(Program.parse(program).circuit.parameter_shape):
         theta = _mapped_angles(size, theta_dim, theta, program)
     features = call(theta, rows.flatten(0, 1), program)
-    return features.reshape(*rows.shape[:2], -1), 0
+    return features.reshape(*rows.shape[:2], features.shape[-1]), 0
 
 
 def _map_backward(
     call: Any, info: Any, in_dims: Any, theta: Tensor, x: Tensor, grad: Tensor, program: str
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     """Every member has a gradient of the angles, whether these are its own or not."""
-    size, (theta_dim, x_dim, grad_dim, _) = info.batch_size, in_dims
+    size, (theta_dim, x_dim, grad_dim, *_) = info.batch_size, in_dims
     rows, grads = _members(size, x_dim, x), _members(size, grad_dim, grad)
     own = theta.shape if theta_dim is None else theta.movedim(theta_dim, 0).shape[1:]
     angles = _mapped_angles(size, theta_dim, theta, program)
@@ -1232,7 +1271,10 @@ class _TransformedFeatures(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return *_TransformedAdjoint.apply(*ctx.saved_tensors, grad, ctx.program), None
+        theta, x = ctx.saved_tensors
+        if not ctx.needs_input_grad[0]:
+            return None, _TransformedAdjointOfX.apply(theta, x, grad, ctx.program), None
+        return *_TransformedAdjoint.apply(theta, x, grad, ctx.program), None
 
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> tuple[Tensor, int]:
@@ -1256,6 +1298,32 @@ class _TransformedAdjoint(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
         return _map_backward(_TransformedAdjoint.apply, info, in_dims, *inputs)
+
+
+class _TransformedAdjointOfX(torch.autograd.Function):
+    """The gradient of x alone: members that share their angles are one larger batch."""
+
+    @staticmethod
+    def forward(theta: Tensor, x: Tensor, grad: Tensor, program: str) -> Tensor:
+        grad_x: Tensor = torch.ops.qaa.backward(theta, x, grad, program)[1]
+        return grad_x
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        _no_second_derivative(ctx, *grads)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: Any, theta: Tensor, x: Tensor, grad: Tensor, program: str) -> tuple[Tensor, int]:
+        size, (theta_dim, x_dim, grad_dim, _) = info.batch_size, in_dims
+        rows, grads = _members(size, x_dim, x), _members(size, grad_dim, grad)
+        if theta_dim is not None or theta.ndim > len(Program.parse(program).circuit.parameter_shape):
+            theta = _mapped_angles(size, theta_dim, theta, program)
+        grad_x = _TransformedAdjointOfX.apply(theta, rows.flatten(0, 1), grads.flatten(0, 1), program)
+        return grad_x.reshape(rows.shape), 0
 
 
 # ------------------------------------------------------------------------------------------------ operation counts

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -160,8 +161,14 @@ def build(row: Row, model: Any, tokenizer: Any, scope: Scope) -> tuple[Any, list
     Raises:
         CompareError: an option that the method's configuration does not have, or refuses.
     """
-    try:
+    with _refusals_of(row):
         return _BUILDERS[row.method.name](row.method.name, model, tokenizer, scope, dict(row.options))
+
+
+@contextmanager
+def _refusals_of(row: Row) -> Iterator[None]:
+    try:
+        yield
     except (TypeError, ValueError) as error:
         raise CompareError(f"method {row.name} cannot be set up: {error}") from error
 
@@ -200,15 +207,13 @@ def check_options(row: Row) -> None:
         CompareError: an option that is unknown, or that the method's configuration refuses.
     """
     options, method = dict(row.options), row.method.name
-    try:
+    with _refusals_of(row):
         if method in CONTROLS:
             check_control_options(CONTROLS[method], options)
         elif method in ("bias", "full"):
             _no_options(options)
         else:
             peft_config(method, {key: value for key, value in options.items() if key not in _OWN.get(method, ())})
-    except (TypeError, ValueError) as error:
-        raise CompareError(f"method {row.name} cannot be set up: {error}") from error
 
 
 _OWN = {"sora": ("xi",), "prefix": ("text",)}  # options of a row that its configuration does not know

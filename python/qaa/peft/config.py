@@ -316,6 +316,8 @@ class QaaConfig(PeftConfig):
         if isinstance(first, str) and not 1 <= len(first) <= MAX_WIRES:
             raise ValueError(f"expected Pauli strings of 1 to {MAX_WIRES} letters, received {shown(first)}")
         parsed = Readout.parse(self.readout, len(first) if isinstance(first, str) else MAX_WIRES)
+        if self.reupload and self.init_weights and not self.train_circuit:
+            raise ValueError("expected train_circuit with reupload, whose rates start at 0, received a frozen circuit")
         if self.reupload and parsed.kind == "state":
             raise ValueError(f"expected Pauli strings or 'probs' with reupload, received {shown(self.readout)}")
 

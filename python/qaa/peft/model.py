@@ -237,7 +237,8 @@ def set_noise(
         How many layers were set.
 
     Raises:
-        ValueError: no layer has such an adapter, its readout is ``"state"``, or there is noise without trajectories.
+        ValueError: no layer has such an adapter, its readout is ``"state"``, it re-uploads its input, or there is noise
+            without trajectories.
 
     Example:
         >>> import peft, torch
