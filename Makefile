@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BUDGET ?= quick
-STUDY ?= alpaca toolcalls matched-toolcalls matched-alpaca again-toolcalls smallest-toolcalls chinese others-toolcalls scales-toolcalls prefix-toolcalls lowrank-alpaca lowrank-toolcalls long-alpaca
+STUDY ?= alpaca toolcalls matched-toolcalls matched-alpaca again-toolcalls smallest-toolcalls chinese others-toolcalls scales-toolcalls prefix-toolcalls reupload-toolcalls lowrank-alpaca lowrank-toolcalls long-alpaca
 OUTPUT ?= reports/compare
 
 BIN := $(VENV)/bin

@@ -67,7 +67,8 @@ def _results(path: Path) -> dict[str, Any]:
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+    escaped = ([re.sub(r"[|<]", r"\\\g<0>", cell) for cell in line] for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
 def losses(results: dict[str, Any]) -> str:
