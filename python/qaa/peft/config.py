@@ -263,11 +263,12 @@ class QaaConfig(PeftConfig):
     reupload: bool = field(
         default=False,
         metadata={
-            "help": "Whether each vector x sets angles as well as amplitudes (data re-uploading): angle + omega z, with "
-            "z the vector's n projections of unit size and a trained omega, 0 at the start, for every angle. It pays "
-            "where a quadratic readout is wanted and time is not scarce: it doubles the angles, which are few, and "
-            "every vector then has a circuit of its own, which takes several times as long; in the study its losses "
-            "were a little lower. For readouts other than 'state'; noise and to_dense know no such adapters."
+            "help": "Whether each vector x sets angles as well as amplitudes (data re-uploading): angle + omega z, "
+            "with z the vector's n projections of unit size and a trained omega, 0 at the start, for every "
+            "angle. It pays where a quadratic readout is wanted and time is not scarce: it doubles the "
+            "angles, which are few, and every vector then has a circuit of its own, which takes several "
+            "times as long; in the study its losses were a little lower. For readouts other than 'state'; "
+            "noise and to_dense know no such adapters."
         },
     )
     shared_circuit: list[str] | None = field(
