@@ -40,8 +40,8 @@ CASES = {
     "layers": Case(tuple(("qaa", Task(10, 768, 1024, layers)) for layers in (1, 2, 4))),
     "angles of each row": Case(
         tuple(
-            (rival, Task(10, 768, 1024, layers))
-            for layers in (1, 4)
+            (rival, task)
+            for task in (Task(4, 16, 4096), Task(10, 768, 1024), Task(10, 768, 1024, layers=4))
             for rival in ("qaa", "qaa, angles of each row", "PennyLane default.qubit")
         )
     ),
