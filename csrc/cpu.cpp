@@ -248,7 +248,6 @@ void run_as(const Call& call) {
   });
 }
 
-
 // A weight (columns, k) as (k, padded columns), times a factor.
 template <class T>
 std::vector<T> transposed(const ConstMatrix& m, double factor, int width) {

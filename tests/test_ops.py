@@ -987,6 +987,29 @@ def test_every_function_under_every_transform(name: str) -> None:
     torch.testing.assert_close(torch.func.functionalize(function)(theta[0], x[0]), function(theta[0], x[0]))
 
 
+def test_tangents_of_gradients_are_refused_and_never_silently_zero() -> None:
+    """Forward mode over a reverse pass, and dual numbers in what comes behind the features."""
+    x, forward_ad = vectors(5, 6), torch.autograd.forward_ad
+    for function in (
+        lambda t: quantum_features(CIRCUIT, t, x),
+        lambda t: amplitude_rows(CIRCUIT, t, 2, real=True),
+        lambda t: project(x, x[:, :1], t.flatten()[:6, None]),
+    ):
+        leaf = angles(CIRCUIT).requires_grad_()
+        value = function(leaf)
+        grad = torch.ones_like(value)
+
+        def pulled(g: Any, value: Any = value, leaf: Any = leaf) -> Any:
+            return torch.autograd.grad(value, leaf, g, retain_graph=True)[0]
+
+        with pytest.raises(RuntimeError, match="expected reverse mode, received"):
+            torch.func.jvp(pulled, (grad,), (grad,))
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(grad, grad)
+            with pytest.raises(RuntimeError, match="expected reverse mode, received"):
+                torch.autograd.grad((function(leaf) * dual).sum(), leaf)
+
+
 @pytest.mark.parametrize("readout", ["z", "state[:4]"])
 def test_gradients_of_an_adapter_for_each_sample(readout: str) -> None:
     layer, x = qaa.nn.QAALinear(torch.nn.Linear(6, 5), 2, readout=readout).double(), vectors(4, 3, 6)

@@ -332,7 +332,7 @@ def _scaled(t: Tensor, columns: Tensor | float | None, dtype: torch.dtype | None
 
 def _scaled_once(t: Tensor, columns: Tensor | float | None, dtype: torch.dtype | None) -> Tensor:
     """:func:`_scaled` in one pass over the numbers."""
-    if columns is None or dtype is None or torch.is_grad_enabled():
+    if columns is None or dtype is None or _need_ops(t):
         return _scaled(t, columns, dtype)
     return torch.mul(t, columns, out=torch.empty(t.shape, dtype=dtype, device=t.device))
 
@@ -577,12 +577,16 @@ def _have_tangents(*tensors: Tensor) -> bool:
     return forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(t).tangent is not None for t in tensors)
 
 
+def _refuse_tangents(*tensors: Tensor) -> None:
+    if _have_tangents(*tensors):
+        raise RuntimeError("expected reverse mode, received tensors with tangents: the kernels have no forward mode")
+
+
 def _watched(theta: Tensor, x: Tensor, program: str) -> Tensor:
     """The op, which tracers and modes see; under torch.func an autograd function around it."""
     if _is_transformed():
         return cast(Tensor, _TransformedFeatures.apply(theta, x, program))
-    if _have_tangents(theta, x):
-        raise RuntimeError("expected reverse mode, received tensors with tangents: the kernels have no forward mode")
+    _refuse_tangents(theta, x)
     return cast(Tensor, torch.ops.qaa.forward(theta, x, program))
 
 
@@ -853,10 +857,14 @@ def _project_backward(
 
 def _need_ops(grad: Tensor) -> bool:
     """Whether the backward pass is to be differentiated, which ops refuse, or vmap, ``is_grads_batched`` or
-    ``torch.autograd.functional`` map over gradients, which ops have rules for."""
+    ``torch.autograd.functional`` map over gradients, which ops have rules for; ``RuntimeError`` for a gradient with a
+    tangent, of which an op's would be zero."""
+    _refuse_tangents(grad)
     functorch = torch._C._functorch
-    is_mapped = functorch.is_legacy_batchedtensor(grad) or functorch.is_functorch_wrapped_tensor(grad)
-    return torch.is_grad_enabled() or is_mapped
+    if functorch.is_functorch_wrapped_tensor(grad):
+        _transform()
+        return True
+    return torch.is_grad_enabled() or functorch.is_legacy_batchedtensor(grad)
 
 
 class _Function(torch.autograd.function._SingleLevelFunction):
