@@ -102,12 +102,9 @@ def goals(measurements: list[Measurement], peaks: dict[int, Peak | None]) -> lis
     """Every goal that the measurements can decide."""
     found: list[Goal] = []
     for threads in sorted({m.threads for m in measurements}):
-        peak = peaks.get(threads)
-        results = Results(measurements, threads, peak)
-        for section in (_lora, _layers, _rivals, _precision, _square, _finetuning, _overhead, _threads):
+        results = Results(measurements, threads, peaks.get(threads))
+        for section in (_lora, _layers, _rivals, _precision, _square, _finetuning, _overhead, _threads, _share_of_peak):
             found += section(results, threads)
-        if peak:
-            found += _share_of_peak(results, threads, peak)
     return found
 
 
@@ -220,11 +217,12 @@ def _threads(results: Results, threads: int) -> Iterator[Goal]:
             yield Goal(f"two threads / one, {text}", threads, ratio(one, all_), 1.8, False, "x")
 
 
-def _share_of_peak(results: Results, threads: int, peak: Peak) -> Iterator[Goal]:
+def _share_of_peak(results: Results, threads: int) -> Iterator[Goal]:
     """Of the gate passes: what layers 3 and 4 add holds no embedding and no readout. The detail has everything."""
+    peak = results.peak
     for which, text in PASSES.items():
         two, four = (results.find("layers", "qaa", which, layers=layers) for layers in (2, 4))
-        if two and four:
+        if two and four and peak:
             count = multiply_adds(four.task, which) - multiply_adds(two.task, which)
             share = count / (median(four) - median(two)) / peak.multiply_adds_per_second
             detail = ""

@@ -987,6 +987,15 @@ def test_every_function_under_every_transform(name: str) -> None:
     torch.testing.assert_close(torch.func.functionalize(function)(theta[0], x[0]), function(theta[0], x[0]))
 
 
+def test_a_graph_with_gradients_of_torch_func_in_it_is_refused() -> None:
+    theta, x = angles(CIRCUIT), vectors(4, 6)
+    torch._dynamo.reset()
+    mapped = torch.compile(torch.func.vmap(lambda v: energy_of(theta, v)), backend="eager")
+    torch.testing.assert_close(mapped(x), torch.stack([energy_of(theta, v) for v in x]), rtol=0, atol=1e-13)
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.compile(torch.func.grad(lambda t: energy_of(t, x)), backend="eager")(theta)
+
+
 def test_tangents_of_gradients_are_refused_and_never_silently_zero() -> None:
     """Forward mode over a reverse pass, and dual numbers in what comes behind the features."""
     x, forward_ad = vectors(5, 6), torch.autograd.forward_ad

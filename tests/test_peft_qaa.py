@@ -90,6 +90,17 @@ def logits(model, **kwargs):
         return model(tokens(), **kwargs).logits
 
 
+def losses_of_training(model, optimizer, steps):
+    losses = []
+    for _ in range(steps):
+        loss = model.train()(tokens(), labels=tokens()).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
 def layers_of(model):
     return [module for module in model.modules() if isinstance(module, QaaLayer)]
 
@@ -175,13 +186,7 @@ def test_training_reduces_the_loss(readout):
     model = adapted(QaaConfig(readout=readout, target_modules="all-linear")).train()
     optimizer = torch.optim.AdamW(parameter_groups(model, lr=2e-2, angle_lr=5e-2))
     start = [layer.qaa_theta["default"].detach().clone() for layer in layers_of(model)]
-    losses = []
-    for _ in range(40):
-        loss = model(tokens(), labels=tokens()).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of_training(model, optimizer, 40)
     assert losses[-1] < losses[0] - 0.25
     assert all(
         (layer.qaa_theta["default"] - old).abs().max() > 0.05
@@ -298,13 +303,7 @@ def test_a_quadratic_and_a_linear_adapter_are_trained_together():
     model.base_model.set_adapter(["default", "linear"])
     trained_parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(trained_parameters.values(), lr=1e-2)
-    losses = []
-    for _ in range(4):
-        loss = model.train()(tokens(), labels=tokens()).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    losses = losses_of_training(model, optimizer, 4)
     assert losses == sorted(losses, reverse=True)
     start = adapted(QaaConfig(readout="z"))
     start.add_adapter("linear", QaaConfig(readout="state[:1/2]", r=2))
@@ -531,13 +530,7 @@ def test_vectors_that_set_angles_train_save_and_share(tmp_path):
     assert torch.equal(before, logits(llama()))
     qaa.peft.calibrate(model, [{"input_ids": tokens()}])
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
-    losses = []
-    for _ in range(12):
-        loss = model.train()(tokens(), labels=tokens()).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of_training(model, optimizer, 12)
     assert losses[-1] < losses[0] - 0.02 and theta[1].abs().max() > 0.05
     model.eval().save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(llama(), tmp_path)
@@ -1491,13 +1484,7 @@ def test_a_compact_up_projection_merges_exports_compiles_and_learns(fields: dict
     model = adapted(QaaConfig.preset("tiny", target_modules="all-linear", calibration="first_batch", **fields))
     optimizer = torch.optim.Adam((p for p in model.train().parameters() if p.requires_grad), lr=3e-2)
     start = [layer.qaa_theta["default"].detach().clone() for layer in layers_of(model)]
-    losses = []
-    for _ in range(40):
-        loss = model(tokens(), labels=tokens()).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = losses_of_training(model, optimizer, 40)
     assert losses[-1] < losses[0] - 0.1
     moved = [(layer.qaa_theta["default"] - old).abs().max() for layer, old in zip(layers_of(model), start, strict=True)]
     assert min(moved) > 0.05

@@ -1236,18 +1236,20 @@ def _members(size: int, dim: int | None, t: Tensor) -> Tensor:
     return t.expand(size, *t.shape) if dim is None else t.movedim(dim, 0)
 
 
-def _mapped_angles(size: int, dim: int | None, theta: Tensor, program: str) -> Tensor:
-    """One set of angles after the other, those of the first member first."""
+def _angles_of_members(size: int, dim: int | None, theta: Tensor, program: str, *, each: bool = False) -> Tensor:
+    """One set of angles after the other, those of the first member first; where all share one set, that alone unless
+    ``each`` is to have its own."""
+    n_axes = len(Program.parse(program).circuit.parameter_shape)
+    if dim is None and theta.ndim == n_axes and not each:
+        return theta
     theta = _members(size, dim, theta)
-    return theta if theta.ndim == 1 + len(Program.parse(program).circuit.parameter_shape) else theta.flatten(0, 1)
+    return theta if theta.ndim == 1 + n_axes else theta.flatten(0, 1)
 
 
 def _map_forward(call: Any, info: Any, in_dims: Any, theta: Tensor, x: Tensor, program: str) -> tuple[Tensor, int]:
     size, (theta_dim, x_dim, _) = info.batch_size, in_dims
-    rows = _members(size, x_dim, x)
-    if theta_dim is not None or theta.ndim > len(Program.parse(program).circuit.parameter_shape):
-        theta = _mapped_angles(size, theta_dim, theta, program)
-    features = call(theta, rows.flatten(0, 1), program)
+    rows, angles = _members(size, x_dim, x), _angles_of_members(size, theta_dim, theta, program)
+    features = call(angles, rows.flatten(0, 1), program)
     return features.reshape(*rows.shape[:2], features.shape[-1]), 0
 
 
@@ -1255,10 +1257,10 @@ def _map_backward(
     call: Any, info: Any, in_dims: Any, theta: Tensor, x: Tensor, grad: Tensor, program: str
 ) -> tuple[tuple[Tensor, Tensor], tuple[int, int]]:
     """Every member has a gradient of the angles, whether these are its own or not."""
-    size, (theta_dim, x_dim, grad_dim, *_) = info.batch_size, in_dims
+    size, (theta_dim, x_dim, grad_dim, _) = info.batch_size, in_dims
     rows, grads = _members(size, x_dim, x), _members(size, grad_dim, grad)
     own = theta.shape if theta_dim is None else theta.movedim(theta_dim, 0).shape[1:]
-    angles = _mapped_angles(size, theta_dim, theta, program)
+    angles = _angles_of_members(size, theta_dim, theta, program, each=True)
     grad_theta, grad_x = call(angles, rows.flatten(0, 1), grads.flatten(0, 1), program)
     return (grad_theta.reshape(size, *own), grad_x.reshape(rows.shape)), (0, 0)
 
@@ -1290,12 +1292,7 @@ class _TransformedFeatures(torch.autograd.Function):
         return _map_forward(_TransformedFeatures.apply, info, in_dims, *inputs)
 
 
-class _TransformedAdjoint(torch.autograd.Function):
-    @staticmethod
-    def forward(theta: Tensor, x: Tensor, grad: Tensor, program: str) -> tuple[Tensor, Tensor]:
-        grad_theta, grad_x = torch.ops.qaa.backward(theta, x, grad, program)
-        return grad_theta, grad_x
-
+class _WithoutDerivative(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         pass
@@ -1304,12 +1301,19 @@ class _TransformedAdjoint(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> None:
         _no_second_derivative(ctx, *grads)
 
+
+class _TransformedAdjoint(_WithoutDerivative):
+    @staticmethod
+    def forward(theta: Tensor, x: Tensor, grad: Tensor, program: str) -> tuple[Tensor, Tensor]:
+        grad_theta, grad_x = torch.ops.qaa.backward(theta, x, grad, program)
+        return grad_theta, grad_x
+
     @staticmethod
     def vmap(info: Any, in_dims: Any, *inputs: Any) -> Any:
         return _map_backward(_TransformedAdjoint.apply, info, in_dims, *inputs)
 
 
-class _TransformedAdjointOfX(torch.autograd.Function):
+class _TransformedAdjointOfX(_WithoutDerivative):
     """The gradient of x alone: members that share their angles are one larger batch."""
 
     @staticmethod
@@ -1318,20 +1322,11 @@ class _TransformedAdjointOfX(torch.autograd.Function):
         return grad_x
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        _no_second_derivative(ctx, *grads)
-
-    @staticmethod
     def vmap(info: Any, in_dims: Any, theta: Tensor, x: Tensor, grad: Tensor, program: str) -> tuple[Tensor, int]:
         size, (theta_dim, x_dim, grad_dim, _) = info.batch_size, in_dims
         rows, grads = _members(size, x_dim, x), _members(size, grad_dim, grad)
-        if theta_dim is not None or theta.ndim > len(Program.parse(program).circuit.parameter_shape):
-            theta = _mapped_angles(size, theta_dim, theta, program)
-        grad_x = _TransformedAdjointOfX.apply(theta, rows.flatten(0, 1), grads.flatten(0, 1), program)
+        angles = _angles_of_members(size, theta_dim, theta, program)
+        grad_x = _TransformedAdjointOfX.apply(angles, rows.flatten(0, 1), grads.flatten(0, 1), program)
         return grad_x.reshape(rows.shape), 0
 
 
