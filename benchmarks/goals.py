@@ -185,18 +185,19 @@ def _square(results: Results, threads: int) -> Iterator[Goal]:
 
 
 def _finetuning(results: Results, threads: int) -> Iterator[Goal]:
-    lora = results.find("fine-tuning", "fine-tuning, LoRA r = 8", "step")
-    for name in ("QAA paper", "QAA paper, one circuit for q and v", "QAA default", "QAA compact"):
-        ours = results.find("fine-tuning", f"fine-tuning, {name}", "step")
-        if ours and lora:
-            yield Goal(f"fine-tuning step, {name} / LoRA", threads, ratio(ours, lora), 1.05, True, "x")
-            memory = ours.peak_bytes / lora.peak_bytes
-            yield Goal(f"fine-tuning memory, {name} / LoRA", threads, memory, 1.0, True, "x")
-    of_equal_rank = results.find("fine-tuning", "fine-tuning, LoRA r = 4", "step")
-    for name in ("QAA default", "QAA compact"):
-        ours = results.find("fine-tuning", f"fine-tuning, {name}", "step")
-        if ours and of_equal_rank:
-            yield Goal(f"fine-tuning step, {name} / LoRA r = 4", threads, ratio(ours, of_equal_rank), 1.02, True, "x")
+    for case, where in (("fine-tuning", ""), ("fine-tuning, 1,024 tokens", ", 1,024 tokens")):
+        lora, of_equal_rank = (results.find(case, f"fine-tuning, LoRA r = {r}", "step") for r in (8, 4))
+        for name in ("QAA paper", "QAA paper, one circuit for q and v", "QAA default", "QAA compact"):
+            ours = results.find(case, f"fine-tuning, {name}", "step")
+            if ours and lora:
+                yield Goal(f"fine-tuning step{where}, {name} / LoRA", threads, ratio(ours, lora), 1.05, True, "x")
+                memory = ours.peak_bytes / lora.peak_bytes
+                yield Goal(f"fine-tuning memory{where}, {name} / LoRA", threads, memory, 1.0, True, "x")
+        for name in ("QAA default", "QAA compact"):
+            ours = results.find(case, f"fine-tuning, {name}", "step")
+            if ours and of_equal_rank:
+                relative = ratio(ours, of_equal_rank)
+                yield Goal(f"fine-tuning step{where}, {name} / LoRA r = 4", threads, relative, 1.02, True, "x")
 
 
 def _overhead(results: Results, threads: int) -> Iterator[Goal]:

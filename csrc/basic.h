@@ -34,8 +34,8 @@ struct AngleTerm {
 enum class Scalar : std::uint8_t { float16, bfloat16, float32, float64 };
 
 // `rows` vectors of `columns` adjacent numbers; row r starts at data + r * row_stride numbers. Data must be aligned to
-// one number. row_stride may be anything for an input, 0 and negative values included; rows of an output must not
-// overlap.
+// one number. row_stride may be anything for an input, 0 and negative values included: left out it is 0, and every row of
+// an input is the first one. Rows of an output must not overlap.
 struct Matrix {
   void* data = nullptr;
   std::int64_t rows = 0, columns = 0, row_stride = 0;

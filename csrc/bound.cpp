@@ -12,18 +12,21 @@ constexpr double min_scale = 1.0 / (1 << 24);
 
 constexpr std::size_t cache_line = 64;
 
-// The rotations of a pass, of which `half(k)` is cosine and sine of half the k-th angle. Returns whether cosines are owed.
-template <class T, class Half>
-bool turn(std::uint32_t radix, Half half, bool allow_tangent, double& scale, T* keep, T* mix) {
+// Rotations of `count` slots, or of none: cosines and sines of half their angles are in `halves`, by slot. Returns whether
+// cosines are owed.
+template <class T>
+bool turn(std::uint32_t count, const std::uint32_t* slots, const std::vector<std::complex<double>>& halves,
+          bool allow_tangent, double& scale, T* keep, T* mix) {
+  auto half = [&](std::uint32_t k) { return slots[k] != StageLayout::none ? halves[slots[k]] : 1.0; };
   double product = 1;
   bool tangent = allow_tangent;
-  for (std::uint32_t k = 0; k < radix; ++k) {
+  for (std::uint32_t k = 0; k < count; ++k) {
     const double cosine = half(k).real();
     product *= cosine;
     tangent &= std::abs(cosine) >= min_cosine;
   }
   tangent &= std::abs(product * scale) >= min_scale;
-  for (std::uint32_t k = 0; k < radix; ++k) {
+  for (std::uint32_t k = 0; k < count; ++k) {
     const std::complex<double> of = half(k);
     keep[k] = T(of.real());
     mix[k] = T(tangent ? of.imag() / of.real() : of.imag());
@@ -33,8 +36,7 @@ bool turn(std::uint32_t radix, Half half, bool allow_tangent, double& scale, T* 
 }
 
 template <class T>
-RotatePass<T> rotate_pass(const Pass& pass, const std::complex<double>* halves, std::uint32_t first_slot,
-                          std::int64_t columns, bool allow_tangent, double& scale) {
+RotatePass<T> rotate_pass(const Pass& pass, std::uint32_t first_slot, std::int64_t columns) {
   RotatePass<T> out{};
   out.radix = pass.radix();
   out.extra = pass.extra;
@@ -46,31 +48,35 @@ RotatePass<T> rotate_pass(const Pass& pass, const std::complex<double>* halves, 
                                                              pass.first_columns.begin());
   std::ranges::copy(pass.masks, out.masks);
   for (std::uint32_t k = 0; k < out.radix; ++k) out.slots[k] = first_slot + pass.rotations[k];
-  out.overlap_scale = scale * scale;
-  out.tangent = turn(out.radix, [&](std::uint32_t k) { return halves[pass.rotations[k]]; }, allow_tangent, scale,
-                     out.keep, out.mix);
-  out.link_scale = T(scale);  // over the scale at the end of the stage, squared, when that is known
   return out;
 }
 
 template <class T>
-LanePass<T> lane_pass(const std::vector<std::uint32_t>& lanes, const std::complex<double>* halves,
-                      std::uint32_t first_slot, bool allow_tangent, double& scale) {
+void bind_pass(RotatePass<T>& pass, const std::vector<std::complex<double>>& halves, bool allow_tangent, double& scale) {
+  pass.overlap_scale = scale * scale;
+  pass.tangent = turn(pass.radix, pass.slots, halves, allow_tangent, scale, pass.keep, pass.mix);
+  pass.link_scale = T(scale);  // over the scale at the end of the stage, squared, when that is known
+}
+
+template <class T>
+LanePass<T> lane_pass(const std::vector<std::uint32_t>& lanes, std::uint32_t first_slot) {
   LanePass<T> out{};
   for (std::uint32_t bit = 0; bit < lanes.size(); ++bit) {
     const bool turned = lanes[bit] != StageLayout::none;
     out.slots[bit] = turned ? first_slot + lanes[bit] : StageLayout::none;
     if (turned) out.n_bits = bit + 1;
   }
-  double before = scale;
-  out.tangent = turn(out.n_bits, [&](std::uint32_t bit) {
-    return lanes[bit] != StageLayout::none ? halves[lanes[bit]] : 1.0;
-  }, allow_tangent, scale, out.keep, out.mix);
-  for (std::uint32_t bit = 0; bit < out.n_bits; ++bit) {
-    out.overlap_scale[bit] = before * before;
-    if (out.tangent && lanes[bit] != StageLayout::none) before *= halves[lanes[bit]].real();
-  }
   return out;
+}
+
+template <class T>
+void bind_lanes(LanePass<T>& pass, const std::vector<std::complex<double>>& halves, bool allow_tangent, double& scale) {
+  double before = scale;
+  pass.tangent = turn(pass.n_bits, pass.slots, halves, allow_tangent, scale, pass.keep, pass.mix);
+  for (std::uint32_t bit = 0; bit < pass.n_bits; ++bit) {
+    pass.overlap_scale[bit] = before * before;
+    if (pass.tangent && pass.slots[bit] != StageLayout::none) before *= halves[pass.slots[bit]].real();
+  }
 }
 
 // A diagonal, its real and imaginary parts apart so that compilers vectorize what is done with it.
@@ -165,47 +171,28 @@ void add_to(double* grad_theta, const Angle& angle, double derivative) {
 
 }  // namespace
 
+// Everything that does not depend on angles.
 template <class T>
 BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const Layout& layout, const double* theta, std::int64_t columns,
                                       bool with_adjoint)
     : plan_(plan),
       layout_(layout),
-      columns_(columns),
       with_adjoint_(with_adjoint),
+      stages_(plan.stages.size()),
       tables_((with_adjoint ? 4 : 2) * plan.n_amplitudes() * n_diagonals(plan) + 2 * cache_line / sizeof(T)) {
+  const std::size_t n_stages = plan.stages.size(), size = plan.n_amplitudes();
   std::size_t n_passes = 0, n_trees = layout.trees.size();
   for (const StageLayout& stage : layout.stages) {
     n_passes += stage.rotate.size() + stage.unwind.size();
     n_trees += stage.trees.size();
   }
-  stages_.resize(plan.stages.size());
   passes_.reserve(n_passes);
   trees_.reserve(n_trees);
-  bind(theta);
-}
-
-template <class T>
-void BoundPlanStorage<T>::bind(const double* theta) {
-  const Plan& plan = plan_;
-  const Layout& layout = layout_;
-  const std::size_t n_stages = plan.stages.size(), size = plan.n_amplitudes();
-  bound_ = {};
-  passes_.clear();
-  trees_.clear();
-  flips_.clear();
-  correlations_.clear();
-  terms_.clear();
-  slot_lanes_.clear();
-  absorbed_.clear();
-  T* next_table = on_line(tables_.data());
-  // The diagonals are computed once and stored twice, with the scales owed in either direction.
-  Spare<double> numbers(2 * size * (n_diagonals(plan) + 1));
-  auto diagonal = [&](std::size_t k) {
-    double* const first = numbers.data() + 2 * size * k;
-    return Diagonal{first, first + size, size};
+  auto add_passes = [&](const std::vector<Pass>& passes, std::uint32_t first_slot) {
+    const RotatePass<T>* first = passes_.data() + passes_.size();
+    for (const Pass& pass : passes) passes_.push_back(rotate_pass<T>(pass, first_slot, columns));
+    return first;
   };
-  std::size_t n_made = 0;
-  const Diagonal product = diagonal(n_diagonals(plan));
   auto add_trees = [&](const std::vector<LaneTree>& trees) {
     const SumTree* first = trees_.data() + trees_.size();
     for (const LaneTree& tree : trees) {
@@ -214,14 +201,13 @@ void BoundPlanStorage<T>::bind(const double* theta) {
     return first;
   };
 
-  double scale = 1;
+  const T* next_table = on_line(tables_.data());
   std::uint32_t slot = 0;
   bool complex = !plan.options.real;
   for (std::size_t s = 0; s < n_stages; ++s) {
     const Stage& stage = plan.stages[s];
     const StageLayout& laid_out = layout.stages[s];
     BoundStage<T>& out = stages_[s];
-    out = {};
     out.diagonal = stage.is_diagonal();
     out.real = stage.real;
     out.moves = laid_out.moves.data();
@@ -230,13 +216,9 @@ void BoundPlanStorage<T>::bind(const double* theta) {
     complex |= !stage.real;
     out.first_slot = slot;
     if (stage.is_diagonal()) {
-      const Diagonal made = diagonal(n_made++);
-      fill(stage, laid_out, theta, made, product);
       out.re = next_table;
       out.im = next_table + size;
-      store(next_table, made, scale, false);
       next_table += 2 * size;
-      scale = 1;
       out.trees = add_trees(laid_out.trees);
       out.n_trees = std::uint32_t(laid_out.trees.size());
       slot_lanes_.resize(slot + stage.phases.size(), 0);
@@ -246,22 +228,10 @@ void BoundPlanStorage<T>::bind(const double* theta) {
       slot += std::uint32_t(stage.phases.size());
     } else {
       out.kept = laid_out.kept;
-      out.keep = T(scale);  // over the scale that the bra will have
       bound_.n_kept += out.kept;
-      halves_.resize(slot + stage.rotations.size());
-      std::complex<double>* const halves = halves_.data() + slot;
-      for (std::size_t r = 0; r < stage.rotations.size(); ++r) {
-        halves[r] = std::polar(1.0, stage.rotations[r].angle.value(theta) / 2);
-      }
-      out.lanes = lane_pass<T>(laid_out.lanes, halves, slot, plan.options.tangent, scale);
-      out.rotate = passes_.data() + passes_.size();
+      out.lanes = lane_pass<T>(laid_out.lanes, slot);
+      out.rotate = add_passes(laid_out.rotate, slot);
       out.n_rotate = std::uint32_t(laid_out.rotate.size());
-      for (const Pass& pass : laid_out.rotate) {
-        passes_.push_back(rotate_pass<T>(pass, halves, slot, columns_, plan.options.tangent, scale));
-      }
-      for (std::size_t k = passes_.size() - out.n_rotate; k < passes_.size(); ++k) {
-        passes_[k].link_scale *= passes_[k].link_scale / T(scale * scale);
-      }
       slot_lanes_.resize(slot + stage.rotations.size(), 0);
       for (std::uint32_t bit = 0; bit < out.lanes.n_bits; ++bit) {
         if (laid_out.lanes[bit] != StageLayout::none) slot_lanes_[slot + laid_out.lanes[bit]] = 1u << bit;
@@ -269,39 +239,19 @@ void BoundPlanStorage<T>::bind(const double* theta) {
       slot += std::uint32_t(stage.rotations.size());
     }
   }
-  bound_.scale = T(scale);
-  for (std::size_t s = with_adjoint_ ? n_stages : 0; s-- > 0;) {
-    const Stage& stage = plan.stages[s];
+  halves_.resize(slot);
+  for (std::size_t s = with_adjoint ? n_stages : 0; s-- > 0;) {
     BoundStage<T>& out = stages_[s];
-    if (stage.is_diagonal()) {
+    if (out.diagonal) {
       out.back_re = next_table;
       out.back_im = next_table + size;
-      out.overlap_scale = scale * scale;
-      store(next_table, diagonal(--n_made), scale, true);
       next_table += 2 * size;
-      scale = 1;
     } else {
-      const std::complex<double>* const halves = halves_.data() + out.first_slot;
-      const StageLayout& laid_out = layout.stages[s];
-      out.unwind = passes_.data() + passes_.size();
-      out.n_unwind = std::uint32_t(laid_out.unwind.size());
-      const double scale_before = scale;
-      for (const Pass& pass : laid_out.unwind) {
-        passes_.push_back(rotate_pass<T>(pass, halves, out.first_slot, columns_, plan.options.tangent, scale));
-      }
-      out.unwind_lanes = lane_pass<T>(laid_out.lanes, halves, out.first_slot, plan.options.tangent, scale);
-      // Overlaps after all rotations of the bra where the ket was kept, and before them at the first stage.
-      if (out.kept || s == 0) {
-        const double of_overlaps = out.kept ? scale : scale_before;
-        for (std::size_t k = 0; k < out.n_unwind; ++k) {
-          passes_[passes_.size() - 1 - k].overlap_scale = of_overlaps * of_overlaps;
-        }
-        std::ranges::fill(out.unwind_lanes.overlap_scale, of_overlaps * of_overlaps);
-      }
-      out.keep = T(double(out.keep) / scale);
+      out.unwind = add_passes(layout.stages[s].unwind, out.first_slot);
+      out.n_unwind = std::uint32_t(layout.stages[s].unwind.size());
+      out.unwind_lanes = lane_pass<T>(layout.stages[s].lanes, out.first_slot);
     }
   }
-  bound_.unwound_scale = T(scale);
 
   for (const Pass& pass : layout.flips) {
     flips_.push_back({pass.radix(), std::uint32_t(pass.representatives.size()), pass.representatives.data(), {}, {}});
@@ -312,9 +262,10 @@ void BoundPlanStorage<T>::bind(const double* theta) {
     correlations_.push_back({c.vectors, c.lanes, c.imaginary, c.n_bits, std::uint32_t(c.members.size()), c.order.data(),
                              std::uint32_t(c.order.size()), c.members.data()});
   }
-  for (const Angle& angle : plan.absorbed) absorbed_.push_back(std::polar(1.0, angle.value(theta)));
+  absorbed_.resize(plan.absorbed.size());
   for (const Term& term : plan.terms) {
-    terms_.push_back({term.output, term.string, T(coefficient(term, absorbed_)), !term.factors.empty()});
+    terms_.push_back({term.output, term.string, T(0), !term.factors.empty()});
+    slot_lanes_.push_back(layout.string_lanes[term.string]);
   }
 
   bound_.lane_bits = layout.lane_bits;
@@ -345,8 +296,71 @@ void BoundPlanStorage<T>::bind(const double* theta) {
   bound_.signs = plan.signs.data();
   bound_.first_term_slot = slot;
   bound_.n_slots = slot + std::uint32_t(plan.terms.size());
-  for (const Term& term : plan.terms) slot_lanes_.push_back(layout.string_lanes[term.string]);
   bound_.slot_lanes = slot_lanes_.data();
+  bind(theta);
+}
+
+template <class T>
+void BoundPlanStorage<T>::bind(const double* theta) {
+  const std::size_t n_stages = plan_.stages.size(), size = plan_.n_amplitudes(), n_made = n_diagonals(plan_);
+  const bool tangent = plan_.options.tangent;
+  // The diagonals are computed once and stored twice, with the scales owed in either direction.
+  Spare<double> numbers(2 * size * (n_made + 1));
+  auto diagonal = [&](std::size_t k) {
+    double* const first = numbers.data() + 2 * size * k;
+    return Diagonal{first, first + size, size};
+  };
+  // Tables and passes lie in the order in which they are bound.
+  T* table = on_line(tables_.data());
+  RotatePass<T>* pass = passes_.data();
+  std::size_t made = 0;
+
+  double scale = 1;
+  for (std::size_t s = 0; s < n_stages; ++s) {
+    const Stage& stage = plan_.stages[s];
+    BoundStage<T>& out = stages_[s];
+    if (out.diagonal) {
+      fill(stage, layout_.stages[s], theta, diagonal(made), diagonal(n_made));
+      store(table, diagonal(made++), scale, false);
+      table += 2 * size;
+      scale = 1;
+    } else {
+      out.keep = T(scale);  // over the scale that the bra will have
+      for (std::size_t r = 0; r < stage.rotations.size(); ++r) {
+        halves_[out.first_slot + r] = std::polar(1.0, stage.rotations[r].angle.value(theta) / 2);
+      }
+      bind_lanes(out.lanes, halves_, tangent, scale);
+      RotatePass<T>* const first = pass;
+      for (; pass < first + out.n_rotate; ++pass) bind_pass(*pass, halves_, tangent, scale);
+      for (RotatePass<T>* p = first; p < pass; ++p) p->link_scale *= p->link_scale / T(scale * scale);
+    }
+  }
+  bound_.scale = T(scale);
+  for (std::size_t s = with_adjoint_ ? n_stages : 0; s-- > 0;) {
+    BoundStage<T>& out = stages_[s];
+    if (out.diagonal) {
+      out.overlap_scale = scale * scale;
+      store(table, diagonal(--made), scale, true);
+      table += 2 * size;
+      scale = 1;
+    } else {
+      const double scale_before = scale;
+      RotatePass<T>* const first = pass;
+      for (; pass < first + out.n_unwind; ++pass) bind_pass(*pass, halves_, tangent, scale);
+      bind_lanes(out.unwind_lanes, halves_, tangent, scale);
+      // Overlaps after all rotations of the bra where the ket was kept, and before them at the first stage.
+      if (out.kept || s == 0) {
+        const double of_overlaps = out.kept ? scale : scale_before;
+        for (RotatePass<T>* p = first; p < pass; ++p) p->overlap_scale = of_overlaps * of_overlaps;
+        std::ranges::fill(out.unwind_lanes.overlap_scale, of_overlaps * of_overlaps);
+      }
+      out.keep = T(double(out.keep) / scale);
+    }
+  }
+  bound_.unwound_scale = T(scale);
+
+  for (std::size_t k = 0; k < absorbed_.size(); ++k) absorbed_[k] = std::polar(1.0, plan_.absorbed[k].value(theta));
+  for (std::size_t k = 0; k < terms_.size(); ++k) terms_[k].coefficient = T(coefficient(plan_.terms[k], absorbed_));
 }
 
 template <class T>

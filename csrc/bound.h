@@ -165,7 +165,6 @@ class BoundPlanStorage {
  private:
   const Plan& plan_;
   const Layout& layout_;
-  const std::int64_t columns_;
   const bool with_adjoint_;
   BoundPlan<T> bound_{};
   std::vector<BoundStage<T>> stages_;

@@ -90,7 +90,18 @@ inline void check_angles(std::uint32_t n_parameters, const void* angles, const c
   }
 }
 
+inline void check_plan(const Plan& plan) {
+  if (!plan.layouts) {
+    throw std::invalid_argument("expected a plan from compile(), received one that is empty or was moved from");
+  }
+}
+
+inline void check_threads(int threads) {
+  if (threads < 1) throw std::invalid_argument("expected threads of at least 1, received " + std::to_string(threads));
+}
+
 inline void check_x(const Plan& plan, const ConstMatrix& x) {
+  check_plan(plan);
   check_rows(x.rows);
   if (x.scalar > Scalar::float64) {
     throw std::invalid_argument("expected x of float16, bfloat16, float32 or float64, received " + name_of(x.scalar));

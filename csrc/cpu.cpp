@@ -330,6 +330,7 @@ PlanOptions default_options() {
 
 void forward(const ForwardCall& call) {
   check_forward(call.plan, call.x, call.features, call.groups);
+  check_threads(call.threads);
   check_angles(call.plan.n_parameters, call.theta, "theta");
   if (call.x.rows == 0) return;
   call.x.scalar == Scalar::float64 ? run_as<double>(call) : run_as<float>(call);
@@ -337,6 +338,7 @@ void forward(const ForwardCall& call) {
 
 void backward(const BackwardCall& call) {
   check_backward(call.plan, call.x, call.grad, call.grad_x, call.groups);
+  check_threads(call.threads);
   check_angles(call.plan.n_parameters, call.theta, "theta");
   check_angles(call.plan.n_parameters, call.grad_theta, "grad_theta");
   if (call.x.rows == 0) {
@@ -369,6 +371,7 @@ Numbers check_projection(const ConstMatrix& features, const ConstMatrix& up) {
 
 void project(const ProjectCall& call) {
   const Numbers same = check_projection(call.features, call.up);
+  check_threads(call.threads);
   check(call.base, "base", call.features.rows, call.up.rows, same);
   check(call.out, "out", call.features.rows, call.up.rows, same);
   if (call.bias.data != nullptr) check(call.bias, "bias", 1, call.up.rows, same);
@@ -378,6 +381,7 @@ void project(const ProjectCall& call) {
 
 void project_backward(const ProjectBackwardCall& call) {
   const Numbers same = check_projection(call.features, call.up);
+  check_threads(call.threads);
   check(call.grad, "grad", call.features.rows, call.up.rows, same);
   check(call.grad_features, "grad_features", call.features.rows, call.up.columns, same);
   check(call.grad_up, "grad_up", call.up.rows, call.up.columns, same);

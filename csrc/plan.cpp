@@ -11,6 +11,7 @@
 #include <tuple>
 #include <utility>
 
+#include "checks.h"
 #include "gates.h"
 #include "gf2.h"
 #include "layout.h"
@@ -632,6 +633,7 @@ Plan compile(std::uint32_t n_wires, std::uint32_t n_parameters, const std::vecto
 }
 
 Operations count_operations(const Plan& plan, std::uint32_t columns) {
+  check_plan(plan);
   const Layout& layout = plan.layout(0, std::min(plan.n_wires, std::uint32_t(plan.options.load_radix)));
   const double n = plan.n_amplitudes();
   const std::uint32_t first_bits = std::min(plan.n_wires, 3u);

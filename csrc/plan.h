@@ -109,7 +109,7 @@ struct Layout;
 struct Layouts;
 
 // A compiled circuit and readout. It never changes after it was made, so that any number of threads may use one plan at
-// once; it is a value, and no call keeps it. Callers want n_wires, n_parameters, n_columns() and str(); the rest is for
+// once; it is a value, and no call keeps it. One that was made without compile(), or moved from, is refused. Callers want n_wires, n_parameters, n_columns() and str(); the rest is for
 // the kernels.
 struct Plan {
   std::uint32_t n_wires = 0;

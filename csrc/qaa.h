@@ -11,11 +11,11 @@
 // Errors. A call checks everything that it can see before it touches memory, and throws std::invalid_argument with one
 // sentence, "expected ..., received ...". std::bad_alloc is possible, and std::runtime_error if the
 // environment variable QAA_ISA names an instruction set that this machine or build lacks.
-// A call that throws has written nothing, or part of its outputs.
+// A call that throws std::bad_alloc may have written part of its outputs, any other one has written nothing.
 //
 // Threads. Every function may be called from any thread at any time; outputs of calls that run at once must not
 // overlap, nor may an output overlap an input unless it is said below. `threads` is the most that work on a
-// call, the caller's included. The others are those of the process's OpenMP where it has a runtime, whose threads then all
+// call, the caller's included, at least 1. The others are those of the process's OpenMP where it has a runtime, whose threads then all
 // wake up, and of one pool of the core otherwise and in a child after fork(); a call that finds them busy works alone.
 // Results are the same bits for any number of threads.
 //
@@ -30,7 +30,7 @@
 namespace qaa {
 
 // features[r] = readout of U(theta) applied to the state that x[r], padded with zeros, is (or is normalized to).
-//   plan      from compile()
+//   plan      from compile(), and not moved from
 //   theta     plan.n_parameters angles; may be null if there are none
 //   x         (batch, d), 1 <= d <= 2^n_wires, any scalar; batch may be 0
 //   features  (batch, plan.n_columns()), float64 if x is, else any narrower scalar; for `state` each output is a pair

@@ -12,6 +12,7 @@ import tarfile
 import time
 import zipfile
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -143,8 +144,8 @@ def test_options_override_yaml_which_overrides_the_budget(tmp_path: Path) -> Non
         ),
         ({"generate": "no"}, "expected generate to be true or false, received 'no'"),
         ({"model": ""}, "expected model to be text, received ''"),
-        ({"noise": [0.0]}, r"expected noise to be true, false or probabilities above 0, received \[0\.0\]"),
-        ({"noise": "loud"}, "expected noise to be true, false or probabilities above 0, received 'loud'"),
+        ({"noise": [0.0]}, r"expected noise to be true, false or probabilities in \(0, 1\], received \[0\.0\]"),
+        ({"noise": "loud"}, r"expected noise to be true, false or probabilities in \(0, 1\], received 'loud'"),
         ({"trajectories": 0}, "expected trajectories to be an integer of at least 1, received 0"),
     ],
 )
@@ -1124,6 +1125,15 @@ def test_info_names_what_is_installed() -> None:
     found = info()
     for name in ("qaa", "python", "compiled core", "transformers", "OMP_NUM_THREADS"):
         assert any(line.startswith(name) for line in found.splitlines())
+
+
+def test_the_command_says_its_version_and_what_layers_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"qaa {version('qaa')}\n"
+    with pytest.raises(SystemExit, match="2"):
+        main(["compare", "--layers", "abc"])
+    assert "argument --layers: expected a number or 'all', received 'abc'" in capsys.readouterr().err
 
 
 def test_python_m_qaa_is_the_command() -> None:

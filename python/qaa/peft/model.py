@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -212,6 +212,11 @@ def _run_with_hooks(
     model.eval()
     try:
         for batch in batches:
+            if forward is None and not isinstance(batch, Mapping):
+                raise ValueError(
+                    "expected batches of the model's keyword arguments (dictionaries), or forward=, received a batch "
+                    f"of type {type(batch).__name__}"
+                )
             model(**batch) if forward is None else forward(model, batch)
     finally:
         for module, was_training in modes:
