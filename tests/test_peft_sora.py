@@ -348,11 +348,26 @@ def test_pruning_to_a_lora_keeps_the_outputs(tmp_path, pattern):
     config = to_lora(model, tmp_path)
     ranks = [sum(row) for row in pattern if any(row)]
     weights = load_file(tmp_path / "adapter_model.safetensors")
-    assert sorted(w.shape[0] for key, w in weights.items() if "lora_A" in key) == sorted(ranks)
-    assert len(config.rank_pattern) == sum(rank != config.r for rank in ranks)
+    # every server scales by alpha / r of the whole adapter; behind its own ranks a layer has zeros
+    downs = [w for key, w in weights.items() if "lora_A" in key]
+    assert {w.shape[0] for w in downs} == {config.r} == {config.lora_alpha} == {max(ranks)}
+    assert sorted(int(w.any(1).sum()) for w in downs) == sorted(ranks)
+    assert not config.rank_pattern and not config.alpha_pattern
     loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
     assert sum(hasattr(module, "lora_A") for module in loaded.modules()) == len(ranks)
+
+
+def test_a_step_that_sixteen_bits_round_to_none_is_refused():
+    model = adapted()
+    for layer in (module for module in model.modules() if isinstance(module, SoraLayer)):
+        gate = layer.sora_gate["default"]
+        gate.data = torch.ones_like(gate, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="expected gates of float32, received bfloat16 in which a step of 0.001"):
+        sora_proximal_step(model, 1e-3)
+    sora_proximal_step(model, 0.25)
+    sora_proximal_step(model, 0.75)
+    assert sora_sparsity(model) == 1
 
 
 def test_pruning_selects_exactly_the_layers_that_are_left(tmp_path):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 import re
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qaa.nn import Adapter, DenseCircuit
+from qaa.nn import Adapter, DenseCircuit, Whitening
 
 from .layer import QaaLayer
 from .tuner import AdditiveLayer, AdditiveModel
@@ -32,8 +31,9 @@ def to_lora(peft_model: PeftModel, folder: str | os.PathLike[str], adapter_name:
     QAA: ``A = Re U(theta)[:K, :d_in]``, ``B = s V``, bias ``s c``; rank K, or with ``V = B M`` rank r and M A for A;
     whitening and standardisation are multiplied into A, B and the bias, which there is only with c or centred channels.
     SoRA: A and ``(alpha / r) B diag(g)`` without the ranks whose gate is zero; layers without any rank left are not
-    adapted. Factors are multiplied into B, so that LoRA's own scaling ``alpha / r`` is 1. Plain PEFT loads the folder,
-    ``qaa`` need not be installed there.
+    adapted. All layers are written with the largest rank of any, behind their own with zeros: servers scale by one
+    ``alpha / r``, and not all know ranks of single layers. Factors are multiplied into B, so that LoRA's own scaling
+    ``alpha / r`` is 1. Plain PEFT loads the folder, ``qaa`` need not be installed there.
 
     Args:
         peft_model: a model from ``peft.get_peft_model`` or ``PeftModel.from_pretrained``.
@@ -73,9 +73,7 @@ def to_lora(peft_model: PeftModel, folder: str | os.PathLike[str], adapter_name:
     if not factors:
         raise ValueError(f"expected an adapter with a gate that is not zero, received {adapter_name!r} without any")
 
-    ranks = {name: len(down) for name, (down, _, _) in factors.items()}
-    rank = Counter(ranks.values()).most_common(1)[0][0]
-    other_ranks = {f"^{re.escape(name)}": r for name, r in ranks.items() if r != rank}
+    rank = max(len(down) for down, _, _ in factors.values())
     lora_config = LoraConfig(
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
@@ -83,8 +81,6 @@ def to_lora(peft_model: PeftModel, folder: str | os.PathLike[str], adapter_name:
         inference_mode=True,
         r=rank,
         lora_alpha=rank,
-        rank_pattern=other_ranks,
-        alpha_pattern=other_ranks,
         lora_bias=any(bias is not None for _, _, bias in factors.values()),
         fan_in_fan_out=any(isinstance(layers[name].get_base_layer(), Conv1D) for name in factors),
         modules_to_save=config.modules_to_save,
@@ -95,8 +91,9 @@ def to_lora(peft_model: PeftModel, folder: str | os.PathLike[str], adapter_name:
     state = get_peft_model_state_dict(peft_model, adapter_name=adapter_name)
     weights: dict[str, Tensor] = {key: value for key, value in state.items() if not key.startswith(prefixes)}
     for name, (down, up, bias) in factors.items():
-        weights[f"{_PREFIX}{name}.lora_A.weight"] = down
-        weights[f"{_PREFIX}{name}.lora_B.weight"] = up
+        missing = rank - len(down)
+        weights[f"{_PREFIX}{name}.lora_A.weight"] = nn.functional.pad(down, (0, 0, 0, missing))
+        weights[f"{_PREFIX}{name}.lora_B.weight"] = nn.functional.pad(up, (0, missing))
         if bias is not None:
             weights[f"{_PREFIX}{name}.lora_B.bias"] = bias
     folder = Path(folder)
@@ -118,6 +115,16 @@ class DenseAdapted(nn.Module):
         self.base = layer.get_base_layer()
         active: list[str] = [] if layer.disable_adapters or layer.merged else layer.active_adapters
         self.adapters = nn.ModuleList(_dense(layer, name) for name in active if layer._has_adapter(name))
+
+    @property
+    def weight(self) -> Tensor:  # some models look at its dtype before they call the layer
+        weight: Any = self.base.weight
+        return weight  # type: ignore[no-any-return]
+
+    @property
+    def bias(self) -> Tensor | None:
+        bias: Any = self.base.bias
+        return bias  # type: ignore[no-any-return]
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = self.base(x)
@@ -160,7 +167,10 @@ def _dense(layer: AdditiveLayer, name: str) -> nn.Module:
     adapter = layer.qaa_adapter[name]
     if adapter.reupload:
         raise ValueError(f"expected adapters of one circuit for all vectors, received {name!r} with reupload")
+    # adapters in half precision compute in float32 here, as the kernels do
     theta, up, bias, whitening, mix = layer._parameters_of(name)
+    theta, up, bias, mix = map(_wide, (theta, up, bias, mix))
+    whitening = Whitening(*map(_wide, whitening))
     up, bias, mix = adapter._folded(up, bias, whitening, mix)
     up = up if mix is None else up @ mix
     parts: list[nn.Module] = []
@@ -170,8 +180,11 @@ def _dense(layer: AdditiveLayer, name: str) -> nn.Module:
     circuit = DenseCircuit(adapter.circuit, theta, adapter.readout, adapter._width)
     parts += [circuit] if adapter.blocks == 1 else [_Cut(adapter), circuit, nn.Flatten(-2)]
     parts.append(_linear(up * adapter.scaling, None if bias is None else bias * adapter.scaling))
-    # adapters in half precision compute in float32 here, as the kernels do
-    return nn.Sequential(*parts).to(torch.promote_types(theta.dtype, torch.float32))
+    return nn.Sequential(*parts)
+
+
+def _wide(tensor: Any) -> Any:
+    return None if tensor is None else tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:

@@ -320,22 +320,20 @@ class QaaLayer(AdditiveLayer):
         """PEFT's cast of the input to an adapter's dtype, but not of what autocast would cast back."""
         return x if _is_cast_back(x, dtype) else self._cast_input_dtype(x, dtype)
 
-    def delta(self, adapter_name: str, x: Tensor) -> Tensor:
-        parameters = self._parameters_of(adapter_name)
-        return self.qaa_adapter[adapter_name].delta(self._cast(x, parameters[1].dtype), *parameters)
-
     def add_to(self, base: Tensor, adapter_name: str, x: Tensor) -> Tensor:
         owner = self._owner_of(adapter_name)
         if owner is not self and getattr(self, "_is_replica", False):
             raise RuntimeError("expected shared_circuit without nn.DataParallel, received a replica of the model")
+        up = self.qaa_up[adapter_name]
+        self._check_loaded(adapter_name, up, x)
         pending = owner.qaa_pending.get(adapter_name)
-        if pending and self.training and torch.is_grad_enabled() and self.qaa_up[adapter_name].requires_grad:
+        if pending and self.training and torch.is_grad_enabled() and up.requires_grad:
             if pending != "warn":
                 self._calibrate_owner_on(adapter_name, owner, x)
-            elif _is_plain(self.qaa_up[adapter_name]):
+            elif _is_plain(up):
                 owner._warn_if_neutral(adapter_name)
         given = x
-        x = self._cast(x, self.qaa_up[adapter_name].dtype)
+        x = self._cast(x, up.dtype)
         made = None if torch.compiler.is_compiling() else _ready.of_layers.pop((self, adapter_name), None)
         if made is not None and not (_is_plain(x) and made.fits(x)):
             made = None

@@ -162,7 +162,12 @@ def calibrate(
                 f"expected the QAA adapter {adapter_name!r} to be active while it is measured, received a model whose "
                 f"active adapters are {', '.join(layer.active_adapters)}: call model.set_adapter({adapter_name!r})"
             )
-    if isinstance(batches, (dict, Tensor)):
+        if layer.merged:
+            raise ValueError(
+                f"expected the QAA adapter {adapter_name!r} to be measured unmerged, received merged weights, of which "
+                "unmerging would then take off others than were added: call model.unmerge_adapter()"
+            )
+    if isinstance(batches, (Mapping, Tensor)):
         raise ValueError(f"expected batches to be a list of batches, received one {type(batches).__name__}")
     _check_same_angles(list(layers.values()), adapter_name)
     stages = [stage for stage in STAGES if any(stage in layer.stages(adapter_name) for layer in layers.values())]

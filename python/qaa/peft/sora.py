@@ -142,11 +142,12 @@ class SoraLayer(AdditiveLayer):
         self.sora_dropout[adapter_name] = nn.Dropout(config.sora_dropout) if config.sora_dropout else nn.Identity()
         self.sora_scaling[adapter_name] = config.sora_alpha / config.r
 
-    def delta(self, adapter_name: str, x: Tensor) -> Tensor:
+    def add_to(self, base: Tensor, adapter_name: str, x: Tensor) -> Tensor:
         down, up = self.sora_A[adapter_name], self.sora_B[adapter_name]
+        self._check_loaded(adapter_name, down, x)
         x = self.sora_dropout[adapter_name](self._cast_input_dtype(x, down.dtype))
         gated = nn.functional.linear(x, down) * self.sora_gate[adapter_name]
-        return nn.functional.linear(gated, up) * self.sora_scaling[adapter_name]
+        return base + nn.functional.linear(gated, up) * self.sora_scaling[adapter_name]
 
     def lora_factors(self, adapter_name: str) -> tuple[Tensor, Tensor, None]:
         gate = self.sora_gate[adapter_name].float()
@@ -224,7 +225,8 @@ def sora_proximal_step(model: nn.Module, xi: float, *, operator: str = "soft", a
         adapter_name: which adapter; None means the active ones.
 
     Raises:
-        ValueError: the model has no such adapter, or an argument is out of range.
+        ValueError: the model has no such adapter, an argument is out of range, or a gate of 16 bits is so large that
+            the threshold would vanish in its rounding.
 
     Example:
         >>> import peft
@@ -235,7 +237,13 @@ def sora_proximal_step(model: nn.Module, xi: float, *, operator: str = "soft", a
         (1.0, 0.0)
     """
     for gate in _gates(model, adapter_name):
-        gate.copy_(soft_threshold(gate, xi, operator))
+        after = soft_threshold(gate, xi, operator)
+        if gate.itemsize < 4 and xi > 0 and bool(((after == gate) & (gate.abs() > xi)).any()):
+            raise ValueError(
+                f"expected gates of float32, received {str(gate.dtype).removeprefix('torch.')} in which a step of {xi} "
+                "rounds to none; cast them: parameter.data = parameter.data.float()"
+            )
+        gate.copy_(after)
 
 
 def sora_l1(model: nn.Module, adapter_name: str | None = None) -> Tensor:

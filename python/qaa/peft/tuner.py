@@ -30,6 +30,8 @@ from transformers.pytorch_utils import Conv1D
 from qaa.circuit import shown
 from qaa.nn import check_flag
 
+_FUSED_OUT_PROJ = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # types of models
+
 
 def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
     """Makes ``name`` (lower case) a PEFT method; does nothing new when called again.
@@ -65,8 +67,8 @@ def _add_peft_type(value: str) -> PeftType:
 class AdditiveLayer(nn.Module, BaseTunerLayer):
     """A frozen linear layer plus the outputs of its active adapters: ``y = W x + b + sum_a delta_a(x)``.
 
-    A method derives from this class and says how an adapter is built (:meth:`update_layer`), what it adds
-    (:meth:`delta`) and, where that is linear in x, by which weight and bias (:meth:`lora_factors`).
+    A method derives from this class and says how an adapter is built (:meth:`_create_adapter`), how it is added
+    (:meth:`add_to`) and, where it is linear in x, by which weight and bias (:meth:`lora_factors`).
     """
 
     method: str  # the name in messages and in repr
@@ -96,13 +98,9 @@ class AdditiveLayer(nn.Module, BaseTunerLayer):
         """Creates and initialises the parameters of one adapter."""
         raise NotImplementedError
 
-    def delta(self, adapter_name: str, x: Tensor) -> Tensor:
-        """What the adapter adds to the output for the input x."""
-        raise NotImplementedError
-
     def add_to(self, base: Tensor, adapter_name: str, x: Tensor) -> Tensor:
         """``base`` plus what the adapter adds to the output for the input x."""
-        return base + self.delta(adapter_name, x)
+        raise NotImplementedError
 
     def lora_factors(self, adapter_name: str) -> tuple[Tensor, Tensor, Tensor | None]:
         """``(A, B, c)`` with ``delta(x) = B A x + c``, shapes ``(r, in)``, ``(out, r)`` and ``(out,)``.
@@ -151,8 +149,17 @@ class AdditiveLayer(nn.Module, BaseTunerLayer):
             self._check_mixed_batch(x, adapter_names)
             for name in filter(self._has_adapter, dict.fromkeys(adapter_names)):
                 rows = torch.tensor([i for i, other in enumerate(adapter_names) if other == name], device=x.device)
-                result = result.index_add(0, rows, self.delta(name, x[rows]).to(dtype))
+                result = result.index_copy(0, rows, self.add_to(result[rows], name, x[rows]).to(dtype))
         return result.to(dtype)
+
+    def _check_loaded(self, adapter_name: str, parameter: Tensor, x: Tensor) -> None:
+        """Refuses offloaded parameters: accelerate loads those of modules that run, and an adapter's are of none that
+        does, so that torch would multiply by memory that nobody has written."""
+        if parameter.is_meta and not x.is_meta:
+            raise RuntimeError(
+                f"expected the {self.method} adapter {adapter_name!r} to be loaded, received parameters on the meta "
+                f"device; offload with accelerate.dispatch_model(..., preload_module_classes=[{type(self).__name__!r}])"
+            )
 
     def _check_mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> None:
         if len(x) != len(adapter_names):
@@ -299,6 +306,16 @@ class AdditiveModel(BaseTuner):
         for container, requires_grad in zip(containers, required, strict=True):
             container[adapter_name].requires_grad_(requires_grad)
 
+    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
+        """Refuses what PEFT refuses for LoRA: layers whose weight a fused kernel takes without calling them."""
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        if target_name == "out_proj" and model_type in _FUSED_OUT_PROJ:
+            raise ValueError(
+                f"expected target_modules without 'out_proj' in a {model_type} model, whose kernels read that layer's "
+                "weight and never call it, received 'out_proj'"
+            )
+        super()._check_target_module_compatiblity(peft_config, model, target_name)
+
     def _around_forward(self) -> AbstractContextManager[None]:
         """What a forward pass of the model happens in."""
         return nullcontext()
@@ -313,16 +330,22 @@ class AdditiveModel(BaseTuner):
             return
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        if (kwargs.get("num_beams") or 1) > 1:
-            raise ValueError(f"Cannot pass `adapter_names` with beam search: {self.prefix[:-1]} does not support it.")
         layers = [module for module in self.modules() if isinstance(module, AdditiveLayer)]
         known = {name for layer in layers for name in layer._get_available_adapters()}
         unknown = set(adapter_names) - known - {"__base__"}
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-        hooked = [module for module in self.modules() if isinstance(module, (AdditiveLayer, AuxiliaryTrainingWrapper))]
-        hook = partial(_insert_adapter_names, adapter_names=adapter_names)
-        handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in hooked]
+        # Beam search repeats every row in turn, but for those that an encoder sees.
+        beams = kwargs.get("num_beams") or 1
+        encoder = getattr(self.model, "get_encoder", lambda: None)() if beams > 1 else None
+        in_encoder = {id(module) for module in encoder.modules()} if encoder not in (None, self.model) else set()
+        repeated = [name for name in adapter_names for _ in range(beams)]
+        handles = []
+        for module in self.modules():
+            if isinstance(module, (AdditiveLayer, AuxiliaryTrainingWrapper)):
+                names = adapter_names if id(module) in in_encoder else repeated
+                hook = partial(_insert_adapter_names, adapter_names=names)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
         try:
             yield
         finally:
