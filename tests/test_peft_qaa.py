@@ -411,7 +411,7 @@ def test_offloaded_adapters_are_refused_unless_accelerate_loads_them_whole(tmp_p
     model = adapted(random_config(STATE))
     expected = logits(model)
     offloaded = accelerate.disk_offload(copy.deepcopy(model), tmp_path / "parts", execution_device="cpu")
-    with pytest.raises(RuntimeError, match="expected the QAA adapter .default. to be loaded, .*preload_module"):
+    with pytest.raises(RuntimeError, match="expected the QAA adapter 'default' to be loaded"):
         logits(offloaded)
     whole = accelerate.disk_offload(
         model, tmp_path / "whole", execution_device="cpu", preload_module_classes=["QaaLayer"]

@@ -363,7 +363,7 @@ def test_a_step_that_sixteen_bits_round_to_none_is_refused():
     for layer in (module for module in model.modules() if isinstance(module, SoraLayer)):
         gate = layer.sora_gate["default"]
         gate.data = torch.ones_like(gate, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="expected gates of float32, received bfloat16 in which a step of 0.001"):
+    with pytest.raises(ValueError, match="expected gates of float32, received bfloat16 in"):
         sora_proximal_step(model, 1e-3)
     sora_proximal_step(model, 0.25)
     sora_proximal_step(model, 0.75)

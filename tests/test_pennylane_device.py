@@ -139,6 +139,106 @@ def test_nothing_prepared_and_a_batch_of_angles() -> None:
     assert_same(both(function, rng.normal(size=(1, 2)), rng.normal(size=3)))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_batches_of_angles_of_vectors_and_of_both_run_in_one_call(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(seed)
+    calls = []
+    forward = arrays.forward
+    monkeypatch.setattr(arrays, "forward", lambda *a, **k: calls.append(len(a[2])) or forward(*a, **k))
+
+    def function(angles: Any, single: Any, x: Any) -> Any:
+        qml.AmplitudeEmbedding(x, wires=range(3), pad_with=0.0, normalize=True)
+        qml.AngleEmbedding(angles, wires=range(3), rotation="Y")
+        qml.Rot(angles[..., 0], single, angles[..., 2], wires=1)
+        qml.IsingXX(single, wires=[0, 1])
+        qml.CNOT([2, 0])
+        return qml.expval(qml.Z(0) @ qml.X(2)), qml.probs(wires=[2, 0]), qml.probs(wires=1), qml.expval(qml.Y(1))
+
+    for angles, x in (((5, 3), (7,)), ((5, 3), (5, 7)), ((3,), (5, 7)), ((1, 3), (7,))):
+        calls.clear()
+        assert_same(both(function, rng.normal(size=angles), rng.normal(), rng.normal(size=x)))
+        assert len(calls) == 2  # one for all strings, one for all probabilities
+
+
+def test_jax_maps_compiles_and_differentiates_in_any_order() -> None:
+    jax = pytest.importorskip("jax")
+
+    def gates(theta: Any) -> None:
+        qml.RX(theta[0], 0)
+        qml.CNOT([0, 1])
+        qml.RY(theta[1], 1)
+
+    def expval(theta: Any) -> Any:
+        gates(theta)
+        return qml.expval(qml.Z(1))
+
+    def probs(theta: Any) -> Any:
+        gates(theta)
+        return qml.probs(wires=1)
+
+    def both_measured(theta: Any) -> Any:
+        gates(theta)
+        return qml.expval(qml.Z(0)), qml.probs(wires=[1, 0])
+
+    def embedded(x: Any) -> Any:
+        qml.AmplitudeEmbedding(x, wires=[0, 1], normalize=True)
+        qml.CNOT([0, 1])
+        return qml.expval(qml.Z(1))
+
+    def summed(node: Any) -> Any:
+        return lambda theta: sum(part.sum() for part in jax.tree.leaves(node(theta)))
+
+    x64 = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    try:
+        theta, x = jax.numpy.array([0.3, 0.7]), jax.numpy.array([0.1, 0.2, 0.3, 0.4])
+        cases = [
+            (expval, jax.grad, theta),
+            (probs, jax.jacobian, theta),
+            (both_measured, jax.jacobian, theta),
+            (both_measured, lambda node: jax.grad(summed(node)), theta),
+            (expval, jax.vmap, jax.numpy.stack([theta, theta + 1])),
+            (embedded, jax.grad, x),
+            (embedded, jax.vmap, jax.numpy.stack([x, x + 1])),
+        ]
+        for function, transform, argument in cases:
+            expected = transform(qml.QNode(function, qml.device("default.qubit", wires=2)))(argument)
+            node = qml.QNode(function, device.QaaQubit(wires=2))
+            for made in (transform(node), jax.jit(transform(node))):
+                found = made(argument)
+                assert jax.tree.structure(found) == jax.tree.structure(expected)
+                for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+                    assert a.shape == b.shape
+                    np.testing.assert_allclose(a, b, rtol=0, atol=ATOL)
+    finally:
+        jax.config.update("jax_enable_x64", x64)
+
+
+def test_second_derivatives_by_shifts() -> None:
+    def function(theta: Any) -> Any:
+        qml.RX(theta[0], 0)
+        qml.CNOT([0, 1])
+        qml.RY(theta[1], 1)
+        return qml.expval(qml.Z(1))
+
+    theta = torch.tensor([0.3, 0.7], dtype=torch.float64)
+    node, other = (
+        qml.QNode(function, dev, max_diff=2, interface="torch")
+        for dev in (device.QaaQubit(wires=2), qml.device("default.qubit", wires=2))
+    )
+    found, expected = (torch.autograd.functional.hessian(each, theta) for each in (node, other))
+    torch.testing.assert_close(found, expected, rtol=0, atol=ATOL)
+    assert expected.abs().min() > 0.1
+
+
+def test_the_tracker_counts() -> None:
+    dev = device.QaaQubit(wires=1)
+    node = qml.QNode(lambda a: (qml.RX(a, 0), qml.expval(qml.Z(0)))[1], dev)
+    with qml.Tracker(dev) as tracker:
+        qml.grad(node)(qml.numpy.array(0.3, requires_grad=True))
+    assert tracker.totals["executions"] == 1 and tracker.totals["vjps"] == 1
+
+
 def test_autograd_and_the_shift_rule() -> None:
     pnp = qml.numpy
     theta = pnp.array(np.random.default_rng(3).normal(size=(2, 3)), requires_grad=True)
@@ -206,6 +306,9 @@ def test_refusals() -> None:
         measured(lambda: qml.expval(qml.Hermitian(np.eye(2), 0)), lambda: qml.H(0))()
     with pytest.raises(error, match=r"Observable Projector\(.*\) not supported on qaa\.qubit"):
         measured(lambda: qml.expval(qml.Projector([1], wires=1)))()
+    for product in (qml.prod(qml.X(0), qml.Y(0)), qml.Z(0) + 1j * qml.X(1)):  # the first is i Z
+        with pytest.raises(error, match=r"Observable .* not supported on qaa\.qubit"):
+            measured(lambda product=product: qml.expval(product))()  # type: ignore[misc]
     with pytest.raises(qml.exceptions.WireError, match="wires"):
         measured(lambda: qml.expval(qml.Z(5)))()
     with pytest.raises(ValueError, match="expected real amplitudes, received complex ones with imaginary parts"):

@@ -1,8 +1,9 @@
 """The PennyLane device ``qaa.qubit``: QNodes on our kernels, with adjoint gradients of angles and embedded vectors.
 
 ``qml.device("qaa.qubit", wires=n)`` finds it once qaa is installed. A QNode may start from ``AmplitudeEmbedding``,
-``StatePrep`` or ``BasisState`` (a whole batch of vectors runs in one call), goes on with any gates that decompose into
-those of :data:`qaa.circuit.GATES`, and ends in expectation values of observables with a Pauli form, and probabilities.
+``StatePrep`` or ``BasisState``, goes on with any gates that decompose into those of :data:`qaa.circuit.GATES`, and ends
+in expectation values of observables with a Pauli form, and probabilities. A batch of vectors, of angles or of both runs
+in one call.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from qaa.circuit import Circuit, Readout
 
 qml = exchange.import_pennylane()
 
-from pennylane.devices import Device, ExecutionConfig  # noqa: E402
+from pennylane.devices import Device, ExecutionConfig, modifiers  # noqa: E402
 from pennylane.devices import preprocess as checks  # noqa: E402
 
 Results = Any  # a number or an array for one measurement, a tuple of them for more
 
 
+@modifiers.simulator_tracking
 class QaaQubit(Device):
     r"""An exact simulator of up to 16 wires for batches of embedded vectors.
 
@@ -41,7 +43,8 @@ class QaaQubit(Device):
         ValueError: there are more than 16 wires, or amplitudes with imaginary parts.
 
     ``diff_method`` may be ``"best"``, ``"device"`` or ``"adjoint"``, which mean the same here, or a gradient transform
-    such as ``"parameter-shift"``.
+    such as ``"parameter-shift"``. Second derivatives need ``max_diff=2`` and ``"best"``; without, PennyLane's
+    interfaces take the gradient of an adjoint pass for a constant, and give zeros.
 
     Example:
         >>> import pennylane as qml, torch
@@ -71,13 +74,10 @@ class QaaQubit(Device):
         config = config or ExecutionConfig()
         if not _is_ours(config):
             return config
-        return replace(
-            config,
-            gradient_method="adjoint",
-            use_device_gradient=True,
-            use_device_jacobian_product=True,
-            grad_on_execution=False,
-        )
+        chosen = {"gradient_method": "adjoint", "use_device_gradient": True, "use_device_jacobian_product": True}
+        if hasattr(config, "convert_to_numpy"):  # else, under jax.jit, PennyLane asks for whole Jacobians
+            chosen["convert_to_numpy"] = False
+        return replace(config, grad_on_execution=False, **chosen)
 
     def preprocess_transforms(self, execution_config: Any = None) -> Any:
         """What turns a circuit into one that the kernels can run, or refuses it."""
@@ -89,7 +89,6 @@ class QaaQubit(Device):
         )
         program.add_transform(checks.validate_measurements, analytic_measurements=_is_measurement, name=self.name)
         program.add_transform(checks.validate_observables, _has_pauli_form, name=self.name)
-        program.add_transform(_expand_broadcast_gates)
         return program
 
     def supports_derivatives(self, execution_config: Any = None, circuit: Any = None) -> bool:
@@ -140,25 +139,22 @@ def _is_gate(operation: Any) -> bool:
 
 
 def _has_pauli_form(observable: Any) -> bool:
-    return observable.pauli_rep is not None
+    return observable.pauli_rep is not None and all(map(_is_real, observable.pauli_rep.values()))
+
+
+def _is_real(coefficient: Any) -> bool:
+    return qml.math.is_abstract(coefficient) or not np.imag(_values(coefficient))
+
+
+def _values(tensor: Any) -> NDArray[Any]:
+    """The numbers of any interface's tensor."""
+    return np.asarray(qml.math.unwrap([tensor])[0])
 
 
 def _is_measurement(measurement: Any) -> bool:
     if isinstance(measurement, qml.measurements.ProbabilityMP):
         return measurement.obs is None and measurement.eigvals() is None
     return isinstance(measurement, qml.measurements.ExpectationMP) and measurement.obs is not None
-
-
-def _first(results: Sequence[Any]) -> Any:
-    return results[0]
-
-
-@qml.transform
-def _expand_broadcast_gates(tape: Any) -> Any:
-    """A tape for each element of a batch of angles; a batch of vectors stays one tape."""
-    if any(operation.batch_size for operation in tape.operations if not _is_preparation(operation)):
-        return qml.transforms.broadcast_expand(tape)
-    return (tape,), _first
 
 
 def _is_preparation(operation: Any) -> bool:
@@ -177,9 +173,10 @@ class _Task:
     """
 
     circuit: Circuit
-    theta: NDArray[np.float64]
-    x: NDArray[np.float64]  # (batch, width)
-    shape: tuple[int, ...]  # of the vectors in the tape: with a batch or without
+    theta: NDArray[np.float64]  # (angles,), or (batch, angles)
+    x: NDArray[np.float64]  # (batch, width); one row in a tape without a batch
+    shapes: tuple[tuple[int, ...], ...]  # of the trainable ones in the tape: with a batch or without
+    is_batch: bool
     measurements: tuple[Any, ...]
     order: tuple[Any, ...]  # labels of our wire 0, 1, ...
     labels: tuple[Any, ...]  # the same in the order of the tape
@@ -197,13 +194,27 @@ class _Task:
             state = _amplitudes(preparation)
             n_before = len(preparation.data)
         order = [*(wire for wire in tape.wires if wire not in prepared), *prepared]
-        circuit, theta = exchange.from_pennylane(qml.tape.QuantumScript(operations), wire_order=order)
+        angles = [_values(angle) for operation in operations for angle in operation.data]
+        single = qml.tape.QuantumScript(list(map(_first_of_batch, operations)))
+        circuit, theta = exchange.from_pennylane(single, wire_order=order)
         trainable = [max(index - n_before, -1) for index in tape.trainable_params]
-        if trainable and trainable[-1] >= len(theta):
+        if trainable and trainable[-1] >= len(angles):
             raise ValueError("expected observables with fixed coefficients, received trainable ones")
+        shapes = [state.shape if index < 0 else angles[index].shape for index in trainable]
         x = state.reshape(-1, state.shape[-1])
+        if any(angle.ndim for angle in angles):
+            theta = np.stack([np.broadcast_to(angle, tape.batch_size) for angle in angles], -1).astype(np.float64)
+            x = np.broadcast_to(x, (tape.batch_size, x.shape[-1]))
         return _Task(
-            circuit, theta, x, state.shape, tuple(tape.measurements), tuple(order), tuple(tape.wires), tuple(trainable)
+            circuit,
+            theta,
+            x,
+            tuple(shapes),
+            tape.batch_size is not None,
+            tuple(tape.measurements),
+            tuple(order),
+            tuple(tape.wires),
+            tuple(trainable),
         )
 
     def strings(self) -> tuple[list[str], list[dict[int, float]]]:
@@ -219,19 +230,24 @@ class _Task:
     def results(self) -> Results:
         strings, sums = self.strings()
         values = self._forward(strings) if strings else None
+        probabilities = self._forward("probs") if any(map(_is_probs, self.measurements)) else None
         results = []
         for measurement, terms in zip(self.measurements, sums, strict=True):
             if _is_probs(measurement):
-                result = self._marginal(self._forward("probs"), measurement)
+                result = self._marginal(probabilities, measurement)  # type: ignore[arg-type]
             else:
                 result = np.zeros(len(self.x))
                 for string, coefficient in terms.items():
                     result += coefficient * values[:, string]  # type: ignore[index]
-            results.append(result if len(self.shape) > 1 else result[0])
+            results.append(result if self.is_batch else result[0])
         return results[0] if len(results) == 1 else tuple(results)
 
     def vjp(self, cotangent: Any) -> tuple[NDArray[np.float64], ...]:
         cotangents = (cotangent,) if len(self.measurements) == 1 else cotangent
+        if np.ndim(cotangents[0]) > self.is_batch + _is_probs(self.measurements[0]):
+            # JAX maps over cotangents, in a first dimension of all of them
+            each = [self.vjp(some[0] if len(some) == 1 else some) for some in zip(*cotangents, strict=True)]
+            return _Products(map(np.stack, zip(*each, strict=True)))
         strings, sums = self.strings()
         grad_strings = np.zeros((len(self.x), len(strings)))
         grad_probs = np.zeros((len(self.x), 2**self.circuit.n_wires))
@@ -248,7 +264,8 @@ class _Task:
             of_theta, of_x = arrays.backward(self.circuit, self.theta, self.x, grad, readout, normalize=False)
             grad_theta += of_theta
             grad_x += of_x
-        return _Products(grad_x.reshape(self.shape) if p < 0 else np.asarray(grad_theta[p]) for p in self.trainable)
+        of_all = [grad_x if index < 0 else grad_theta[..., index] for index in self.trainable]
+        return _Products(_summed_to(grad, shape) for grad, shape in zip(of_all, self.shapes, strict=True))
 
     def _forward(self, readout: str | Sequence[str] | Readout) -> NDArray[np.float64]:
         return arrays.forward(self.circuit, self.theta, self.x, readout, normalize=False)
@@ -274,9 +291,21 @@ def _is_probs(measurement: Any) -> bool:
     return isinstance(measurement, qml.measurements.ProbabilityMP)
 
 
+def _first_of_batch(operation: Any) -> Any:
+    if not operation.batch_size:
+        return operation
+    first = [_values(angle).flat[0] for angle in operation.data]
+    return qml.ops.functions.bind_new_parameters(operation, first)
+
+
+def _summed_to(grad: NDArray[np.float64], shape: tuple[int, ...]) -> NDArray[np.float64]:
+    """The gradient of what was given in this shape, and repeated along the batch where it has none."""
+    return np.asarray(grad if np.shape(grad) == shape else np.sum(grad, 0)).reshape(shape)
+
+
 def _amplitudes(preparation: Any) -> NDArray[np.float64]:
-    state = preparation.data[0] if isinstance(preparation, qml.StatePrep) else preparation.state_vector()
-    state = np.asarray(state).reshape(*np.shape(state)[:1], -1) if preparation.batch_size else np.ravel(state)
+    state = _values(preparation.data[0] if isinstance(preparation, qml.StatePrep) else preparation.state_vector())
+    state = state.reshape(*np.shape(state)[:1], -1) if preparation.batch_size else np.ravel(state)
     if np.any(np.imag(state) != 0):
         raise ValueError("expected real amplitudes, received complex ones with imaginary parts")
     return np.ascontiguousarray(np.real(state), np.float64)
