@@ -115,7 +115,7 @@ void forward_as(const NoisyCall& call) {
                                 plan.strings.data(),
                                 plan.outputs.data(),
                                 {share(noise.x), share(noise.x + noise.y), share(noise.x + noise.y + noise.z)},
-                                share(noise.readout),
+                                T(1 - 2 * noise.readout),
                                 T(noise.damping),
                                 T(std::sqrt(1 - noise.damping))};
   const InstructionSet& set = chosen_instruction_set();
@@ -186,9 +186,6 @@ NoisyPlan compile_noisy(std::uint32_t n_wires, std::uint32_t n_parameters, const
     return plan;
   }
   for (Index b = 0; b < readout.n_outputs; ++b) plan.outputs.push_back(b);
-  for (std::uint32_t bit = 0; noise.readout > 0 && bit < n_wires; ++bit) {
-    plan.steps.push_back({Kind::readout, std::uint8_t(bit), 0, {}});
-  }
   return plan;
 }
 

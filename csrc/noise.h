@@ -32,7 +32,6 @@ struct NoisyStep {
     cnot,    // control a, target b
     pauli,   // X, Y or Z on bit a by chance
     damping, // on bit a
-    readout, // X on bit a by chance, with the probability of a wrong bit
   };
   Kind kind;
   std::uint8_t a = 0, b = 0;  // bits of an amplitude's index
@@ -98,7 +97,7 @@ struct BoundNoisyPlan {
   const NoisyString* strings;
   const Index* outputs;
   std::uint64_t pauli[3];  // u < pauli[0]: X, else u < pauli[1]: Y, else u < pauli[2]: Z, for 32 random bits u
-  std::uint64_t readout_flip;
+  T right;  // 1 - 2 (probability of a wrong bit), what is left of a sign that a bit of `probs` gives
   T damping, keep;  // the probability, and what damping leaves of the amplitude of |1> otherwise
 };
 

@@ -126,11 +126,6 @@ void draw_signs(const BoundNoisyPlan<T>& p, Draws<T> draws, const NoisyWorkspace
         for (int l = 0; l < w; ++l) work.chances[s][l] = T((u[l] + 0.5) / 4294967296.0);
         break;
       }
-      case Kind::readout: {
-        const std::uint32_t* u = draws.next();
-        for (int l = 0; l < w; ++l) flip_where<T>(x, l, u[l] < p.readout_flip);
-        break;
-      }
     }
   }
 }
@@ -326,7 +321,7 @@ void read_out(const BoundNoisyPlan<T>& p, bool complex, const NoisyWorkspace<T>&
     return;
   }
   for (std::uint32_t b = 0; b < p.n_wires; ++b) {
-    const Vec<T> same = (T(1) + frame.x[b]) * T(0.5), other = (T(1) - frame.x[b]) * T(0.5);
+    const Vec<T> sign = frame.x[b] * p.right, same = (T(1) + sign) * T(0.5), other = (T(1) - sign) * T(0.5);
     const Vec<T> m[4] = {same, other, other, same};
     mix_bit<T>(squares, n, b, m);
   }

@@ -169,6 +169,16 @@ def test_the_errors_have_the_size_that_is_claimed() -> None:
 
 
 @settings(max_examples=60)
+def test_wrong_bits_alone_need_no_statistics() -> None:
+    rng = np.random.default_rng(4)
+    channels = NoiseModel(readout_error=0.13)
+    theta, x = random_angles(rng, ALL_GATES.parameter_shape), rng.normal(size=(3, 2**ALL_GATES.n_wires))
+    for readout in ("probs", "probs[:3]", "z", MIXED):
+        found = noise.estimate(ALL_GATES, theta, x, readout, noise=channels, trajectories=2, seed=0)
+        np.testing.assert_allclose(found.features, exact(ALL_GATES, theta, x, readout, channels), rtol=0, atol=1e-13)
+        assert found.standard_error.max() < 1e-7
+
+
 @given(problems(max_wires=4, max_batch=3).filter(lambda problem: problem.readout.kind != "state"))
 def test_without_noise_a_trajectory_is_exact(problem: Problem) -> None:
     arguments = problem.circuit, problem.theta, problem.x, problem.readout

@@ -98,7 +98,8 @@ def backward(
 
     Returns:
         ``(grad_theta, grad_x)`` with the shapes and dtypes of ``theta`` and ``x``. A zero row has zero gradients
-        (where rows are normalized). A row with NaN or infinity makes ``grad_theta`` NaN and no other row of ``grad_x``.
+        (where rows are normalized). A row with NaN or infinity makes ``grad_theta`` NaN, in angles that the readout
+        depends on, and no other row of ``grad_x``.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape or dtype.
@@ -216,9 +217,9 @@ def _matrix(a: NDArray[Any]) -> _core.Matrix:
 def _threads(threads: int | None) -> int:
     if threads is None:
         threads = _default_threads()
-    if isinstance(threads, bool) or not isinstance(threads, int) or threads < 1:
+    if isinstance(threads, bool) or not isinstance(threads, (int, np.integer)) or threads < 1:
         raise ValueError(f"expected threads to be an integer of at least 1, received {threads!r}")
-    return min(threads, 1024)
+    return min(int(threads), 1024)
 
 
 def _default_threads() -> int:

@@ -58,7 +58,7 @@ class NoiseModel:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            is_number = isinstance(value, (int, float, np.floating)) and not isinstance(value, bool)
+            is_number = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
             if not is_number or not 0 <= value <= 1:
                 raise ValueError(f"expected {field.name} to be a probability from 0 to 1, received {value!r}")
             object.__setattr__(self, field.name, float(value))
@@ -103,18 +103,20 @@ def forward(
 
     where rho is the density matrix that the channels of ``noise`` leave of the embedded row, and each trajectory draws
     a Pauli operator after every gate, and a decay or none with the probability that it has in the trajectory's state.
-    Outcomes are not sampled: without noise a single trajectory is exact. Of ``readout_error``, an expectation value of
-    a Pauli string of w letters loses the factor :math:`(1 - 2 p)^w`, without any statistics.
+    Outcomes are not sampled: without noise a single trajectory is exact. So is ``readout_error``: an expectation value
+    of a Pauli string of w letters loses the factor :math:`(1 - 2 p)^w`, and probabilities are those of bits of which
+    each is wrong with probability p.
 
     Args:
-        circuit, theta, x, normalize, threads: as for :func:`qaa.arrays.forward`. Narrow types of ``x`` are computed
-            in float32. Without ``normalize``, estimates are multiplied by ``||x||**2``.
+        circuit, theta, x, normalize, threads: as for :func:`qaa.arrays.forward`, with one set of angles for all rows.
+            Narrow types of ``x`` are computed in float32. Without ``normalize``, estimates are multiplied by
+            ``||x||**2``.
         readout: Pauli strings or probabilities; amplitudes are no observable of a mixed state.
         noise: the channels.
         trajectories: number T of runs, at least 1.
         seed: a seed or a NumPy generator. What is drawn for a trajectory depends on the seed, its number and the
-            number of its row, so that results do not depend on threads, and a row's not on the rows after it. Chances
-            are resolved to ``2**-32``.
+            number of its row, so that results do not depend on threads, and a row's depend on the rows after it by
+            rounding alone. Chances are resolved to ``2**-32``.
 
     Returns:
         Shape ``(batch, n_outputs)`` in the dtype of ``x``. A zero row has features 0, a row with NaN or infinity NaN.

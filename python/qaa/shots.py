@@ -58,8 +58,9 @@ def forward(
     within one group are not.
 
     Args:
-        circuit, theta, x, normalize, threads: as for :func:`qaa.arrays.forward`. The distribution is computed in
-            float64. Without ``normalize``, estimates are multiplied by ``||x||**2``.
+        circuit, theta, x, normalize, threads: as for :func:`qaa.arrays.forward`, with one set of angles for all
+            rows. The distribution is computed in float64. Without ``normalize``, estimates are multiplied by
+            ``||x||**2``.
         readout: Pauli strings or probabilities; no device counts amplitudes.
         shots: number N of runs, at least 1.
         seed: a seed or a NumPy generator; the same seed gives the same estimates.
