@@ -168,7 +168,6 @@ def test_the_errors_have_the_size_that_is_claimed() -> None:
         assert np.abs(z.var(axis=0) - 1).max() < 0.35
 
 
-@settings(max_examples=60)
 def test_wrong_bits_alone_need_no_statistics() -> None:
     rng = np.random.default_rng(4)
     channels = NoiseModel(readout_error=0.13)
@@ -179,6 +178,7 @@ def test_wrong_bits_alone_need_no_statistics() -> None:
         assert found.standard_error.max() < 1e-7
 
 
+@settings(max_examples=60)
 @given(problems(max_wires=4, max_batch=3).filter(lambda problem: problem.readout.kind != "state"))
 def test_without_noise_a_trajectory_is_exact(problem: Problem) -> None:
     arguments = problem.circuit, problem.theta, problem.x, problem.readout
