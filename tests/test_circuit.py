@@ -215,6 +215,11 @@ def test_every_parameter_of_an_ansatz_is_used_once(name: str, n_wires: int, n_la
     assert sorted(used) == list(range(circuit.n_parameters))
 
 
+def test_a_readout_of_a_list_of_strings_is_that_of_a_tuple() -> None:
+    readout = Readout("expval", 2, ["ZI", "IZ"])  # type: ignore[arg-type]
+    assert readout == Readout.parse("z", 2) and hash(readout) == hash(Readout.parse("z", 2))
+
+
 def test_the_gate_table_is_known_to_the_oracle() -> None:
     for name, (n_wires, n_parameters) in GATES.items():
         assert oracle.gate_matrix(name, [0.1] * n_parameters).shape == (2**n_wires,) * 2

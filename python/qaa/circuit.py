@@ -388,6 +388,10 @@ class Readout:
     n_outputs: int
     paulis: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if isinstance(self.paulis, list):
+            object.__setattr__(self, "paulis", tuple(self.paulis))
+
     @staticmethod
     def parse(readout: str | Sequence[str] | Readout, n_wires: int) -> Readout:
         """The readout named by ``readout`` for ``n_wires`` wires; raises ``ValueError`` if it names none."""
