@@ -34,13 +34,20 @@ $(VENV)/.build: requirements/build.txt
 	$(BIN)/python -m pip install --quiet --require-hashes --no-deps --requirement $<
 	touch $@
 
-$(VENV)/.compare-packages $(VENV)/.dev-packages: $(VENV)/.%-packages: requirements/%.txt constraints.txt $(VENV)/.build
+# The compiler of the CUDA kernels, where the build is told to take it from the package index (QAA_CUDA_FROM_PYPI=1).
+CUDA := $(if $(QAA_CUDA_FROM_PYPI),$(VENV)/.cuda)
+$(VENV)/.cuda: requirements/dev.txt $(VENV)/.build
+	awk '/^[a-z]/ {wanted = /^nvidia-/} wanted' $< > $(VENV)/cuda.txt
+	$(BIN)/python -m pip install $(HASHED) --requirement $(VENV)/cuda.txt
+	touch $@
+
+$(VENV)/.compare-packages $(VENV)/.dev-packages: $(VENV)/.%-packages: requirements/%.txt constraints.txt $(VENV)/.build $(CUDA)
 	$(BIN)/python -m pip install $(HASHED) --requirement $<
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch
 	touch $@
 
-# Compiled without any of these packages, so that `make --jobs 2` does both at a time.
-$(VENV)/.wheel: $(VENV)/.build $(SOURCES)
+# Compiled without these packages, so that `make --jobs 2` does both at a time.
+$(VENV)/.wheel: $(VENV)/.build $(CUDA) $(SOURCES)
 	rm -rf $(VENV)/wheel
 	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir $(VENV)/wheel .
 	touch $@

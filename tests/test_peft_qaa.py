@@ -369,6 +369,7 @@ def test_beams_of_a_mixed_batch_are_those_of_its_adapters():
 
 
 def test_beams_of_an_encoder_decoder_reach_the_encoder_once():
+    torch.manual_seed(25)
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": 32}
     config = T5Config(**sizes, decoder_start_token_id=0)
     model = get_peft_model(T5ForConditionalGeneration(config), random_config(STATE, target_modules=["q", "v"])).eval()
@@ -377,7 +378,9 @@ def test_beams_of_an_encoder_decoder_reach_the_encoder_once():
     expected = model.generate(input_ids=ids, **how)
     assert torch.equal(mixed[[0, 2]], expected[[0, 2]])
     with model.disable_adapter():
-        assert torch.equal(mixed[1], model.generate(input_ids=ids, **how)[1])
+        plain = model.generate(input_ids=ids, **how)
+    assert torch.equal(mixed[1], plain[1])
+    assert not torch.equal(plain[1], expected[1])
 
 
 @pytest.mark.parametrize("preset", ["default", "paper"])
@@ -417,6 +420,19 @@ def test_offloaded_adapters_are_refused_unless_accelerate_loads_them_whole(tmp_p
         model, tmp_path / "whole", execution_device="cpu", preload_module_classes=["QaaLayer"]
     )
     torch.testing.assert_close(logits(whole), expected, **CLOSE)
+    # a shared circuit lies in another layer, which has been sent away again
+    shared = ["q_proj", "v_proj"]
+    model = adapted(random_config(STATE, target_modules=shared, shared_circuit=shared))
+    expected = logits(model)
+    parts, whole = (
+        accelerate.disk_offload(
+            copy.deepcopy(model), tmp_path / name, execution_device="cpu", preload_module_classes=[name]
+        )
+        for name in ("QaaLayer", "LlamaAttention")
+    )
+    with pytest.raises(RuntimeError, match="or with the class of what is around the layers that share a circuit"):
+        logits(parts)
+    torch.testing.assert_close(logits(whole), expected, **CLOSE)
 
 
 def test_merged_weights_are_not_measured():
@@ -430,11 +446,12 @@ def test_merged_weights_are_not_measured():
         torch.testing.assert_close(tensor, before[name], **CLOSE)
 
 
-@pytest.mark.parametrize("config", [QaaConfig(target_modules=["out_proj"]), SoraConfig(target_modules=["out_proj"])])
-def test_layers_that_a_fused_kernel_passes_by_are_refused(config):
+@pytest.mark.parametrize("config", [QaaConfig, SoraConfig])
+@pytest.mark.parametrize("name", ["out_proj", "dt_proj"])
+def test_layers_that_a_fused_kernel_passes_by_are_refused(config, name):
     sizes = {"hidden_size": 16, "state_size": 4, "num_hidden_layers": 1, "vocab_size": 32}
-    with pytest.raises(ValueError, match="expected target_modules without 'out_proj' in a mamba model"):
-        get_peft_model(MambaForCausalLM(MambaConfig(**sizes)), config)
+    with pytest.raises(ValueError, match=f"expected target_modules without '{name}' in a mamba model"):
+        get_peft_model(MambaForCausalLM(MambaConfig(**sizes)), config(target_modules=[name]))
 
 
 # ---------------------------------------------------------------------------------------------------- save and load

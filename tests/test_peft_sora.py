@@ -363,8 +363,11 @@ def test_a_step_that_sixteen_bits_round_to_none_is_refused():
     for layer in (module for module in model.modules() if isinstance(module, SoraLayer)):
         gate = layer.sora_gate["default"]
         gate.data = torch.ones_like(gate, dtype=torch.bfloat16)
+    first = next(module for module in model.modules() if isinstance(module, SoraLayer)).sora_gate["default"]
+    first.data.fill_(0.01)
     with pytest.raises(ValueError, match="expected gates of float32, received bfloat16 in"):
         sora_proximal_step(model, 1e-3)
+    assert bool((first == torch.tensor(0.01, dtype=torch.bfloat16)).all())  # nothing has changed
     sora_proximal_step(model, 0.25)
     sora_proximal_step(model, 0.75)
     assert sora_sparsity(model) == 1

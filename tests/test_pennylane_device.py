@@ -197,6 +197,9 @@ def test_jax_maps_compiles_and_differentiates_in_any_order() -> None:
             (probs, jax.jacobian, theta),
             (both_measured, jax.jacobian, theta),
             (both_measured, lambda node: jax.grad(summed(node)), theta),
+            (both_measured, lambda node: jax.jacobian(lambda theta: node(theta)[0]), theta),
+            (both_measured, lambda node: jax.jacobian(lambda theta: node(theta)[1]), theta),
+            (expval, lambda node: jax.vmap(jax.grad(node)), jax.numpy.stack([theta, theta + 1])),
             (expval, jax.vmap, jax.numpy.stack([theta, theta + 1])),
             (embedded, jax.grad, x),
             (embedded, jax.vmap, jax.numpy.stack([x, x + 1])),
@@ -210,6 +213,28 @@ def test_jax_maps_compiles_and_differentiates_in_any_order() -> None:
                 for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
                     assert a.shape == b.shape
                     np.testing.assert_allclose(a, b, rtol=0, atol=ATOL)
+    finally:
+        jax.config.update("jax_enable_x64", x64)
+
+
+def test_jax_maps_the_cotangent_of_one_measurement_and_not_of_the_other() -> None:
+    jax = pytest.importorskip("jax")
+
+    def function(theta: Any) -> Any:
+        qml.RX(theta[..., 0], 0)
+        qml.CNOT([0, 1])
+        qml.RY(theta[..., 1], 1)
+        return qml.expval(qml.Z(0)), qml.expval(qml.X(1))
+
+    x64 = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    try:
+        theta, weights = jax.numpy.array([[0.3, 0.7], [1.3, 0.2], [-0.4, 2.0]]), jax.numpy.array([1.0, 2.0, 3.0])
+        found = []
+        for dev in (device.QaaQubit(wires=2), qml.device("default.qubit", wires=2)):
+            _, pull = jax.vjp(qml.QNode(function, dev), theta)
+            found.append(jax.vmap(lambda c, pull=pull: pull((c, weights))[0])(jax.numpy.eye(3)))  # type: ignore[misc]
+        np.testing.assert_allclose(found[0], found[1], rtol=0, atol=ATOL)
     finally:
         jax.config.update("jax_enable_x64", x64)
 
@@ -306,6 +331,7 @@ def test_refusals() -> None:
         measured(lambda: qml.expval(qml.Hermitian(np.eye(2), 0)), lambda: qml.H(0))()
     with pytest.raises(error, match=r"Observable Projector\(.*\) not supported on qaa\.qubit"):
         measured(lambda: qml.expval(qml.Projector([1], wires=1)))()
+    assert measured(lambda: qml.expval(np.exp(1j * np.pi) * qml.Z(0)))() == pytest.approx(-1)
     for product in (qml.prod(qml.X(0), qml.Y(0)), qml.Z(0) + 1j * qml.X(1)):  # the first is i Z
         with pytest.raises(error, match=r"Observable .* not supported on qaa\.qubit"):
             measured(lambda product=product: qml.expval(product))()  # type: ignore[misc]

@@ -143,7 +143,11 @@ def _has_pauli_form(observable: Any) -> bool:
 
 
 def _is_real(coefficient: Any) -> bool:
-    return qml.math.is_abstract(coefficient) or not np.imag(_values(coefficient))
+    """Up to rounding, as of exp(i pi)."""
+    if qml.math.is_abstract(coefficient):
+        return True
+    value = complex(_values(coefficient))
+    return abs(value.imag) <= 1e-12 * max(1.0, abs(value))
 
 
 def _values(tensor: Any) -> NDArray[Any]:
@@ -244,8 +248,15 @@ class _Task:
 
     def vjp(self, cotangent: Any) -> tuple[NDArray[np.float64], ...]:
         cotangents = (cotangent,) if len(self.measurements) == 1 else cotangent
-        if np.ndim(cotangents[0]) > self.is_batch + _is_probs(self.measurements[0]):
-            # JAX maps over cotangents, in a first dimension of all of them
+        # JAX maps over cotangents, in a first dimension of those that it maps
+        pairs = list(zip(cotangents, self.measurements, strict=True))
+        mapped = [np.ndim(incoming) > self.is_batch + _is_probs(measurement) for incoming, measurement in pairs]
+        if any(mapped):
+            size = len(cotangents[mapped.index(True)])
+            cotangents = [
+                incoming if is_mapped else np.broadcast_to(incoming, (size, *np.shape(incoming)))
+                for incoming, is_mapped in zip(cotangents, mapped, strict=True)
+            ]
             each = [self.vjp(some[0] if len(some) == 1 else some) for some in zip(*cotangents, strict=True)]
             return _Products(map(np.stack, zip(*each, strict=True)))
         strings, sums = self.strings()

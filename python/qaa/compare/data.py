@@ -151,8 +151,8 @@ def wordnet_examples(line: str) -> list[Example]:
 
     A line is a synset (wndb(5WN)): its words, pointers to others, and behind ``|`` a definition and quoted sentences.
     The prompt is a sentence and asks for its word, the first of the synset's that stands in it; the response is the
-    definition. The group is the synset, so that a definition that is tested is never trained. Lines of the licence and
-    synsets without a sentence that holds one of their words have no examples.
+    definition. The group is the synset, so that one that is tested is never trained; a few have the same definition.
+    Lines of the licence and synsets without a sentence that holds one of their words have no examples.
 
     Example:
         >>> line = '02411224 00 s 02 fat 0 thick 2 001 & 02410393 a 0000 | wide from side to side; "a fat rope"; "far"'

@@ -326,6 +326,8 @@ class QaaLayer(AdditiveLayer):
             raise RuntimeError("expected shared_circuit without nn.DataParallel, received a replica of the model")
         up = self.qaa_up[adapter_name]
         self._check_loaded(adapter_name, up, x)
+        if owner is not self:
+            self._check_loaded(adapter_name, owner.qaa_theta[adapter_name], x)
         pending = owner.qaa_pending.get(adapter_name)
         if pending and self.training and torch.is_grad_enabled() and up.requires_grad:
             if pending != "warn":

@@ -236,14 +236,16 @@ def sora_proximal_step(model: nn.Module, xi: float, *, operator: str = "soft", a
         >>> sora_sparsity(model), sora_l1(model).item()
         (1.0, 0.0)
     """
-    for gate in _gates(model, adapter_name):
-        after = soft_threshold(gate, xi, operator)
-        if gate.itemsize < 4 and xi > 0 and bool(((after == gate) & (gate.abs() > xi)).any()):
+    gates = list(_gates(model, adapter_name))
+    after = [soft_threshold(gate, xi, operator) for gate in gates]
+    for gate in gates:
+        if gate.itemsize < 4 and xi > 0 and bool((gate.abs() * torch.finfo(gate.dtype).eps > xi).any()):
             raise ValueError(
                 f"expected gates of float32, received {str(gate.dtype).removeprefix('torch.')} in which a step of {xi} "
-                "rounds to none; cast them: parameter.data = parameter.data.float()"
+                "is lost in rounding; cast them: parameter.data = parameter.data.float()"
             )
-        gate.copy_(after)
+    for gate, value in zip(gates, after, strict=True):
+        gate.copy_(value)
 
 
 def sora_l1(model: nn.Module, adapter_name: str | None = None) -> Tensor:

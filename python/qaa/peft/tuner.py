@@ -30,7 +30,11 @@ from transformers.pytorch_utils import Conv1D
 from qaa.circuit import shown
 from qaa.nn import check_flag
 
-_FUSED_OUT_PROJ = ("falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h")  # types of models
+#: type of a model -> names of layers that its kernels never call
+_NEVER_CALLED = {
+    **dict.fromkeys(("mamba", "falcon_mamba"), ("out_proj", "dt_proj")),
+    **dict.fromkeys(("mamba2", "falcon_h1", "nemotron_h"), ("out_proj",)),
+}
 
 
 def register(name: str, config_cls: type[PeftConfig], model_cls: type[BaseTuner]) -> None:
@@ -159,6 +163,7 @@ class AdditiveLayer(nn.Module, BaseTunerLayer):
             raise RuntimeError(
                 f"expected the {self.method} adapter {adapter_name!r} to be loaded, received parameters on the meta "
                 f"device; offload with accelerate.dispatch_model(..., preload_module_classes=[{type(self).__name__!r}])"
+                ", or with the class of what is around the layers that share a circuit"
             )
 
     def _check_mixed_batch(self, x: Tensor, adapter_names: Sequence[str]) -> None:
@@ -307,12 +312,12 @@ class AdditiveModel(BaseTuner):
             container[adapter_name].requires_grad_(requires_grad)
 
     def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
-        """Refuses what PEFT refuses for LoRA: layers whose weight a fused kernel takes without calling them."""
+        """Refuses layers whose weight a fused kernel takes without calling them, as PEFT does for LoRA."""
         model_type = getattr(getattr(model, "config", None), "model_type", None)
-        if target_name == "out_proj" and model_type in _FUSED_OUT_PROJ:
+        if target_name in _NEVER_CALLED.get(str(model_type), ()):
             raise ValueError(
-                f"expected target_modules without 'out_proj' in a {model_type} model, whose kernels read that layer's "
-                "weight and never call it, received 'out_proj'"
+                f"expected target_modules without {target_name!r} in a {model_type} model, whose kernels read that "
+                f"layer's weight and never call it, received {target_name!r}"
             )
         super()._check_target_module_compatiblity(peft_config, model, target_name)
 
