@@ -172,7 +172,7 @@ STUDY = Path(__file__).parent.parent / "docs" / "study"
 
 @pytest.mark.parametrize("task", [
     "alpaca", "toolcalls", "matched-toolcalls", "again-toolcalls", "smallest-toolcalls", "chinese", "others-toolcalls",
-    "scales-toolcalls", "prefix-toolcalls", "reupload-toolcalls", "matched-alpaca", "lowrank-alpaca",
+    "scales-toolcalls", "prefix-toolcalls", "reupload-toolcalls", "definitions", "matched-alpaca", "lowrank-alpaca",
     "lowrank-toolcalls", "long-alpaca",
 ])  # fmt: skip
 def test_the_studys_results_are_those_of_its_configuration(task: str) -> None:
