@@ -29,3 +29,11 @@ def emulated_objects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def emulated_library(emulated_objects: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The library without sanitizers."""
     return cuda_tools.link_kernels(emulated_objects, tmp_path_factory.mktemp("plain"))
+
+
+LONG = ("test_core.py", "test_cuda_kernels.py", "test_cuda_static.py", "test_runs.py", "test_compare_end_to_end.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take minutes come first: a worker that starts one of them last leaves the others idle."""
+    items.sort(key=lambda item: item.path.name not in LONG)
