@@ -890,7 +890,7 @@ def ops_of_a_layer(config, n=6):
     return sum(map(has_kernel, profile.events())) / n
 
 
-@pytest.mark.parametrize("preset", ["default", "paper"])
+@pytest.mark.parametrize("preset", ["compact", "default", "paper"])
 def test_a_model_of_adapters_takes_fewer_ops_than_one_of_loras(preset):
     """Beside the circuit's kernels: five for all of the linear presets, five a layer for others."""
     adapter = ops_of_a_layer(QaaConfig.preset(preset, target_modules=["q"]))

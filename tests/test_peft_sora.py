@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
+import accelerate
 import numpy as np
 import pytest
 import torch
@@ -356,6 +358,18 @@ def test_pruning_to_a_lora_keeps_the_outputs(tmp_path, pattern):
     loaded = PeftModel.from_pretrained(llama(), tmp_path).eval()
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-5, atol=1e-5)
     assert sum(hasattr(module, "lora_A") for module in loaded.modules()) == len(ranks)
+
+
+def test_offloaded_adapters_are_refused_unless_accelerate_loads_them_whole(tmp_path):
+    model = adapted()
+    expected = logits(model)
+    parts, whole = (
+        accelerate.disk_offload(copy.deepcopy(model), tmp_path / str(len(names)), execution_device="cpu", **names)
+        for names in ({}, {"preload_module_classes": ["SoraLayer"]})
+    )
+    with pytest.raises(RuntimeError, match="expected the SoRA adapter 'default' to be loaded"):
+        logits(parts)
+    torch.testing.assert_close(logits(whole), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_step_that_sixteen_bits_round_to_none_is_refused():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
@@ -160,8 +160,18 @@ def test_batches_of_angles_of_vectors_and_of_both_run_in_one_call(seed: int, mon
         assert len(calls) == 2  # one for all strings, one for all probabilities
 
 
-def test_jax_maps_compiles_and_differentiates_in_any_order() -> None:
+@pytest.fixture
+def jax64() -> Iterator[Any]:
+    """JAX with numbers of 64 bits."""
     jax = pytest.importorskip("jax")
+    before = jax.config.jax_enable_x64
+    jax.config.update("jax_enable_x64", True)
+    yield jax
+    jax.config.update("jax_enable_x64", before)
+
+
+def test_jax_maps_compiles_and_differentiates_in_any_order(jax64: Any) -> None:
+    jax = jax64
 
     def gates(theta: Any) -> None:
         qml.RX(theta[0], 0)
@@ -188,37 +198,32 @@ def test_jax_maps_compiles_and_differentiates_in_any_order() -> None:
     def summed(node: Any) -> Any:
         return lambda theta: sum(part.sum() for part in jax.tree.leaves(node(theta)))
 
-    x64 = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    try:
-        theta, x = jax.numpy.array([0.3, 0.7]), jax.numpy.array([0.1, 0.2, 0.3, 0.4])
-        cases = [
-            (expval, jax.grad, theta),
-            (probs, jax.jacobian, theta),
-            (both_measured, jax.jacobian, theta),
-            (both_measured, lambda node: jax.grad(summed(node)), theta),
-            (both_measured, lambda node: jax.jacobian(lambda theta: node(theta)[0]), theta),
-            (both_measured, lambda node: jax.jacobian(lambda theta: node(theta)[1]), theta),
-            (expval, lambda node: jax.vmap(jax.grad(node)), jax.numpy.stack([theta, theta + 1])),
-            (expval, jax.vmap, jax.numpy.stack([theta, theta + 1])),
-            (embedded, jax.grad, x),
-            (embedded, jax.vmap, jax.numpy.stack([x, x + 1])),
-        ]
-        for function, transform, argument in cases:
-            expected = transform(qml.QNode(function, qml.device("default.qubit", wires=2)))(argument)
-            node = qml.QNode(function, device.QaaQubit(wires=2))
-            for made in (transform(node), jax.jit(transform(node))):
-                found = made(argument)
-                assert jax.tree.structure(found) == jax.tree.structure(expected)
-                for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
-                    assert a.shape == b.shape
-                    np.testing.assert_allclose(a, b, rtol=0, atol=ATOL)
-    finally:
-        jax.config.update("jax_enable_x64", x64)
+    theta, x = jax.numpy.array([0.3, 0.7]), jax.numpy.array([0.1, 0.2, 0.3, 0.4])
+    cases = [
+        (expval, jax.grad, theta),
+        (probs, jax.jacobian, theta),
+        (both_measured, jax.jacobian, theta),
+        (both_measured, lambda node: jax.grad(summed(node)), theta),
+        (both_measured, lambda node: jax.jacobian(lambda theta: node(theta)[0]), theta),
+        (both_measured, lambda node: jax.jacobian(lambda theta: node(theta)[1]), theta),
+        (expval, lambda node: jax.vmap(jax.grad(node)), jax.numpy.stack([theta, theta + 1])),
+        (expval, jax.vmap, jax.numpy.stack([theta, theta + 1])),
+        (embedded, jax.grad, x),
+        (embedded, jax.vmap, jax.numpy.stack([x, x + 1])),
+    ]
+    for function, transform, argument in cases:
+        expected = transform(qml.QNode(function, qml.device("default.qubit", wires=2)))(argument)
+        node = qml.QNode(function, device.QaaQubit(wires=2))
+        for made in (transform(node), jax.jit(transform(node))):
+            found = made(argument)
+            assert jax.tree.structure(found) == jax.tree.structure(expected)
+            for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+                assert a.shape == b.shape
+                np.testing.assert_allclose(a, b, rtol=0, atol=ATOL)
 
 
-def test_jax_maps_the_cotangent_of_one_measurement_and_not_of_the_other() -> None:
-    jax = pytest.importorskip("jax")
+def test_jax_maps_the_cotangent_of_one_measurement_and_not_of_the_other(jax64: Any) -> None:
+    jax = jax64
 
     def function(theta: Any) -> Any:
         qml.RX(theta[..., 0], 0)
@@ -226,17 +231,12 @@ def test_jax_maps_the_cotangent_of_one_measurement_and_not_of_the_other() -> Non
         qml.RY(theta[..., 1], 1)
         return qml.expval(qml.Z(0)), qml.expval(qml.X(1))
 
-    x64 = jax.config.jax_enable_x64
-    jax.config.update("jax_enable_x64", True)
-    try:
-        theta, weights = jax.numpy.array([[0.3, 0.7], [1.3, 0.2], [-0.4, 2.0]]), jax.numpy.array([1.0, 2.0, 3.0])
-        found = []
-        for dev in (device.QaaQubit(wires=2), qml.device("default.qubit", wires=2)):
-            _, pull = jax.vjp(qml.QNode(function, dev), theta)
-            found.append(jax.vmap(lambda c, pull=pull: pull((c, weights))[0])(jax.numpy.eye(3)))  # type: ignore[misc]
-        np.testing.assert_allclose(found[0], found[1], rtol=0, atol=ATOL)
-    finally:
-        jax.config.update("jax_enable_x64", x64)
+    theta, weights = jax.numpy.array([[0.3, 0.7], [1.3, 0.2], [-0.4, 2.0]]), jax.numpy.array([1.0, 2.0, 3.0])
+    found = []
+    for dev in (device.QaaQubit(wires=2), qml.device("default.qubit", wires=2)):
+        _, pull = jax.vjp(qml.QNode(function, dev), theta)
+        found.append(jax.vmap(lambda c, pull=pull: pull((c, weights))[0])(jax.numpy.eye(3)))  # type: ignore[misc]
+    np.testing.assert_allclose(found[0], found[1], rtol=0, atol=ATOL)
 
 
 def test_second_derivatives_by_shifts() -> None:
