@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -95,6 +96,7 @@ def forward(
     mapped = what.check_theta(theta.shape, x.shape[:-1])
     if theta.dtype.name not in ("float32", "float64"):
         theta = theta.astype(np.float32)
+    theta, x = _varying(theta, x)
     features: jax.Array = _features.bind(theta, x, what=what, threads=_threads(threads), mapped=mapped, shared=False)
     return features
 
@@ -111,18 +113,52 @@ _adjoint = Primitive("qaa_adjoint")
 _adjoint.multiple_results = True
 
 
-def _shape_of_features(theta: Any, x: Any, *_: Any, what: Program, mapped: int, shared: bool, **__: Any) -> ShapedArray:
+def _shape_of_features(theta: Any, x: Any, *_: Any, what: Program, mapped: int, shared: bool, **__: Any) -> Any:
     dtype = x.dtype
     if what.is_complex:
         dtype = np.dtype(np.complex128 if dtype == np.float64 else np.complex64)
-    return ShapedArray((*theta.shape[: mapped * shared], *x.shape[:-1], what.n_outputs), dtype)
+    return jax.ShapeDtypeStruct((*theta.shape[: mapped * shared], *x.shape[:-1], what.n_outputs), dtype)
 
 
 def _shapes_of_adjoint(
     theta: Any, x: Any, grad: Any, *, of: tuple[str, ...], mapped: int, shared: bool, **_: Any
-) -> list[ShapedArray]:
+) -> list[Any]:
     shapes = {"theta": theta.shape, "x": (*theta.shape[: mapped * shared], *x.shape)}
-    return [ShapedArray(shapes[name], a.dtype) for name, a in (("theta", theta), ("x", x)) if name in of]
+    return [jax.ShapeDtypeStruct(shapes[name], a.dtype) for name, a in (("theta", theta), ("x", x)) if name in of]
+
+
+# Inside jax.shard_map an array's type names the axes of devices over which it varies. Operands get their common axes,
+# and results theirs: the transpose of that adds up the gradient of angles that all devices share.
+_AXES = "manual_axis_type" if hasattr(ShapedArray, "manual_axis_type") else "vma"  # before JAX 0.7 neither
+
+
+def _axes(kind: Any) -> frozenset[Any]:
+    axes = getattr(kind, _AXES, None)
+    return frozenset(getattr(axes, "varying", axes) or ())
+
+
+def _typed(result: Any, operand: Any) -> ShapedArray:
+    if not _axes(operand):
+        return ShapedArray(result.shape, result.dtype)
+    sharding = operand.sharding.update(spec=jax.sharding.PartitionSpec(*[None] * len(result.shape)))
+    return ShapedArray(result.shape, result.dtype, sharding=sharding, **{_AXES: getattr(operand, _AXES)})
+
+
+def _type_of_features(theta: Any, x: Any, *rest: Any, **params: Any) -> ShapedArray:
+    return _typed(_shape_of_features(theta, x, *rest, **params), x)
+
+
+def _types_of_adjoint(theta: Any, x: Any, grad: Any, **params: Any) -> list[ShapedArray]:
+    return [_typed(result, x) for result in _shapes_of_adjoint(theta, x, grad, **params)]
+
+
+def _varying(*operands: Any) -> list[Any]:
+    if not hasattr(jax, "typeof"):
+        return list(operands)
+    vary = partial(jax.lax.pcast, to="varying") if hasattr(jax.lax, "pcast") else jax.lax.pvary
+    own = [_axes(jax.typeof(a)) for a in operands]
+    missing = [tuple(frozenset().union(*own) - axes) for axes in own]
+    return [vary(a, axes) if axes else a for a, axes in zip(operands, missing, strict=True)]
 
 
 def _call_forward(theta: Any, x: Any, *, what: Program, threads: int, mapped: int, shared: bool) -> Any:
@@ -265,9 +301,9 @@ def _batch_adjoint(
 for _name, _handler in _core.xla_handlers().items():
     jax.ffi.register_ffi_target(_name, _handler, platform="cpu")
 
-_features.def_abstract_eval(_shape_of_features)
-_tangent.def_abstract_eval(_shape_of_features)
-_adjoint.def_abstract_eval(_shapes_of_adjoint)
+_features.def_abstract_eval(_type_of_features)
+_tangent.def_abstract_eval(_type_of_features)
+_adjoint.def_abstract_eval(_types_of_adjoint)
 _features.def_impl(jax.jit(_features.bind, static_argnames=("what", "threads", "mapped", "shared")))
 _tangent.def_impl(_no_forward_mode)
 _adjoint.def_impl(jax.jit(_adjoint.bind, static_argnames=("what", "threads", "of", "mapped", "shared")))
