@@ -953,6 +953,26 @@ def test_paired_interval_is_that_of_the_normal_approximation_where_that_holds() 
     assert (low, high) == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=0.2 * 1.96 * error)
 
 
+def test_examples_of_one_group_are_one_draw() -> None:
+    """Five examples that are nearly alike count once; counted apart, they give intervals that cover too little."""
+    generator = np.random.default_rng(3)
+    groups, cases = 60, 200
+    numbers = np.repeat(np.arange(groups), 5)
+    generator.shuffle(numbers)
+    hits = {"grouped": 0, "apart": 0}
+    for _ in range(cases):
+        first = (
+            0.2 + generator.normal(0, 1.0, size=groups)[None, numbers] + generator.normal(0, 0.3, size=(1, 5 * groups))
+        )
+        for name, given in (("grouped", numbers), ("apart", None)):
+            _, low, high = metrics.paired_interval(
+                first, np.zeros_like(first), np.ones(5 * groups), given, resamples=400
+            )
+            hits[name] += low <= 0.2 <= high
+    assert 0.90 < hits["grouped"] / cases <= 0.99
+    assert hits["apart"] / cases < 0.75
+
+
 def test_three_seeds_have_the_intervals_of_their_few_resamples() -> None:
     """With seeds -1, 0, 1 a resampled mean is -1 with probability 1/27, so that the 2.5 % point is -1, stretched."""
     first = np.array([[-1.0], [0.0], [1.0]]) * np.ones((3, 5))

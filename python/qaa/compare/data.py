@@ -50,6 +50,18 @@ class Splits:
         """All examples: training, then validation, then test."""
         return self.train + self.validation + self.test
 
+    def test_groups(self) -> list[int]:
+        """A number for each test example, the same for examples of one group.
+
+        Example:
+            >>> test = (Example("a", "b", group="g"), Example("c", "d"), Example("e", "f", group="g"))
+            >>> Splits((), (), test).test_groups()
+            [0, 1, 0]
+        """
+        numbers: dict[Any, int] = {}
+        keys = [at if example.group is None else example.group for at, example in enumerate(self.test)]
+        return [numbers.setdefault(key, len(numbers)) for key in keys]
+
 
 def read_examples(path: str | Path) -> list[Example]:
     """Examples from a JSON list, a JSON-lines file, or a folder of WordNet's data files (:func:`wordnet_examples`).

@@ -100,16 +100,22 @@ def text_scores(answers: Sequence[str], references: Sequence[str], encoder: str 
 
 
 def paired_interval(
-    first: Sequence[Sequence[float]], second: Sequence[Sequence[float]], tokens: Sequence[int], resamples: int = 4000
+    first: Sequence[Sequence[float]],
+    second: Sequence[Sequence[float]],
+    tokens: Sequence[int],
+    groups: Sequence[int] | None = None,
+    resamples: int = 10_000,
 ) -> tuple[float, float, float]:
-    """Loss of ``first`` minus loss of ``second``, with a 95 % interval over seeds and test examples.
+    """Loss of ``first`` minus loss of ``second``, with a 95 % interval over seeds and groups of test examples.
 
     ``first`` and ``second`` hold for each seed the summed losses of every example, shape (seeds, examples); one seed
-    stands for all of a row without randomness. ``tokens`` are the answers' lengths, shape (examples,). Each resample
-    draws seeds and then examples, both with replacement, and subtracts the rows under the same seeds and the same
-    examples (percentile bootstrap over both factors; Owen 2007, The pigeonhole bootstrap). The deviations of the
-    seeds from their mean are first stretched by ``sqrt(S / (S - 1))``, because resampled means of S seeds vary too
-    little by that factor. With one seed the interval covers the choice of examples only.
+    stands for all of a row without randomness. ``tokens`` are the answers' lengths, shape (examples,). Examples with
+    the same number in ``groups``, shape (examples,), such as turns of one conversation, are alike and count as one
+    draw; by default each is a group of its own. Each resample draws seeds and then groups, both with replacement, and
+    subtracts the rows under the same seeds and the same groups (percentile bootstrap over both factors; Owen 2007, The
+    pigeonhole bootstrap). The deviations of the seeds from their mean are first stretched by ``sqrt(S / (S - 1))``,
+    because resampled means of S seeds vary too little by that factor. With one seed the interval covers the choice of
+    examples only.
 
     Raises:
         ValueError: the rows have different numbers of seeds (above one) or of examples.
@@ -120,15 +126,19 @@ def paired_interval(
         >>> mean, low, high = paired_interval([[2.0, 2.0], [0.0, 0.0]], [[0.0, 0.0]], [1, 1])
         >>> mean, round(low, 3), round(high, 3)
         (1.0, -0.414, 2.414)
+        >>> paired_interval([[0.0, 2.0]], [[0.0, 0.0]], [1, 1], groups=[7, 7])  # one group: nothing to draw from
+        (1.0, 1.0, 1.0)
     """
     difference = np.asarray(first, dtype=float) - np.asarray(second, dtype=float)  # (seeds, examples)
-    weight = np.asarray(tokens, dtype=float)
-    seeds, examples = difference.shape
+    names = np.arange(difference.shape[1]) if groups is None else np.asarray(groups)
+    member = (np.unique(names)[:, None] == names).astype(float)  # (groups, examples)
+    difference, weight = difference @ member.T, member @ np.asarray(tokens, dtype=float)
+    seeds, n_groups = difference.shape
     centre = difference.mean(axis=0)
     stretched = centre + (difference - centre) * (seeds / (seeds - 1)) ** 0.5 if seeds > 1 else difference
     generator = np.random.default_rng(0)
     drawn_seeds = generator.multinomial(seeds, np.full(seeds, 1 / seeds), size=resamples) / seeds
-    drawn = generator.multinomial(examples, np.full(examples, 1 / examples), size=resamples)
+    drawn = generator.multinomial(n_groups, np.full(n_groups, 1 / n_groups), size=resamples)
     means = ((drawn_seeds @ stretched) * drawn).sum(axis=1) / (drawn @ weight)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(centre.sum() / weight.sum()), float(low), float(high)

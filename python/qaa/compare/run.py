@@ -317,6 +317,7 @@ def _prepare(chosen: Settings, found: dict[str, sources.Source], cache: Path, ou
         "examples_available": len(examples),
         "test": [(example.prompt, example.response) for example in splits.test],
         "test_counts": [len(example.response_ids) for example in splits.test],
+        "test_groups": splits.test_groups(),
         "hidden_path": str(work / "hidden.npy") if storable else None,
         "stored_states": False,
         "stored_states_seconds": 0.0,
@@ -462,7 +463,7 @@ def _summary(
         "machine": machine,
         "protocol": {key: value for key, value in facts.items() if key not in ("test", "hidden_path")},
         "references": _references(chosen),
-        "differences": _differences(results, _references(chosen)),
+        "differences": _differences(results, _references(chosen), facts["test_groups"]),
         "methods": methods,
         "samples": _samples(chosen, facts, results) if chosen.generate else [],
     }
@@ -548,23 +549,22 @@ def _references(chosen: Settings) -> list[str]:
     return [name for name in wanted if name in (*chosen.methods, UNTOUCHED)]
 
 
-def _differences(results: dict[tuple[str, int], dict[str, Any]], references: Sequence[str]) -> list[dict[str, Any]]:
-    """Test-loss differences of every row to each reference with 95 % intervals over seeds and examples."""
+def _differences(
+    results: dict[tuple[str, int], dict[str, Any]], references: Sequence[str], groups: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Test-loss differences of every row to each reference with 95 % intervals over seeds and groups of examples."""
     from .metrics import paired_interval
 
     sums: dict[str, list[list[float]]] = {}
     for (name, _), result in results.items():
         sums.setdefault(name, []).append(result["test_sums"])
     tokens = results[UNTOUCHED, 0]["test_counts"]
-    return [
-        {
-            "method": name,
-            "reference": reference,
-            **dict(
-                zip(("difference", "low", "high"), paired_interval(sums[name], sums[reference], tokens), strict=True)
-            ),
-        }
-        for reference in references
-        for name in sums
-        if name not in (reference, UNTOUCHED)
-    ]
+    found = []
+    for reference in references:
+        for name in sums:
+            if name not in (reference, UNTOUCHED):
+                difference, low, high = paired_interval(sums[name], sums[reference], tokens, groups)
+                found.append(
+                    {"method": name, "reference": reference, "difference": difference, "low": low, "high": high}
+                )
+    return found
