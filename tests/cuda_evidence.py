@@ -1,12 +1,13 @@
 """What compiled CUDA kernels tell without a GPU: registers, spills, occupancy and instructions.
 
-``python tests/cuda_evidence.py`` (``make cuda-evidence``) writes ``tests/cuda/resources.json``; ``test_cuda_static``
-compares. Kernels become PTX once and machine code for each architecture. To ptxas spills, local memory and double
-arithmetic in float kernels are errors.
+``python tests/cuda_evidence.py`` (``make cuda-evidence``) writes ``tests/cuda/resources.json``, for the sources whose digest
+it notes; ``test_cuda_static`` holds that digest to today's sources and one architecture to the table. Kernels become PTX
+once and machine code for each architecture. To ptxas spills, local memory and double arithmetic in float kernels are errors.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -26,6 +27,28 @@ SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_120": 99}
 WIRES = (4, 8, 9, 10, 11, 12, 13, 14)
 
 Resources = dict[str, dict[str, int]]  # of each kernel
+
+#: what tests/cuda/instances.cu is made of
+SOURCES = (
+    "tests/cuda/instances.cu",
+    *(f"csrc/{name}" for name in ("basic.h", "cuda/kernels.cuh", "cuda/layout.h", "cuda/portable.cuh")),
+)
+
+
+def digest() -> str:
+    """Changes with every source of the kernels."""
+    return hashlib.sha256(b"".join((cuda_tools.ROOT / name).read_bytes() for name in SOURCES)).hexdigest()
+
+
+def included() -> set[str]:
+    """The files of this repository that the preprocessor reads."""
+    nvcc = find("nvcc")
+    assert nvcc is not None
+    options = [f"-I{cuda_tools.ROOT / 'csrc'}", "-DQAA_NUMBER=float", "-std=c++20"]
+    words = _checked(nvcc, "-M", *options, cuda_tools.ROOT / SOURCES[0]).split()
+    ours = (Path(word).resolve() for word in words if Path(word).is_file())
+    folders = [cuda_tools.ROOT / name for name in ("csrc", "tests")]
+    return {str(f.relative_to(cuda_tools.ROOT)) for f in ours if any(f.is_relative_to(folder) for folder in folders)}
 
 
 @cache
@@ -100,6 +123,20 @@ def instructions(cubin: Path) -> dict[str, list[str]]:
     return kernels
 
 
+def check_instructions(cubin: Path) -> None:
+    """No double arithmetic, no local memory, rows in 16-byte loads and stores, barriers where a block has one state."""
+    kernels = instructions(cubin)
+    assert len(kernels) == 8
+    for name, opcodes in kernels.items():
+        assert len(opcodes) > 500, f"{name}: too short to be the kernel"
+        forbidden = [o for o in opcodes if re.match(r"(DADD|DMUL|DFMA|DMMA|DSETP|LDL|STL)\b|.*\.F64", o)]
+        assert not forbidden, f"{name} in {cubin.name} has {sorted(set(forbidden))}"
+        wide = [sum(opcode.startswith(f"{kind}.E.128") for opcode in opcodes) for kind in ("LDG", "STG")]
+        assert min(wide) >= 3, f"{name} in {cubin.name}: (LDG.E.128, STG.E.128) = {wide}, one for each dtype of a row"
+        if "<float, false" in name:
+            assert any(opcode.startswith("BAR.SYNC") for opcode in opcodes), name
+
+
 # ------------------------------------------------------------------------------------------------- occupancy
 
 
@@ -150,9 +187,16 @@ def main() -> None:
     with TemporaryDirectory() as name:
         folder = Path(name)
         ptx = {number: compile_ptx(number, folder) for number in ("float", "double")}
-        resources = {f"{arch} {number}": assemble(ptx[number], arch)[1] for arch, number in CASES}
+        code = {f"{arch} {number}": assemble(ptx[number], arch) for arch, number in CASES}
+        for arch in ARCHITECTURES:
+            check_instructions(code[f"{arch} float"][0])
+        resources = {case: found for case, (_, found) in code.items()}
         library = cuda_tools.link_kernels(cuda_tools.compile_hosts(folder), folder)
-        table = {"resources": resources, "occupancy": occupancies(launches(library), resources, folder)}
+        table = {
+            "digest": digest(),
+            "resources": resources,
+            "occupancy": occupancies(launches(library), resources, folder),
+        }
     TABLE.write_text(json.dumps(table, indent=1) + "\n")
     print(f"wrote {TABLE}")
 

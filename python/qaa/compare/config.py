@@ -30,12 +30,12 @@ METHOD_NAMES = (
 BUDGETS: dict[str, dict[str, Any]] = {
     # A few minutes: shows that everything works, not which method is better.
     "smoke": {
-        "train_examples": 48,
-        "validation_examples": 12,
-        "test_examples": 12,
+        "train_examples": 32,
+        "validation_examples": 8,
+        "test_examples": 8,
         "max_tokens": 96,
-        "max_new_tokens": 20,
-        "steps": 10,
+        "max_new_tokens": 16,
+        "steps": 8,
         "tuning_steps": 2,
         "evaluations": 2,
         "layers": 4,
