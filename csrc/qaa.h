@@ -17,7 +17,8 @@
 // overlap, nor may an output overlap an input unless it is said below. `threads` is the most that work on a
 // call, the caller's included, at least 1. The others are those of the process's OpenMP where it has a runtime, whose threads then all
 // wake up, and of one pool of the core otherwise and in a child after fork(); a call that finds them busy works alone.
-// Results are the same bits for any number of threads.
+// Results are the same bits for any number of threads. While a call runs, its threads compute by IEEE's rules, subnormal
+// numbers included, whatever they were set to (flush to zero, another rounding); the setting is back afterwards.
 //
 // No function here knows of Python or of any framework.
 #pragma once

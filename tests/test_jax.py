@@ -88,6 +88,11 @@ def energy(theta: Any, x: Any, readout: Any = "z") -> Any:
     return jnp.sum(jnp.real(weights * features) ** 2)
 
 
+def test_subnormal_rows_count_on_xlas_threads_which_take_them_for_zero() -> None:
+    x = X.astype(np.float32) * np.float32(1e-39)
+    np.testing.assert_array_equal(jax.jit(partial(forward, CIRCUIT))(THETA, x), qaa.arrays.forward(CIRCUIT, THETA, x))
+
+
 @pytest.mark.parametrize("readout", ["z", "state[:3]"])
 def test_gradients_agree_with_finite_differences(readout: str) -> None:
     from jax.test_util import check_grads
