@@ -56,9 +56,11 @@ QAA_API void forward(const ForwardCall& call);
 //   grad_x[r]     = dE/dx[r], overwritten: the shape of x, and as many rows as the features where groups share x; left
 //                   out if grad_x.data is null
 //   grad          (batch, plan.n_columns())
-// Scalars: as for features. The memory that it needs grows neither with the batch nor with the number of gates. A zero
-// row has zero gradients where rows are normalized. A row with NaN or infinity makes grad_theta NaN, and no other row
-// of grad_x.
+// Scalars: as for features. The memory that it needs does not grow with the batch. It does with the circuit: by up to 64
+// sums for each angle of a gate, and by a few tables of 2^n_wires numbers for each diagonal stage of the plan, which
+// forward makes as well.
+// A zero row has zero gradients where rows are normalized. A row with NaN or infinity makes grad_theta NaN, and no
+// other row of grad_x.
 // For `state` without normalization, which is linear in x, x.data may be null: grad_x does not depend on it, and
 // grad_theta is what it is for zeros.
 // Throws as forward does.
