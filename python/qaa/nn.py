@@ -330,6 +330,7 @@ class Adapter:
     ) -> Tensor:
         """:meth:`features`, behind which there may be zeros, for the products that follow; M is ``mix diag(gain)``."""
         if self.is_linear:
+            ops._check_together(theta, "x", x)  # torch multiplies the CPU's tensors by those on meta
             return F.linear(x, *self._affine(theta, whitening, mix, gain, ops._autocast_dtype(x) or x.dtype))
         return self._mixed(self._quadratic(theta, x, whitening), mix, gain)
 
@@ -352,7 +353,10 @@ class Adapter:
 
     @staticmethod
     def _mixed(features: Tensor, mix: Tensor | None, gain: Tensor | None) -> Tensor:
-        return features if mix is None else F.linear(features, ops._scaled(mix, gain, features.dtype))
+        if mix is None:
+            return features
+        ops._check_one_device(mix=mix, features=features)  # see _features
+        return F.linear(features, ops._scaled(mix, gain, features.dtype))
 
     def delta(
         self,
