@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import re
 import subprocess
@@ -351,6 +352,14 @@ def test_a_program_prints_as_text_that_parses_back(data: st.DataObject, circuit:
     """The text by which torch's ops name what they compute, whatever the circuit and the readout."""
     described = program(circuit, data.draw(readouts(circuit.n_wires)), normalize)
     assert Program.parse(str(described)) == described
+
+
+def test_a_program_can_be_copied_and_pickled_after_its_first_use() -> None:
+    described = program(CIRCUIT, "z", True)
+    assert described.plan is described.plan
+    for twin in (copy.deepcopy(described), copy.copy(described), pickle.loads(pickle.dumps(described))):
+        assert twin == described and str(twin) == str(described)
+        assert str(twin.plan) == str(described.plan)
 
 
 def test_a_rewrite_that_does_not_exist_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1129,7 +1129,7 @@ def test_a_projection_is_of_meta_tensors_or_of_real_ones(dtype: Any) -> None:
                 torch.ops.qaa.project(**mixed, scale=1.0)
     for name in ("features", "up"):
         mixed = {"grad": real["base"], "features": real["features"], "up": real["up"], name: on_meta[name]}
-        with pytest.raises(ValueError, match="expected grad, features and up on one device, received cpu, .*meta"):
+        with pytest.raises(ValueError, match=r"expected grad, features and up on one device, received cpu, .*meta"):
             torch.ops.qaa.project_backward(**mixed, with_bias=False, scale=1.0)
     theta, x, text = angles(CIRCUIT, torch.float32), vectors(5, 6, dtype=dtype), str(ops.program(CIRCUIT, "z", True))
     with pytest.raises(ValueError, match="expected theta, x and grad on one device, received meta, cpu, cpu"):

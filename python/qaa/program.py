@@ -26,6 +26,9 @@ class Program:
     readout: Readout
     normalize: bool
 
+    def __reduce__(self) -> tuple[type[Program], tuple[Circuit, Readout, bool]]:
+        return Program, (self.circuit, self.readout, self.normalize)  # the plan is made again
+
     def __str__(self) -> str:
         return self._text
 
