@@ -37,17 +37,11 @@ class Program:
         return f"{self.circuit} | {self.readout} | {'normalize' if self.normalize else 'as is'}"
 
     @staticmethod
-    @lru_cache(maxsize=1024)
     def parse(text: str) -> Program:
         """The program whose ``str`` is ``text``."""
-        parts = text.split(" | ")
-        if len(parts) != 3 or parts[2] not in ("normalize", "as is"):
-            raise ValueError(f"expected 'CIRCUIT | READOUT | normalize' or '... | as is', received {text[:80]!r}")
-        circuit = Circuit.parse(parts[0])
-        readout: str | list[str] = parts[1]
-        if "[" not in parts[1]:
-            readout = parts[1].split(",")
-        return Program(circuit, Readout.parse(readout, circuit.n_wires), parts[2] == "normalize")
+        if not isinstance(text, str):
+            raise TypeError(f"expected a program as a str, received {type(text).__name__}")
+        return _parsed(text)
 
     @property
     def n_outputs(self) -> int:
@@ -104,6 +98,20 @@ def program(circuit: Circuit, readout: str | Sequence[str] | Readout, normalize:
 @lru_cache(maxsize=1024)
 def _program(circuit: Circuit, readout: str | Readout, normalize: bool) -> Program:
     return Program(circuit, Readout.parse(readout, circuit.n_wires), normalize)
+
+
+@lru_cache(maxsize=1024)
+def _parsed(text: str) -> Program:
+    parts = text.split(" | ")
+    if len(parts) != 3 or parts[2] not in ("normalize", "as is"):
+        raise ValueError(f"expected 'CIRCUIT | READOUT | normalize' or '... | as is', received {text[:80]!r}")
+    circuit = Circuit.parse(parts[0])
+    readout: str | list[str] = parts[1]
+    if "[" not in parts[1]:
+        readout = parts[1].split(",")
+    elif "/" in parts[1]:  # of a circuit that is known, a part has been counted
+        raise ValueError(f"expected a readout 'probs[:K]' or 'state[:K]', received {parts[1][:80]!r}")
+    return Program(circuit, Readout.parse(readout, circuit.n_wires), parts[2] == "normalize")
 
 
 @lru_cache(maxsize=1024)
