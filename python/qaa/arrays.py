@@ -146,6 +146,8 @@ def real_array(what: str, value: ArrayLike) -> NDArray[Any]:
 
 
 def _array(what: str, value: ArrayLike) -> NDArray[Any]:
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"expected {what} as an array without a mask, received a masked array")
     try:
         return np.asarray(value)
     except ValueError:
