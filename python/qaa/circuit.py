@@ -405,6 +405,9 @@ class Readout:
     def __post_init__(self) -> None:
         if isinstance(self.paulis, list):
             object.__setattr__(self, "paulis", tuple(self.paulis))
+        if isinstance(self.n_outputs, bool) or not hasattr(self.n_outputs, "__index__"):
+            raise ValueError(f"expected n_outputs to be an integer, received {shown(self.n_outputs)}")
+        object.__setattr__(self, "n_outputs", operator.index(self.n_outputs))
 
     @staticmethod
     def parse(readout: str | Sequence[str] | Readout, n_wires: int) -> Readout:
@@ -459,7 +462,7 @@ def _check_readout(readout: Readout, n_wires: int) -> None:
         for pauli in readout.paulis:
             if not isinstance(pauli, str) or len(pauli) != n_wires or set(pauli) - set("IXYZ"):
                 raise ValueError(f"expected Pauli strings of {n_wires} letters from I, X, Y, Z, received {pauli!r}")
-    elif not isinstance(readout.n_outputs, int) or not 1 <= readout.n_outputs <= 2**n_wires:
+    elif not 1 <= readout.n_outputs <= 2**n_wires:
         raise ValueError(
             f"expected between 1 and {2**n_wires} outputs for readout {readout.kind!r} on {n_wires} wires, "
             f"received {readout.n_outputs}"

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from qaa import ops
 from qaa.circuit import MAX_WIRES, Circuit, Readout, ansatz, check_circuit, check_count, is_number, shown
 from qaa.noise import NoiseModel, check_noise
+from qaa.program import program
 from qaa.shots import check_shots
 
 #: name -> half-width of the uniform distribution (radians) that the angles are drawn from
@@ -604,6 +605,7 @@ class QuantumLayer(nn.Module):
         result ``(..., K)`` in x's dtype, complex for ``"state"``.
 
     Raises:
+        TypeError: normalize is no bool, or circuit or readout of another type.
         ValueError: the readout does not fit the circuit, or x is wider than ``2**n_wires``.
 
     Example:
@@ -625,10 +627,8 @@ class QuantumLayer(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        check_circuit(circuit)
-        self.circuit = circuit
-        self.readout = Readout.parse(readout, circuit.n_wires)
-        check_flag("normalize", normalize)
+        what = program(circuit, readout, normalize)
+        self.circuit, self.readout, self.normalize = circuit, what.readout, what.normalize
         ops._check_estimates(shots, noise, trajectories, generator)
         if shots is not None:
             check_shots(shots)
@@ -636,7 +636,6 @@ class QuantumLayer(nn.Module):
             check_noise(noise, trajectories)
         if self.readout.kind == "state" and (shots is not None or noise is not None):
             raise ValueError(f"expected Pauli strings or 'probs' with shots or noise, received {str(self.readout)!r}")
-        self.normalize = normalize
         self.shots, self.noise, self.trajectories, self.generator = shots, noise, trajectories, generator
         self.theta = nn.Parameter(torch.empty(circuit.parameter_shape))
         self.reset_parameters()

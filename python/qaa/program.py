@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
+import numpy as np
+
 from qaa import _core
 from qaa.circuit import Circuit, Readout, check_circuit
 
@@ -89,14 +91,11 @@ def program(circuit: Circuit, readout: str | Sequence[str] | Readout, normalize:
     """The program of a circuit, a readout in any accepted form, and a normalization."""
     check_circuit(circuit)
     if not isinstance(normalize, bool):
-        raise TypeError(f"expected normalize to be a bool, received {type(normalize).__name__}")
+        if not isinstance(normalize, np.bool_):
+            raise TypeError(f"expected normalize to be a bool, received {type(normalize).__name__}")
+        normalize = bool(normalize)
     if isinstance(readout, (str, Readout)):
         return _program(circuit, readout, normalize)
-    return Program(circuit, Readout.parse(readout, circuit.n_wires), normalize)
-
-
-@lru_cache(maxsize=1024)
-def _program(circuit: Circuit, readout: str | Readout, normalize: bool) -> Program:
     return Program(circuit, Readout.parse(readout, circuit.n_wires), normalize)
 
 
@@ -112,6 +111,11 @@ def _parsed(text: str) -> Program:
     elif "/" in parts[1]:  # of a circuit that is known, a part has been counted
         raise ValueError(f"expected a readout 'probs[:K]' or 'state[:K]', received {parts[1][:80]!r}")
     return Program(circuit, Readout.parse(readout, circuit.n_wires), parts[2] == "normalize")
+
+
+@lru_cache(maxsize=1024)
+def _program(circuit: Circuit, readout: str | Readout, normalize: bool) -> Program:
+    return Program(circuit, Readout.parse(readout, circuit.n_wires), normalize)
 
 
 @lru_cache(maxsize=1024)
