@@ -66,8 +66,8 @@ def forward(
         seed: a seed or a NumPy generator; the same seed gives the same estimates.
 
     Returns:
-        Shape ``(batch, n_outputs)`` in the dtype of ``x``. A zero row has features 0; a row with NaN or infinity, or one
-        whose angles are so, NaN.
+        Shape ``(batch, n_outputs)`` in the dtype of ``x``. A zero row has features 0, and NaN or infinity in
+        a row or in the angles makes NaN.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype or range, or the readout is ``"state"``.
