@@ -333,6 +333,7 @@ void forward(const ForwardCall& call) {
   check_threads(call.threads);
   check_angles(call.plan.n_parameters, call.theta, "theta");
   if (call.x.rows == 0) return;
+  const DefaultArithmetic here;
   call.x.scalar == Scalar::float64 ? run_as<double>(call) : run_as<float>(call);
 }
 
@@ -345,6 +346,7 @@ void backward(const BackwardCall& call) {
     std::fill_n(call.grad_theta, call.groups * std::int64_t{call.plan.n_parameters}, 0.0);
     return;
   }
+  const DefaultArithmetic here;
   call.x.scalar == Scalar::float64 ? run_as<double>(call) : run_as<float>(call);
 }
 
@@ -376,6 +378,7 @@ void project(const ProjectCall& call) {
   check(call.out, "out", call.features.rows, call.up.rows, same);
   if (call.bias.data != nullptr) check(call.bias, "bias", 1, call.up.rows, same);
   if (call.features.rows == 0) return;
+  const DefaultArithmetic here;
   same.scalar == Scalar::float64 ? project_as<double>(call) : project_as<float>(call);
 }
 
@@ -386,6 +389,7 @@ void project_backward(const ProjectBackwardCall& call) {
   check(call.grad_features, "grad_features", call.features.rows, call.up.columns, same);
   check(call.grad_up, "grad_up", call.up.rows, call.up.columns, same);
   if (call.grad_bias.data != nullptr) check(call.grad_bias, "grad_bias", 1, call.up.rows, same);
+  const DefaultArithmetic here;
   same.scalar == Scalar::float64 ? project_backward_as<double>(call) : project_backward_as<float>(call);
 }
 

@@ -207,6 +207,7 @@ void forward(const NoisyCall& call) {
   check(call.x, "x", call.x.rows, call.x.columns, same);
   check(call.features, "features", call.x.rows, plan.n_outputs, same);
   if (call.errors.data != nullptr) check(call.errors, "errors", call.x.rows, plan.n_outputs, same);
+  const DefaultArithmetic here;
   call.x.scalar == Scalar::float64 ? forward_as<double>(call) : forward_as<float>(call);
 }
 

@@ -17,7 +17,8 @@
 // overlap, nor may an output overlap an input unless it is said below. `threads` is the most that work on a
 // call, the caller's included, at least 1. The others are those of the process's OpenMP where it has a runtime, whose threads then all
 // wake up, and of one pool of the core otherwise and in a child after fork(); a call that finds them busy works alone.
-// Results are the same bits for any number of threads.
+// Results are the same bits for any number of threads. While a call runs, its threads compute by IEEE's rules, subnormal
+// numbers included, whatever they were set to (flush to zero, another rounding); the setting is back afterwards.
 //
 // No function here knows of Python or of any framework.
 #pragma once
@@ -55,9 +56,11 @@ QAA_API void forward(const ForwardCall& call);
 //   grad_x[r]     = dE/dx[r], overwritten: the shape of x, and as many rows as the features where groups share x; left
 //                   out if grad_x.data is null
 //   grad          (batch, plan.n_columns())
-// Scalars: as for features. The memory that it needs grows neither with the batch nor with the number of gates. A zero
-// row has zero gradients where rows are normalized. A row with NaN or infinity makes grad_theta NaN, and no other row
-// of grad_x.
+// Scalars: as for features. The memory that it needs does not grow with the batch. It does with the circuit: by up to 64
+// sums for each angle of a gate, and by a few tables of 2^n_wires numbers for each diagonal stage of the plan, which
+// forward makes as well.
+// A zero row has zero gradients where rows are normalized. A row with NaN or infinity makes grad_theta NaN, and no
+// other row of grad_x.
 // For `state` without normalization, which is linear in x, x.data may be null: grad_x does not depend on it, and
 // grad_theta is what it is for zeros.
 // Throws as forward does.

@@ -16,8 +16,31 @@
 #include <sys/stat.h>
 #endif
 
+#if defined(__SSE__)
+#include <xmmintrin.h>
+#endif
+
 namespace qaa {
 namespace {
+
+// The register that controls rounding, subnormal numbers and exceptions, and its default value.
+#if defined(__SSE__)
+constexpr std::uint64_t default_control = 0x1F80;  // MXCSR, all exceptions masked
+std::uint64_t control() { return _mm_getcsr(); }
+void set_control(std::uint64_t value) { _mm_setcsr(unsigned(value)); }
+#elif defined(__aarch64__)
+constexpr std::uint64_t default_control = 0;  // FPCR
+std::uint64_t control() {
+  std::uint64_t value;
+  asm volatile("mrs %0, fpcr" : "=r"(value));
+  return value;
+}
+void set_control(std::uint64_t value) { asm volatile("msr fpcr, %0" : : "r"(value)); }
+#else
+constexpr std::uint64_t default_control = 0;
+std::uint64_t control() { return default_control; }
+void set_control(std::uint64_t) {}
+#endif
 
 // One parallel loop: whoever comes takes the next task.
 struct Loop {
@@ -28,6 +51,7 @@ struct Loop {
   std::exception_ptr failure;
 
   void work() {
+    const DefaultArithmetic here;
     for (int t; (t = next.fetch_add(1)) < n_tasks;) {
       try {
         task(t);
@@ -161,6 +185,10 @@ Pool*& pool() {
 [[maybe_unused]] const Pool* const made_when_loaded = pool();
 
 }  // namespace
+
+// Not inline, so that no arithmetic is moved across.
+DefaultArithmetic::DefaultArithmetic() : before_(control()) { set_control(default_control); }
+DefaultArithmetic::~DefaultArithmetic() { set_control(before_); }
 
 void parallel_for(int n_tasks, int threads, const std::function<void(int)>& task) {
   Loop loop{task, n_tasks, {}, {}, {}};

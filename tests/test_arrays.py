@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 import re
 import subprocess
@@ -351,6 +352,23 @@ def test_a_program_prints_as_text_that_parses_back(data: st.DataObject, circuit:
     """The text by which torch's ops name what they compute, whatever the circuit and the readout."""
     described = program(circuit, data.draw(readouts(circuit.n_wires)), normalize)
     assert Program.parse(str(described)) == described
+
+
+def test_numpys_own_bools_and_integers_are_taken() -> None:
+    described = program(CIRCUIT, Readout("probs", np.int64(3)), np.True_)  # type: ignore[arg-type]
+    assert described == program(CIRCUIT, "probs[:3]", True)
+    assert type(described.normalize) is bool and type(described.readout.n_outputs) is int
+    theta = np.zeros(CIRCUIT.parameter_shape)
+    value = arrays.forward(CIRCUIT, theta, np.ones((1, 4)), normalize=np.False_)
+    np.testing.assert_array_equal(value, arrays.forward(CIRCUIT, theta, np.ones((1, 4)), normalize=False))
+
+
+def test_a_program_can_be_copied_and_pickled_after_its_first_use() -> None:
+    described = program(CIRCUIT, "z", True)
+    assert described.plan is described.plan
+    for twin in (copy.deepcopy(described), copy.copy(described), pickle.loads(pickle.dumps(described))):
+        assert twin == described and str(twin) == str(described)
+        assert str(twin.plan) == str(described.plan)
 
 
 def test_a_rewrite_that_does_not_exist_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,8 @@ import pytest
 import oracle
 import qaa
 from qaa.cli import cmake_dir
-from qaa.program import program
+from qaa.program import Program, program
+from strategies import random_circuit
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "cpp"
 
@@ -100,6 +101,61 @@ def test_empty_plans_and_no_threads_are_refused(tmp_path: Path) -> None:
     assert lines[5:9] == [f"expected threads of at least 1, received {received}" for received in (0, -3, 0, 0)]
     # nothing was written; then <Z> of the second wire of (1, 2, 3, 4), which H on the first leaves as it is
     assert lines[9:] == ["9", f"{(1 + 9 - 4 - 16) / 30:.4f}"]
+
+
+READER = """
+#include <cstdio>
+#include <iostream>
+#include <stdexcept>
+#include <string>
+
+#include <qaa/qaa.h>
+
+int main() {
+  for (std::string text; std::getline(std::cin, text, '\\0');) {
+    try {
+      qaa::compile(text);
+      std::puts("taken");
+    } catch (const std::invalid_argument& error) {
+      std::puts("refused");
+    }
+  }
+}
+"""
+
+
+def mutated(rng: np.random.Generator, text: str) -> str:
+    """One to three characters or words of a program's text replaced, taken out or put in."""
+    parts = list(text) if rng.integers(2) else re.findall(r" +|[^ ;]+|;", text)
+    for _ in range(rng.integers(1, 4)):
+        at, count = int(rng.integers(len(parts))), int(rng.integers(2))
+        new = ["", *" ;x|tT+-_01293[]:,/\t\u00a0\uff11\u00b2", *parts][rng.integers(len(parts) + 22)]
+        parts[at : at + count] = [new]
+    return "".join(parts)
+
+
+def is_program(text: str) -> bool:
+    try:
+        Program.parse(text)
+    except ValueError as error:
+        assert re.fullmatch("expected .+, received .+", str(error))
+        return False
+    return True
+
+
+def test_both_parsers_take_and_refuse_the_same_texts(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    circuits = [random_circuit(rng, n_wires=1 + i % 4, n_gates=i % 6) for i in range(30)]
+    known = [str(program(c, ("z", "probs[:2]", "state")[i % 3], i % 2 > 0)) for i, c in enumerate(circuits)]
+    texts = [*known, *(mutated(rng, known[i % 30]) for i in range(6000))]
+    (tmp_path / "reader.cpp").write_text(READER)
+    library, reader = Path(cmake_dir()).parents[1], tmp_path / "reader"
+    options = [f"-I{library.parent / 'include'}", f"-L{library}", "-lqaa", f"-Wl,-rpath,{library}", "-o", reader]
+    run(os.environ.get("CXX", "c++"), "-std=c++20", tmp_path / "reader.cpp", *options)
+    result = subprocess.run([reader], input="\0".join(texts).encode(), capture_output=True, check=True)
+    answers = [line == b"taken" for line in result.stdout.splitlines()]
+    assert all(answers[: len(known)]) and 330 < sum(answers) < 3000
+    assert [text for text, taken in zip(texts, answers, strict=True) if is_program(text) != taken] == []
 
 
 def numbers_after(label: str, text: str) -> np.ndarray:

@@ -88,6 +88,11 @@ def energy(theta: Any, x: Any, readout: Any = "z") -> Any:
     return jnp.sum(jnp.real(weights * features) ** 2)
 
 
+def test_subnormal_rows_count_on_xlas_threads_which_take_them_for_zero() -> None:
+    x = X.astype(np.float32) * np.float32(1e-39)
+    np.testing.assert_array_equal(jax.jit(partial(forward, CIRCUIT))(THETA, x), qaa.arrays.forward(CIRCUIT, THETA, x))
+
+
 @pytest.mark.parametrize("readout", ["z", "state[:3]"])
 def test_gradients_agree_with_finite_differences(readout: str) -> None:
     from jax.test_util import check_grads
@@ -284,6 +289,53 @@ np.save({str(tmp_path / "out.npy")!r}, function.call(arrays["theta"], arrays["x"
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
     np.testing.assert_array_equal(np.load(tmp_path / "out.npy"), jax.grad(energy)(THETA, X))
+
+
+SHARDED = """
+import jax
+jax.config.update("jax_num_cpu_devices", 2)
+import jax.numpy as jnp, numpy as np, qaa, qaa.jax
+from functools import partial
+from jax.sharding import Mesh, PartitionSpec as P
+
+circuit = qaa.ansatz("ring", 4)
+theta, x = jnp.full(circuit.parameter_shape, 0.3), jax.random.normal(jax.random.key(0), (8, 12))
+assert len(jax.devices()) == 2
+shared = partial(jax.shard_map, mesh=Mesh(np.array(jax.devices()), ("d",)), in_specs=(P(), P("d")))
+
+def refused(function, arguments):
+    try:
+        jax.jit(function)(*arguments)
+    except ValueError as error:
+        return "out_specs" in str(error)
+
+for readout in ("z", "state[:3]"):
+    def loss(theta, x):
+        return (jnp.abs(qaa.jax.forward(circuit, theta, x, readout)) ** 3).sum()
+
+    def by_rows(theta, x):
+        return jax.vmap(lambda row: loss(theta, row))(x).sum()
+
+    for function in (loss, by_rows):
+        gradients = jax.grad(function, (0, 1))
+        total = shared(lambda t, v: jax.lax.psum(function(t, v), "d"), out_specs=P())
+        wanted = gradients(theta, x)
+        inside = jax.jit(shared(gradients, out_specs=(P(), P("d"))))(theta, x)
+        outside = jax.grad(total, (0, 1))(theta, x)
+        for found in (inside, outside):
+            for ours, plain in zip(found, wanted, strict=True):
+                np.testing.assert_allclose(ours, plain, rtol=0, atol=2e-6)
+    features = jax.jit(shared(lambda t, v: qaa.jax.forward(circuit, t, v, readout), out_specs=P("d")))(theta, x)
+    np.testing.assert_allclose(features, qaa.jax.forward(circuit, theta, x, readout), rtol=0, atol=2e-6)
+    assert refused(shared(loss, out_specs=P()), (theta, x))  # each device has a sum of its own
+print("shared")
+"""
+
+
+@pytest.mark.skipif(not hasattr(jax, "shard_map"), reason="this JAX has no jax.shard_map")
+def test_devices_share_rows_and_add_up_the_gradients_of_shared_angles() -> None:
+    result = subprocess.run([sys.executable, "-c", SHARDED], capture_output=True, text=True, timeout=300)
+    assert (result.returncode, result.stdout.strip()) == (0, "shared"), result.stderr[-3000:]
 
 
 # -------------------------------------------------------------------------------------------------------- bad input

@@ -536,6 +536,30 @@ def test_blocks_are_of_qaa_linear_and_have_limits():
         Adapter.create(64, max_wires=2, readout=["ZI"] * 17)
 
 
+@pytest.mark.parametrize(
+    ("readout", "name"),
+    [("z", "theta"), ("z", "mix"), ("z", "up"), ("state[:3]", "theta"), ("state[:3]", "mix"), ("state[:3]", "bias")],
+)
+def test_an_adapter_is_on_meta_or_it_is_not(readout: str, name: str) -> None:
+    """Torch's own product of a tensor on the CPU and one on meta is memory that nobody has written to."""
+    adapter = Adapter.create(8, readout=readout)
+    parts = {
+        "theta": torch.ones(adapter.parameter_shape),
+        "up": torch.ones(5, 2),
+        "bias": torch.ones(5),
+        "mix": torch.ones(2, 3),
+    }
+    base, x = torch.zeros(2, 5), torch.ones(2, 8)
+    assert adapter.add_to(base, x, **parts).is_cpu
+    parts[name] = parts[name].to("meta")
+    with torch.no_grad(), pytest.raises(ValueError, match=r"expected .* on one device, received .*meta"):
+        adapter.add_to(base, x, **parts)
+    if name == "theta":
+        sentence = "expected theta and x on one device, received meta and cpu"
+        with torch.no_grad(), pytest.raises(ValueError, match=sentence):
+            adapter.features(parts["theta"], x)
+
+
 def test_an_adapter_writes_over_its_layers_output_unless_a_hook_may_have_kept_it() -> None:
     layer, x = QAALinear(nn.Linear(12, 5)), torch.randn(3, 12)
     with torch.no_grad():

@@ -1109,6 +1109,33 @@ def test_meta_and_fake_tensors_have_the_real_shapes_and_dtypes(dtype: Any, reado
     assert rows.shape == (3, 8) and rows.device.type == "meta"
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_projection_is_of_meta_tensors_or_of_real_ones(dtype: Any) -> None:
+    """Of both together torch makes memory that nobody has written to."""
+    shapes = {"base": (2, 5), "features": (2, 4), "up": (5, 4), "bias": (5,)}
+    real = {name: torch.ones(shape, dtype=dtype) for name, shape in shapes.items()}
+    on_meta = {name: tensor.to("meta") for name, tensor in real.items()}
+    assert project(**on_meta).is_meta and project(**real).is_cpu
+    for name in shapes:
+        mixed = {**real, name: on_meta[name]}
+        received = ", ".join(str(tensor.device) for tensor in mixed.values())
+        refused = pytest.raises(ValueError, match=f"expected base, .* and bias on one device, received {received}")
+        with refused:
+            project(**mixed)
+        with refused:
+            ops._add_projection(**mixed, scale=1.0, in_place=False)
+        if dtype == torch.float32:
+            with refused:
+                torch.ops.qaa.project(**mixed, scale=1.0)
+    for name in ("features", "up"):
+        mixed = {"grad": real["base"], "features": real["features"], "up": real["up"], name: on_meta[name]}
+        with pytest.raises(ValueError, match=r"expected grad, features and up on one device, received cpu, .*meta"):
+            torch.ops.qaa.project_backward(**mixed, with_bias=False, scale=1.0)
+    theta, x, text = angles(CIRCUIT, torch.float32), vectors(5, 6, dtype=dtype), str(ops.program(CIRCUIT, "z", True))
+    with pytest.raises(ValueError, match="expected theta, x and grad on one device, received meta, cpu, cpu"):
+        torch.ops.qaa.backward(theta.to("meta"), x, x[:, :3], text)
+
+
 def compiled_equals_eager(backend: str) -> None:
     torch._dynamo.reset()
     linear = torch.nn.Linear(6, 6, dtype=torch.float64)

@@ -187,6 +187,17 @@ def test_rows_that_are_no_states() -> None:
     np.testing.assert_array_equal(shots.backward(ALL_ANGLES, theta, x[1:2], np.ones((1, 3)), shots=5), 0)
 
 
+@pytest.mark.parametrize("readout", READOUTS, ids=str)
+@pytest.mark.parametrize("angle", [np.nan, np.inf])
+def test_angles_that_are_no_numbers_have_no_estimates(readout: Any, angle: float) -> None:
+    """As qaa.arrays has NaN for them, and zero for a row that is no state."""
+    theta, x = np.full(ALL_ANGLES.parameter_shape, angle), np.ones((3, 5))
+    x[1] = 0
+    value = shots.forward(ALL_ANGLES, theta, x, readout, shots=3)
+    assert np.isnan(value[[0, 2]]).all() and not value[1].any()
+    assert np.isnan(shots.backward(ALL_ANGLES, theta, x, np.ones_like(value), readout, shots=3)).all()
+
+
 def test_refusals() -> None:
     theta, x = np.zeros(9), np.ones((2, 8))
     for number in (0, -1, 1.5, True, "10"):

@@ -15,8 +15,9 @@ pytest.importorskip("torch")
 
 import torch
 
+import qaa
 from qaa.nn import QAALinear
-from qaa.ops import quantum_features
+from qaa.ops import project, quantum_features
 from test_threads import CIRCUIT, work
 
 
@@ -67,6 +68,41 @@ def test_the_number_of_threads_may_change_in_mid_run() -> None:
         for ours, theirs in zip(gradients(0), whole, strict=True):
             a, b = (np.frombuffer(bits, np.float32) for bits in (ours, theirs))
             np.testing.assert_allclose(a, b, rtol=0, atol=2**-20 * np.abs(b).max())
+
+
+def tiny_numbers(shape: tuple[int, ...], seed: int) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, np.float32) * np.float32(1e-39)
+
+
+@pytest.mark.skipif(not torch.set_flush_denormal(False), reason="torch cannot take subnormal numbers for zero here")
+@pytest.mark.usefixtures("two_threads")
+def test_subnormal_numbers_count_on_threads_that_take_them_for_zero() -> None:
+    theta, x, grad = np.ones(CIRCUIT.parameter_shape), tiny_numbers((600, 200), 0), tiny_numbers((600, 8), 1)
+    ordinary, noise = np.ones((600, 200), np.float32), qaa.noise.NoiseModel(depolarizing=0.01)
+    up = torch.full((40, 8), 0.5, requires_grad=True)
+
+    def bits(threads: int) -> list[bytes]:
+        torch.set_num_threads(threads)
+        features = torch.from_numpy(grad).requires_grad_()
+        added = project(torch.zeros(600, 40), features, up)
+        results = [
+            qaa.arrays.forward(CIRCUIT, theta, x, threads=threads),
+            *qaa.arrays.backward(CIRCUIT, theta, ordinary, grad, threads=threads),
+            qaa.noise.forward(CIRCUIT, theta, x[:9], noise=noise, trajectories=5, seed=0, threads=threads),
+            added.detach().numpy(),
+            *(t.numpy() for t in torch.autograd.grad(added.sum(), (features, up))),
+        ]
+        return [result.tobytes() for result in results]
+
+    expected = bits(1)
+    assert all(any(result) for result in expected)
+    torch.set_flush_denormal(True)
+    try:
+        assert torch.tensor(1e-39) * 2 == 0
+        assert bits(1) == expected and bits(2) == expected
+        assert torch.tensor(1e-39) * 2 == 0  # the thread has back what it came with
+    finally:
+        torch.set_flush_denormal(False)
 
 
 class Embedded(torch.utils.data.Dataset):  # type: ignore[misc]

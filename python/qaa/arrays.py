@@ -89,7 +89,7 @@ def backward(
 
     With :math:`E = \sum_{rk} \mathrm{Re}(\bar g_{rk} f_{rk})` for the incoming gradient ``grad`` = g, returns
     :math:`\partial E / \partial\theta` and :math:`\partial E / \partial x`. The memory beyond the results does not
-    grow with the batch or with the number of gates.
+    grow with the batch; it grows with the circuit, by a few tables of ``2**n`` numbers for each run of diagonal gates.
 
     Args:
         circuit, theta, x, readout, normalize, threads: as for :func:`forward`.
@@ -146,6 +146,8 @@ def real_array(what: str, value: ArrayLike) -> NDArray[Any]:
 
 
 def _array(what: str, value: ArrayLike) -> NDArray[Any]:
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"expected {what} as an array without a mask, received a masked array")
     try:
         return np.asarray(value)
     except ValueError:

@@ -166,22 +166,20 @@ class Circuit:
 
     @staticmethod
     def parse(text: str) -> Circuit:
-        """The circuit whose ``str`` is ``text``; raises ``ValueError`` naming the first statement that is no gate."""
+        """The circuit whose ``str`` is ``text``; raises ``ValueError`` naming the first statement that is no gate.
+
+        As in C++, words are separated by spaces, and numbers have the digits 0 to 9 alone.
+        """
         if not isinstance(text, str):
             raise TypeError(f"expected a circuit as a str, received {type(text).__name__}")
-        statements = [part.split() for part in text.split(";")]
+        statements = [[word for word in part.split(" ") if word] for part in text.split(";")]
         try:
-            (wires_key, n_wires), (theta_key, *shape) = statements[:2]
-            if wires_key != "wires" or theta_key != "theta":
+            if [statement[:1] for statement in statements[:2]] != [["wires"], ["theta"]]:
                 raise ValueError
-            gates = []
-            for statement in statements[2:]:
-                name, *operands = statement
-                wires = tuple(int(o) for o in operands if not o.startswith("t"))
-                parameters = tuple(int(o[1:]) for o in operands if o.startswith("t"))
-                gates.append(Gate(name, wires, parameters))
-            parameter_shape = tuple(int(s) for s in shape[0].split("x")) if shape else ()
-            return Circuit(int(n_wires), tuple(gates), parameter_shape)
+            n_wires, shape = (" ".join(statement[1:]) for statement in statements[:2])
+            gates = tuple(_parsed_gate(statement) for statement in statements[2:])
+            parameter_shape = tuple(_parsed_number(length) for length in shape.split("x")) if shape else ()
+            return Circuit(_parsed_number(n_wires), gates, parameter_shape)
         except ValueError as error:
             detail = f": {error}" if str(error) else ""
             raise ValueError(f"expected 'wires N; theta SHAPE; GATE ...', received {text[:80]!r}{detail}") from None
@@ -361,6 +359,22 @@ class Circuit:
         return from_pennylane(tape, wire_order)
 
 
+def _parsed_gate(words: list[str]) -> Gate:
+    if not words:
+        raise ValueError("expected a gate between semicolons, received ''")
+    name, *operands = words
+    wires = tuple(_parsed_number(operand) for operand in operands if operand[0] != "t")
+    return Gate(name, wires, tuple(_parsed_number(operand[1:]) for operand in operands if operand[0] == "t"))
+
+
+def _parsed_number(text: str) -> int:
+    """As the core reads it, where ``int`` takes signs, underscores and the digits of every script."""
+    digits = text.lstrip("0") or text[:1]
+    if not (digits.isascii() and digits.isdigit()) or len(digits) > 10 or int(digits) >= 2**32:
+        raise ValueError(f"expected an integer from 0 to {2**32 - 1}, received {shown(text)}")
+    return int(digits)
+
+
 @dataclass(frozen=True, slots=True)
 class Readout:
     """What is computed from the final state, as a value: a kind, and the operators or the count that it needs.
@@ -391,6 +405,9 @@ class Readout:
     def __post_init__(self) -> None:
         if isinstance(self.paulis, list):
             object.__setattr__(self, "paulis", tuple(self.paulis))
+        if isinstance(self.n_outputs, bool) or not hasattr(self.n_outputs, "__index__"):
+            raise ValueError(f"expected n_outputs to be an integer, received {shown(self.n_outputs)}")
+        object.__setattr__(self, "n_outputs", operator.index(self.n_outputs))
 
     @staticmethod
     def parse(readout: str | Sequence[str] | Readout, n_wires: int) -> Readout:
@@ -445,7 +462,7 @@ def _check_readout(readout: Readout, n_wires: int) -> None:
         for pauli in readout.paulis:
             if not isinstance(pauli, str) or len(pauli) != n_wires or set(pauli) - set("IXYZ"):
                 raise ValueError(f"expected Pauli strings of {n_wires} letters from I, X, Y, Z, received {pauli!r}")
-    elif not isinstance(readout.n_outputs, int) or not 1 <= readout.n_outputs <= 2**n_wires:
+    elif not 1 <= readout.n_outputs <= 2**n_wires:
         raise ValueError(
             f"expected between 1 and {2**n_wires} outputs for readout {readout.kind!r} on {n_wires} wires, "
             f"received {readout.n_outputs}"

@@ -27,7 +27,7 @@ except ImportError as error:
     raise ImportError(f"expected jax 0.5 or newer (pip install 'qaa[jax]'), received {error}") from error
 
 from qaa import _core
-from qaa.arrays import _SCALARS, _threads
+from qaa.arrays import _SCALARS, _feature_dtype, _threads
 from qaa.circuit import Circuit, Readout
 from qaa.program import Program, program
 
@@ -114,10 +114,8 @@ _adjoint.multiple_results = True
 
 
 def _shape_of_features(theta: Any, x: Any, *_: Any, what: Program, mapped: int, shared: bool, **__: Any) -> Any:
-    dtype = x.dtype
-    if what.is_complex:
-        dtype = np.dtype(np.complex128 if dtype == np.float64 else np.complex64)
-    return jax.ShapeDtypeStruct((*theta.shape[: mapped * shared], *x.shape[:-1], what.n_outputs), dtype)
+    shape = (*theta.shape[: mapped * shared], *x.shape[:-1], what.n_outputs)
+    return jax.ShapeDtypeStruct(shape, _feature_dtype(what, x.dtype))
 
 
 def _shapes_of_adjoint(

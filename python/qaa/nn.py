@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from qaa import ops
 from qaa.circuit import MAX_WIRES, Circuit, Readout, ansatz, check_circuit, check_count, is_number, shown
 from qaa.noise import NoiseModel, check_noise
+from qaa.program import program
 from qaa.shots import check_shots
 
 #: name -> half-width of the uniform distribution (radians) that the angles are drawn from
@@ -330,6 +331,7 @@ class Adapter:
     ) -> Tensor:
         """:meth:`features`, behind which there may be zeros, for the products that follow; M is ``mix diag(gain)``."""
         if self.is_linear:
+            ops._check_together(theta, "x", x)  # torch multiplies the CPU's tensors by those on meta
             return F.linear(x, *self._affine(theta, whitening, mix, gain, ops._autocast_dtype(x) or x.dtype))
         return self._mixed(self._quadratic(theta, x, whitening), mix, gain)
 
@@ -352,7 +354,10 @@ class Adapter:
 
     @staticmethod
     def _mixed(features: Tensor, mix: Tensor | None, gain: Tensor | None) -> Tensor:
-        return features if mix is None else F.linear(features, ops._scaled(mix, gain, features.dtype))
+        if mix is None:
+            return features
+        ops._check_one_device(mix=mix, features=features)  # see _features
+        return F.linear(features, ops._scaled(mix, gain, features.dtype))
 
     def delta(
         self,
@@ -600,6 +605,7 @@ class QuantumLayer(nn.Module):
         result ``(..., K)`` in x's dtype, complex for ``"state"``.
 
     Raises:
+        TypeError: normalize is no bool, or circuit or readout of another type.
         ValueError: the readout does not fit the circuit, or x is wider than ``2**n_wires``.
 
     Example:
@@ -621,10 +627,8 @@ class QuantumLayer(nn.Module):
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
-        check_circuit(circuit)
-        self.circuit = circuit
-        self.readout = Readout.parse(readout, circuit.n_wires)
-        check_flag("normalize", normalize)
+        what = program(circuit, readout, normalize)
+        self.circuit, self.readout, self.normalize = circuit, what.readout, what.normalize
         ops._check_estimates(shots, noise, trajectories, generator)
         if shots is not None:
             check_shots(shots)
@@ -632,7 +636,6 @@ class QuantumLayer(nn.Module):
             check_noise(noise, trajectories)
         if self.readout.kind == "state" and (shots is not None or noise is not None):
             raise ValueError(f"expected Pauli strings or 'probs' with shots or noise, received {str(self.readout)!r}")
-        self.normalize = normalize
         self.shots, self.noise, self.trajectories, self.generator = shots, noise, trajectories, generator
         self.theta = nn.Parameter(torch.empty(circuit.parameter_shape))
         self.reset_parameters()

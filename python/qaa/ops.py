@@ -414,7 +414,7 @@ def project(
         The shape and dtype of ``base``.
 
     Raises:
-        TypeError, ValueError: an argument has the wrong type or shape.
+        TypeError, ValueError: an argument has the wrong type, shape or device.
         RuntimeError: a second derivative is asked for, of tensors that are all float32 or all float64 on the CPU.
 
     Example:
@@ -444,6 +444,7 @@ def _check_projection(base: Tensor, features: Tensor, up: Tensor, bias: Tensor |
             raise ValueError(f"expected {name} of shape {expected[name]}, received {tuple(tensor.shape)}")
     if bias is not None and tuple(bias.shape) != (up.shape[0],):
         raise ValueError(f"expected bias of shape {(up.shape[0],)}, received {tuple(bias.shape)}")
+    _check_one_device(base=base, features=features, up=up, bias=bias)
 
 
 def _add_projection(
@@ -459,8 +460,10 @@ def _add_projection(
     tensors = (base, features, up) if bias is None else (base, features, up, bias)
     dtype = base.dtype
     of_kernel = not base.is_cuda and dtype in (torch.float32, torch.float64) and all(t.dtype == dtype for t in tensors)
-    of_kernel = of_kernel and all(t.is_cpu or t.is_meta for t in tensors)
+    of_kernel = of_kernel and (all(t.is_cpu for t in tensors) or all(t.is_meta for t in tensors))
     is_plain = _is_plain(*tensors)
+    if not (of_kernel or is_plain) and any(t.is_meta for t in tensors):  # torch's products would not notice
+        _check_one_device(base=base, features=features, up=up, bias=bias)
     of_kernel = of_kernel and (is_plain or not (_is_transformed() or _have_tangents(*tensors)))
     if is_plain and not of_kernel and _is_constant(gain):
         dtype, biases = _autocast_dtype(features) or features.dtype, [] if bias is None else [bias]
@@ -544,6 +547,15 @@ def _check_place(name: str, tensor: Tensor) -> None:
 def _check_together(theta: Tensor, name: str, tensor: Tensor) -> None:
     if theta.device != tensor.device:
         raise ValueError(f"expected theta and {name} on one device, received {theta.device} and {tensor.device}")
+
+
+def _check_one_device(**tensors: Tensor | None) -> None:
+    given = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+    devices = [tensor.device for tensor in given.values()]
+    if any(device != devices[0] for device in devices):
+        *names, last = given
+        received = ", ".join(map(str, devices))
+        raise ValueError(f"expected {', '.join(names)} and {last} on one device, received {received}")
 
 
 def _is_plain(*tensors: Tensor) -> bool:
@@ -1152,6 +1164,7 @@ def _op_project(base: Tensor, features: Tensor, up: Tensor, bias: Tensor | None,
     _check_matrices(base=base, features=features, up=up)
     if bias is not None and (bias.ndim != 1 or bias.dtype != up.dtype):
         raise ValueError(f"expected bias of one dimension and {up.dtype}, received {tuple(bias.shape)} {bias.dtype}")
+    _check_one_device(base=base, features=features, up=up, bias=bias)
     return _project(base, features, up, bias, scale)
 
 
@@ -1159,6 +1172,7 @@ def _op_project_backward(
     grad: Tensor, features: Tensor, up: Tensor, with_bias: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_matrices(grad=grad, features=features, up=up)
+    _check_one_device(grad=grad, features=features, up=up)
     return _project_backward(grad, features, up, with_bias, scale)
 
 
@@ -1177,11 +1191,13 @@ def _fake_forward(theta: Tensor, x: Tensor, program: str) -> Tensor:
 
 @torch.library.register_fake("qaa::backward", lib=_library)
 def _fake_backward(theta: Tensor, x: Tensor, grad: Tensor, program: str) -> tuple[Tensor, Tensor]:
+    _check_one_device(theta=theta, x=x, grad=grad)
     return theta.new_empty(theta.shape), x.new_empty(x.shape)
 
 
 @torch.library.register_fake("qaa::project", lib=_library)
 def _fake_project(base: Tensor, features: Tensor, up: Tensor, bias: Tensor | None, scale: float) -> Tensor:
+    _check_one_device(base=base, features=features, up=up, bias=bias)
     return base.new_empty(base.shape)
 
 
@@ -1189,6 +1205,7 @@ def _fake_project(base: Tensor, features: Tensor, up: Tensor, bias: Tensor | Non
 def _fake_project_backward(
     grad: Tensor, features: Tensor, up: Tensor, with_bias: bool, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
+    _check_one_device(grad=grad, features=features, up=up)
     return features.new_empty(features.shape), up.new_empty(up.shape), up.new_empty(up.shape[0] if with_bias else 0)
 
 

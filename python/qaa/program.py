@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any
 
+import numpy as np
+
 from qaa import _core
 from qaa.circuit import Circuit, Readout, check_circuit
 
@@ -26,6 +28,9 @@ class Program:
     readout: Readout
     normalize: bool
 
+    def __reduce__(self) -> tuple[type[Program], tuple[Circuit, Readout, bool]]:
+        return Program, (self.circuit, self.readout, self.normalize)  # the plan is made again
+
     def __str__(self) -> str:
         return self._text
 
@@ -34,17 +39,11 @@ class Program:
         return f"{self.circuit} | {self.readout} | {'normalize' if self.normalize else 'as is'}"
 
     @staticmethod
-    @lru_cache(maxsize=1024)
     def parse(text: str) -> Program:
         """The program whose ``str`` is ``text``."""
-        parts = text.split(" | ")
-        if len(parts) != 3 or parts[2] not in ("normalize", "as is"):
-            raise ValueError(f"expected 'CIRCUIT | READOUT | normalize' or '... | as is', received {text[:80]!r}")
-        circuit = Circuit.parse(parts[0])
-        readout: str | list[str] = parts[1]
-        if "[" not in parts[1]:
-            readout = parts[1].split(",")
-        return Program(circuit, Readout.parse(readout, circuit.n_wires), parts[2] == "normalize")
+        if not isinstance(text, str):
+            raise TypeError(f"expected a program as a str, received {type(text).__name__}")
+        return _parsed(text)
 
     @property
     def n_outputs(self) -> int:
@@ -92,10 +91,26 @@ def program(circuit: Circuit, readout: str | Sequence[str] | Readout, normalize:
     """The program of a circuit, a readout in any accepted form, and a normalization."""
     check_circuit(circuit)
     if not isinstance(normalize, bool):
-        raise TypeError(f"expected normalize to be a bool, received {type(normalize).__name__}")
+        if not isinstance(normalize, np.bool_):
+            raise TypeError(f"expected normalize to be a bool, received {type(normalize).__name__}")
+        normalize = bool(normalize)
     if isinstance(readout, (str, Readout)):
         return _program(circuit, readout, normalize)
     return Program(circuit, Readout.parse(readout, circuit.n_wires), normalize)
+
+
+@lru_cache(maxsize=1024)
+def _parsed(text: str) -> Program:
+    parts = text.split(" | ")
+    if len(parts) != 3 or parts[2] not in ("normalize", "as is"):
+        raise ValueError(f"expected 'CIRCUIT | READOUT | normalize' or '... | as is', received {text[:80]!r}")
+    circuit = Circuit.parse(parts[0])
+    readout: str | list[str] = parts[1]
+    if "[" not in parts[1]:
+        readout = parts[1].split(",")
+    elif "/" in parts[1]:  # of a circuit that is known, a part has been counted
+        raise ValueError(f"expected a readout 'probs[:K]' or 'state[:K]', received {parts[1][:80]!r}")
+    return Program(circuit, Readout.parse(readout, circuit.n_wires), parts[2] == "normalize")
 
 
 @lru_cache(maxsize=1024)

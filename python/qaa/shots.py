@@ -66,7 +66,8 @@ def forward(
         seed: a seed or a NumPy generator; the same seed gives the same estimates.
 
     Returns:
-        Shape ``(batch, n_outputs)`` in the dtype of ``x``. A zero row has features 0, a row with NaN or infinity NaN.
+        Shape ``(batch, n_outputs)`` in the dtype of ``x``. A zero row has features 0, and NaN or infinity in
+        a row or in the angles makes NaN.
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype or range, or the readout is ``"state"``.
@@ -241,7 +242,9 @@ def _estimate(
     for circuit, outputs in _groups(what):
         probabilities = arrays.forward(circuit, theta, x[live], "probs", threads=threads)
         probabilities /= probabilities.sum(axis=1, keepdims=True)
-        frequencies = rng.multinomial(shots, probabilities) / shots
+        frequencies = np.full_like(probabilities, np.nan)
+        finite = np.isfinite(probabilities).all(axis=1)  # not so for angles that are not
+        frequencies[finite] = rng.multinomial(shots, probabilities[finite]) / shots
         if what.readout.kind == "probs":
             estimates[live] = frequencies[:, outputs]
         else:
