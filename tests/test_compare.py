@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
@@ -232,6 +233,79 @@ def test_bad_data_is_refused(tmp_path: Path, content: str, sentence: str) -> Non
         read_examples(path)
 
 
+def read_rows(folder: Path, *rows: dict[str, Any]) -> list[Example]:
+    """The examples of a JSON-lines file with these rows."""
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    return read_examples(path)
+
+
+def test_no_text_of_a_row_is_lost(tmp_path: Path) -> None:
+    dolly = {"instruction": "When did it start?", "context": "It began in 2000.", "response": "2000", "category": "qa"}
+    pirate = {"system": "You are a pirate.", "instruction": "Greet.", "output": "Arr"}
+    plain = {"system": None, "instruction": "Greet.", "input": "", "output": "Hi", "history": []}
+    assert read_rows(tmp_path, dolly, pirate, plain) == [
+        Example("When did it start?\n\nIt began in 2000.", "2000"),
+        Example("Greet.", "Arr", system="You are a pirate."),
+        Example("Greet.", "Hi"),
+    ]
+    broken = {"instruction": "Two\u2028lines", "output": "of\x85one\u2029text"}
+    assert read_rows(tmp_path, broken) == [Example("Two\u2028lines", "of\x85one\u2029text")]
+
+
+def test_a_byte_order_mark_and_blank_lines_are_no_rows(tmp_path: Path) -> None:
+    row = json.dumps({"instruction": "a", "output": "b"})
+    for name, content in (("a.json", f"[{row}]"), ("a.jsonl", f"{row}\r\n  \r\n\n{row}\n \n")):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+        assert read_examples(tmp_path / name) == [Example("a", "b")]
+
+
+def said(*turns: tuple[str, str]) -> list[dict[str, str]]:
+    """Messages of these roles and contents."""
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def test_messages_are_the_examples_that_a_conversation_is(tmp_path: Path) -> None:
+    system, first, second = ("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello.")
+    expected = [Example("Hi", "Hello.", system="Be brief.")]
+    assert read_rows(tmp_path, {"messages": said(system, first, second)}) == expected
+    assert read_rows(tmp_path, {"conversations": said(system, first, second)}) == expected
+    assert read_rows(tmp_path, {"messages": said(first, second), "system": "Be brief."}) == expected
+    assert read_rows(tmp_path, {"prompt": said(system, first), "completion": said(second)}) == expected
+    later = [("user", "Time?"), ("assistant", "Noon.")]
+    last = Example("User: Hi\nAssistant: Hello.\nUser: Time?", "Noon.")
+    found = read_rows(tmp_path, {"messages": said(first, second, *later)})
+    assert found == [Example("Hi", "Hello."), last] and {example.group for example in found} == {"Hi"}
+    # of TRL's prompt and completion, the completion alone is what the model is to say
+    assert read_rows(tmp_path, {"prompt": said(first, second, later[0]), "completion": said(later[1])}) == [last]
+    turns = [{"from": who, "value": text} for who, text in (("system", "Be brief."), ("human", "Hi"), ("gpt", "Hello."))]
+    assert read_rows(tmp_path, {"conversations": turns}) == [
+        Example("Functions: []\nUser: Hi", "Hello.", system="Be brief.")
+    ]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "a", "output": "b", "history": [["c", "d"]]},
+        {"instruction": "a", "output": "b", "input": ["c"]},
+        {"instruction": "a", "output": "b", "system": {"c": "d"}},
+        {"question": "a", "answer": "b"},
+        {"messages": said(("user", "a"), ("tool", "b"))},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]},
+        {"prompt": said(("user", "a")), "completion": "b"},
+    ],
+)
+def test_rows_that_cannot_be_read_whole_are_refused_with_what_can(row: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(CompareError, match=r"expected row 1 of .* to have the texts") as caught:
+        read_rows(tmp_path, row)
+    for word in ("'instruction'", "'context'", "'system'", "'completion'", "'messages'", "'role'", "'conversations'"):
+        assert word in str(caught.value)
+    assert str(caught.value).endswith(f"received {', '.join(row)}")
+    with pytest.raises(CompareError, match=r"expected row 1 of .* to have messages without tools"):
+        read_rows(tmp_path, {"messages": said(("user", "a"), ("assistant", "b")), "tools": [{"name": "c"}]})
+
+
 def conversations() -> list[dict[str, Any]]:
     """Forty conversations of two to four answers, some of which begin alike."""
     tools = '[{"name": "paint"}]'
@@ -343,6 +417,15 @@ def test_prompt_and_answer_tokens_are_the_chat_template(tokenizer: Any) -> None:
     example = tokenized(Example("What colour is the cat 1?", "The cat is red."), tokenizer)
     assert tokenizer.decode(example.prompt_ids) == "<|user|>What colour is the cat 1?<|end|><|assistant|>"
     assert tokenizer.decode(example.response_ids) == "The cat is red.<|end|>"
+
+
+def test_a_system_text_is_a_turn_of_its_own(tokenizer: Any) -> None:
+    example = tokenized(Example("Hi", "Hello.", system="Be brief."), tokenizer)
+    assert tokenizer.decode(example.prompt_ids) == "<|system|>Be brief.<|end|><|user|>Hi<|end|><|assistant|>"
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    text = plain.decode(tokenized(Example("Hi", "Hello.", system="Be brief."), plain).prompt_ids)
+    assert text == "Be brief.\n\n### Instruction:\nHi\n\n### Response:\n"
 
 
 def test_training_order_is_epochs_of_everything_with_little_padding() -> None:

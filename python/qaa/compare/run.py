@@ -315,7 +315,9 @@ def _prepare(chosen: Settings, found: dict[str, sources.Source], cache: Path, ou
             for name, part in (("train", splits.train), ("validation", splits.validation), ("test", splits.test))
         },
         "examples_available": len(examples),
-        "test": [(example.prompt, example.response) for example in splits.test],
+        "test": [
+            ("\n\n".join(filter(None, (example.system, example.prompt))), example.response) for example in splits.test
+        ],
         "test_counts": [len(example.response_ids) for example in splits.test],
         "hidden_path": str(work / "hidden.npy") if storable else None,
         "stored_states": False,
