@@ -15,6 +15,7 @@ import zipfile
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -426,6 +427,57 @@ def test_a_system_text_is_a_turn_of_its_own(tokenizer: Any) -> None:
     plain.chat_template = None
     text = plain.decode(tokenized(Example("Hi", "Hello.", system="Be brief."), plain).prompt_ids)
     assert text == "Be brief.\n\n### Instruction:\nHi\n\n### Response:\n"
+
+
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a "
+    "helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role']"
+    " + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ "
+    "'<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def with_template(tokenizer: Any, template: str | None, **special: str) -> Any:
+    """A copy of the tokenizer with this chat template and these special tokens."""
+    changed = copy.deepcopy(tokenizer)
+    changed.add_special_tokens(special)
+    changed.chat_template = template
+    return changed
+
+
+def test_the_token_ids_of_the_studys_model_are_what_they_were(tokenizer: Any) -> None:
+    smollm2 = with_template(tokenizer, SMOLLM2, eos_token="<|im_end|>", bos_token="<|im_start|>")
+    example = tokenized(Example("Hi", "Hello."), smollm2)
+    system = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    prompt = f"{system}<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert list(example.prompt_ids) == smollm2(prompt, add_special_tokens=False)["input_ids"]
+    assert list(example.response_ids) == [*smollm2("Hello.")["input_ids"], smollm2.convert_tokens_to_ids("<|im_end|>")]
+
+
+def test_an_answer_ends_as_the_chat_template_ends_a_turn(tokenizer: Any, model: Any) -> None:
+    turn, end = tokenizer.eos_token_id, "<|eos|>"  # as in Gemma and Phi-3, whose turns do not end with end-of-text
+    gemma = with_template(tokenizer, tokenizer.chat_template, eos_token=end)
+    text = gemma.convert_tokens_to_ids(end)
+    assert text != turn and tokenized(Example("Hi", "Hello."), gemma).response_ids[-1] == turn
+    without = with_template(tokenizer, None, eos_token=end)
+    silent = with_template(tokenizer, "{% for m in messages %}{{ m['content'] }}\n{% endfor %}", eos_token=end)
+    assert [tokenized(Example("Hi", "Hello."), each).response_ids[-1] for each in (without, silent)] == [text, text]
+
+    class Spoken:
+        """Says one end after the other, and more behind them."""
+
+        device = "cpu"
+        generation_config = SimpleNamespace(eos_token_id=[7, 8])
+
+        def generate(self, input_ids: Any, eos_token_id: Any, **_: Any) -> Any:
+            self.ends = eos_token_id
+            said = [[*gemma("Yes")["input_ids"], which, *gemma("No")["input_ids"]] for which in (turn, text, 7, 8)]
+            return torch.cat([input_ids, torch.tensor(said)], 1)
+
+    spoken = Spoken()
+    assert generate_answers(spoken, gemma, [tokenized(Example("Hi", "x"), gemma)] * 4, 9, 4) == ["Yes"] * 4
+    assert spoken.ends == sorted({turn, text, 7, 8})
+    assert model.generation_config.eos_token_id == turn
 
 
 def test_training_order_is_epochs_of_everything_with_little_padding() -> None:

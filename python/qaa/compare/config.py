@@ -15,6 +15,17 @@ class CompareError(Exception):
     """A request that cannot be met, in one sentence; the command line prints it and exits with code 2."""
 
 
+def reason(error: BaseException) -> str:
+    """The kind of an exception and the first line of what it says.
+
+    Example:
+        >>> reason(ValueError("no such thing: further"))
+        'ValueError: no such thing: further'
+    """
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else 'no reason given'}"
+
+
 UNTOUCHED = "untouched"
 
 #: The rows of the paper's table, in its order. ``untouched`` is always added as the reference.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .config import CompareError, Settings
+from .config import CompareError, Settings, reason
 
 ROLES = {"user": "human", "assistant": "gpt"}  # of messages, beside "system"
 SPEAKERS = {"human": "User", "gpt": "Assistant", "function_call": "Function call", "observation": "Function result"}
@@ -21,7 +21,7 @@ PLAIN_TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
 
 @dataclass(frozen=True)
 class Example:
-    """One instruction and its reference answer, as text and as token ids (the answer's ids end with end-of-text).
+    """One instruction and its reference answer, as text and as token ids (the answer's end with :func:`turn_end`).
 
     Examples with the same ``group`` come from one conversation, or have the same answer; None stands alone. ``system``
     is the system turn before the prompt; empty for none.
@@ -266,17 +266,43 @@ def _wordnet(folder: Path) -> Iterator[Example]:
 
 
 def tokenized(example: Example, tokenizer: Any) -> Example:
-    """The example with token ids: the prompt through the chat template, the response with its end-of-text token."""
+    """The example with token ids: the prompt through the chat template, the response with :func:`turn_end`."""
     if tokenizer.chat_template:
         system = [{"role": "system", "content": example.system}] if example.system else []
         messages = [*system, {"role": "user", "content": example.prompt}]
-        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+        text = _rendered(tokenizer, messages, add_generation_prompt=True)
         prompt_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
         before = f"{example.system}\n\n" if example.system else ""
         prompt_ids = tokenizer(before + PLAIN_TEMPLATE.format(prompt=example.prompt))["input_ids"]
     response_ids = tokenizer(example.response, add_special_tokens=False)["input_ids"]
-    return replace(example, prompt_ids=tuple(prompt_ids), response_ids=(*response_ids, tokenizer.eos_token_id))
+    return replace(example, prompt_ids=tuple(prompt_ids), response_ids=(*response_ids, turn_end(tokenizer)))
+
+
+def turn_end(tokenizer: Any) -> int:
+    """The token that ends an answer: the first added one that the chat template writes behind an answer.
+
+    It is the end-of-text token where there is no template, or where the template writes none.
+    """
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
+        behind = _rendered(tokenizer, turns).rpartition("Answer")[2]
+        added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+        added[tokenizer.eos_token] = tokenizer.eos_token_id
+        found = [(behind.index(text), -len(text), number) for text, number in added.items() if text in behind]
+        if found:
+            return int(min(found)[2])
+    return int(tokenizer.eos_token_id)
+
+
+def _rendered(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except Exception as error:  # a template may raise, or fail in any way that a program can
+        roles = ", ".join(message["role"] for message in messages)
+        raise CompareError(
+            f"expected the chat template of {tokenizer.name_or_path} to take turns of {roles}, received {reason(error)}"
+        ) from None
 
 
 def split(examples: Sequence[Example], tokenizer: Any, chosen: Settings) -> Splits:

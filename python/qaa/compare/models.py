@@ -7,6 +7,7 @@ stored, and fed back as the input of a model whose lower layers pass their input
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import CompareError
-from .data import Example
+from .data import Example, turn_end
 
 IGNORED = -100
 
@@ -192,7 +193,7 @@ def generate_answers(
     """Greedy answers to the examples' prompts, in their order, batched by prompt length with padding on the left."""
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].prompt_ids))
     answers = [""] * len(examples)
-    pad = tokenizer.pad_token_id
+    pad, ends = tokenizer.pad_token_id, _ends(model, tokenizer)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         width = max(len(examples[index].prompt_ids) for index in chosen)
@@ -211,9 +212,16 @@ def generate_answers(
             temperature=None,
             top_p=None,
             top_k=None,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=sorted(ends),
             pad_token_id=pad,
         )
         for row, index in enumerate(chosen):
-            answers[index] = tokenizer.decode(produced[row, width:], skip_special_tokens=True).strip()
+            said = itertools.takewhile(lambda token: token not in ends, produced[row, width:].tolist())
+            answers[index] = tokenizer.decode(list(said), skip_special_tokens=True).strip()
     return answers
+
+
+def _ends(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end an answer: that of the chat template, end-of-text, and what the model's own settings name."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return {turn_end(tokenizer), tokenizer.eos_token_id, *(own if isinstance(own, list) else [] if own is None else [own])}
