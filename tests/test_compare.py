@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -478,6 +479,16 @@ def test_an_answer_ends_as_the_chat_template_ends_a_turn(tokenizer: Any, model: 
     assert generate_answers(spoken, gemma, [tokenized(Example("Hi", "x"), gemma)] * 4, 9, 4) == ["Yes"] * 4
     assert spoken.ends == sorted({turn, text, 7, 8})
     assert model.generation_config.eos_token_id == turn
+
+
+def test_a_chat_template_is_told_one_date_forever(model_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "dated")
+    template = folder / "chat_template.jinja"
+    dated = "  {% if strftime_now is defined %}{{ strftime_now('%d %b %Y, %-d.%m.%y %H:%M:%S') }} {% endif %}"
+    template.write_text(dated + template.read_text())
+    found = load_tokenizer(folder)
+    expected = "01 Jan 2025, 1.01.25 00:00:00 <|user|>Hi<|end|><|assistant|>"
+    assert found.decode(tokenized(Example("Hi", "x"), found).prompt_ids) == expected
 
 
 def test_training_order_is_epochs_of_everything_with_little_padding() -> None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from .config import CompareError
 from .data import Example, turn_end
 
 IGNORED = -100
+NOW = datetime(2025, 1, 1)  # to chat templates that ask for the date: token ids must not change at midnight
 
 
 def load_tokenizer(path: str | Path) -> Any:
@@ -31,7 +34,24 @@ def load_tokenizer(path: str | Path) -> Any:
         raise CompareError(f"expected the tokenizer in {path} to have an end-of-text token, received one without")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = at_fixed_time(tokenizer.chat_template)
     return tokenizer
+
+
+def at_fixed_time(template: str) -> str:
+    """The chat template with ``strftime_now`` at ``NOW``; a template that does not ask for the time as it is.
+
+    Example:
+        >>> at_fixed_time("{{ messages[0]['content'] }}")
+        "{{ messages[0]['content'] }}"
+    """
+    if "strftime_now" not in template:
+        return template
+    codes = [(f"%{letter}", NOW.strftime(f"%{letter}")) for letter in "aAbBdHIjmMpSyY"]
+    codes += [(f"%-{code[1]}", text.lstrip("0") or "0") for code, text in codes]
+    filters = "".join(f"|replace({json.dumps(code)}, {json.dumps(text)})" for code, text in codes)
+    return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n{template}"
 
 
 def load_model(path: str | Path, device: str) -> Any:
