@@ -7,6 +7,7 @@ import io
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -125,6 +126,7 @@ def test_options_override_yaml_which_overrides_the_budget(tmp_path: Path) -> Non
         ({"steps": 0}, "expected steps to be an integer of at least 1, received 0"),
         ({"steps": 2.5}, "expected steps to be an integer of at least 1, received 2.5"),
         ({"layers": 0}, "expected layers to be an integer of at least 1, received 0"),
+        ({"seeds": [2**32]}, r"expected seeds to be integers below 4294967296, received \[4294967296\]"),
         ({"seeds": [-1]}, r"expected seeds to be integers of at least 0, received \[-1\]"),
         ({"methods": []}, r"expected methods to be a list of at least one entry, received \[\]"),
         ({"source": "moon"}, "expected source to be one of auto, hub, packages, local, received 'moon'"),
@@ -168,6 +170,15 @@ def test_bad_yaml_is_refused(tmp_path: Path, content: str, sentence: str) -> Non
         settings(config=file)
     with pytest.raises(CompareError, match=r"expected a readable YAML file"):
         settings(config=tmp_path / "absent.yaml")
+    file.write_bytes("model: café".encode("latin-1"))
+    with pytest.raises(CompareError, match=r"expected .*bad.yaml to be text in UTF-8, received: 'utf-8' codec"):
+        settings(config=file)
+
+
+def test_a_configuration_without_pyyaml_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(CompareError, match=r"expected pyyaml to read .*, received none: pip install 'qaa\[compare\]'"):
+        settings(config=tmp_path / "any.yaml")
 
 
 STUDY = Path(__file__).parent.parent / "docs" / "study"
@@ -280,7 +291,9 @@ def test_messages_are_the_examples_that_a_conversation_is(tmp_path: Path) -> Non
     assert found == [Example("Hi", "Hello."), last] and {example.group for example in found} == {"Hi"}
     # of TRL's prompt and completion, the completion alone is what the model is to say
     assert read_rows(tmp_path, {"prompt": said(first, second, later[0]), "completion": said(later[1])}) == [last]
-    turns = [{"from": who, "value": text} for who, text in (("system", "Be brief."), ("human", "Hi"), ("gpt", "Hello."))]
+    turns = [
+        {"from": who, "value": text} for who, text in (("system", "Be brief."), ("human", "Hi"), ("gpt", "Hello."))
+    ]
     assert read_rows(tmp_path, {"conversations": turns}) == [
         Example("Functions: []\nUser: Hi", "Hello.", system="Be brief.")
     ]
@@ -431,9 +444,9 @@ def test_a_system_text_is_a_turn_of_its_own(tokenizer: Any) -> None:
 
 
 SMOLLM2 = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are a "
-    "helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + message['role']"
-    " + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ "
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are "
+    "a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + "
+    "message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ "
     "'<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -1265,6 +1278,59 @@ def test_an_impossible_split_and_too_many_layers_are_refused_before_training(
     assert "received 'c_attn'" in capsys.readouterr().err
     assert main([*fixed, *small, "--device", "moon"]) == 2
     assert "expected a device that torch can use, received 'moon'" in capsys.readouterr().err
+
+
+def broken_model(kind: str, whole: Path, folder: Path) -> Path:
+    """A copy of the tiny model that cannot be used in one way."""
+    shutil.copytree(whole, folder)
+    config = json.loads((folder / "config.json").read_text())
+    if kind == "model_type":
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": "brandnew"}))
+    elif kind == "tokenizer":
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer_config.json").unlink()
+    elif kind == "template":
+        (folder / "chat_template.jinja").write_text("{{ raise_exception('no such role') }}")
+    elif kind == "syntax":
+        (folder / "chat_template.jinja").write_text("{% for %}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("model_type", r"expected .* to hold a causal language model that transformers can build, .*: .*brandnew"),
+        ("tokenizer", r"expected .* to hold a tokenizer that transformers can load, received ValueError: "),
+        ("template", r"expected the chat template of .* to take turns of user, received TemplateError: no such role"),
+        ("syntax", r"expected the chat template of .* to take turns of user, received TemplateSyntaxError: "),
+        ("bert", r"expected .* to hold a causal language model .* type 'bert', which sees what comes after a token"),
+        ("encoder", r"expected the encoder to be a folder with a model that BERTScore can use, received .*: Value"),
+        ("surrogate", r"expected row 4 of .* to hold valid Unicode, received: 'utf-8' codec can't encode character"),
+    ],
+)
+def test_what_cannot_be_used_is_a_sentence_before_anything_is_trained(
+    kind: str, sentence: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, model_folder: Path
+) -> None:
+    model = broken_model(kind, model_folder, tmp_path / "model")
+    encoder, data = write_encoder(tmp_path / "encoder"), write_data(tmp_path / "data.json")
+    if kind == "bert":
+        model = encoder
+    elif kind == "encoder":
+        (encoder / "config.json").write_text("{}")
+    elif kind == "surrogate":
+        found = json.loads(data.read_text())
+        found[3]["output"] = "half an emoji \ud83d"
+        data.write_text(json.dumps(found))
+    config = {
+        "model": str(model), "data": str(data), "encoder": str(encoder), "source": "local", "budget": "smoke",
+        "out": str(tmp_path / "out"), "cache": str(tmp_path / "cache"), "train_examples": 8, "validation_examples": 4,
+        "test_examples": 4, "layers": 2, "methods": ["lora"],
+    }  # fmt: skip
+    (tmp_path / "compare.yaml").write_text(json.dumps(config))
+    assert main(["compare", "--config", str(tmp_path / "compare.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert re.search(f"^qaa compare: {sentence}", said, re.MULTILINE)
+    assert "Traceback" not in said and "untouched" not in said
 
 
 def test_info_names_what_is_installed() -> None:

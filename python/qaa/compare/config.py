@@ -189,12 +189,16 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
+    try:
+        import yaml
+    except ModuleNotFoundError:
+        raise CompareError(f"expected pyyaml to read {path}, received none: pip install 'qaa[compare]'") from None
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CompareError(f"expected a readable YAML file as config, received {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise CompareError(f"expected {path} to be text in UTF-8, received: {error}") from None
     except yaml.YAMLError as error:
         raise CompareError(f"expected valid YAML in {path}, received: {' '.join(str(error).split())}") from None
     if content is None:
@@ -268,6 +272,8 @@ def _checked(values: dict[str, Any]) -> Settings:
     seeds = _listed(values.get("seeds", (0,)), "seeds")
     if any(isinstance(seed, bool) or not isinstance(seed, int) or seed < 0 for seed in seeds):
         raise CompareError(f"expected seeds to be integers of at least 0, received {list(seeds)}")
+    if max(seeds) >= 2**32:
+        raise CompareError(f"expected seeds to be integers below {2**32}, received {list(seeds)}")
     values["seeds"] = tuple(dict.fromkeys(seeds))
 
     if values.get("targets") is not None:

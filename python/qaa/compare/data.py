@@ -87,7 +87,14 @@ def _rows(path: Path) -> Iterator[Example]:
     except json.JSONDecodeError as error:
         raise CompareError(f"expected JSON or JSON lines in {path}, received: {error}") from None
     for number, row in enumerate(rows, 1):
-        yield from _examples(row, number, path)
+        for example in _examples(row, number, path):
+            try:
+                f"{example.system}{example.prompt}{example.response}".encode()
+            except UnicodeEncodeError as error:
+                raise CompareError(
+                    f"expected row {number} of {path} to hold valid Unicode, received: {error}"
+                ) from None
+            yield example
 
 
 def _examples(row: Any, number: int, path: Path) -> list[Example]:

@@ -11,6 +11,8 @@ import datasets
 import evaluate
 import numpy as np
 
+from .config import CompareError, reason
+
 _PAIR = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
 
 
@@ -77,6 +79,21 @@ class BertScore(evaluate.Metric):  # type: ignore[misc]
             return {"bertscore": 0.0}
         _, _, f1 = scorer.score([text for text, _ in kept], [reference for _, reference in kept], batch_size=32)
         return {"bertscore": float(f1.sum()) / len(predictions)}
+
+
+def check_encoder(encoder: str | Path) -> None:
+    """Scores one text, so that an unusable encoder is found before anything is trained.
+
+    Raises:
+        CompareError: BERTScore cannot use what is in the folder ``encoder``.
+    """
+    try:
+        BertScore(encoder).compute(predictions=["one"], references=["one"])
+    except Exception as error:  # transformers raises many kinds
+        raise CompareError(
+            f"expected the encoder to be a folder with a model that BERTScore can use, received {encoder}: "
+            f"{reason(error)}"
+        ) from None
 
 
 @lru_cache(maxsize=2)

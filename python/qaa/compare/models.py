@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .config import CompareError
+from .config import CompareError, reason
 from .data import Example, turn_end
 
 IGNORED = -100
@@ -29,7 +29,12 @@ def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer in ``path``, with a padding token; raises ``CompareError`` if it has no end-of-text token."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # transformers raises many kinds
+        raise CompareError(
+            f"expected {path} to hold a tokenizer that transformers can load, received {reason(error)}"
+        ) from None
     if tokenizer.eos_token_id is None:
         raise CompareError(f"expected the tokenizer in {path} to have an end-of-text token, received one without")
     if tokenizer.pad_token_id is None:
@@ -52,6 +57,27 @@ def at_fixed_time(template: str) -> str:
     codes += [(f"%-{code[1]}", text.lstrip("0") or "0") for code, text in codes]
     filters = "".join(f"|replace({json.dumps(code)}, {json.dumps(text)})" for code, text in codes)
     return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n{template}"
+
+
+def skeleton(path: str | Path) -> Any:
+    """The causal language model in ``path`` without its weights.
+
+    Raises:
+        CompareError: transformers cannot build it, or it sees what comes after a token.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    expected = f"expected {path} to hold a causal language model that transformers can build, received"
+    try:
+        config = AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except Exception as error:  # transformers raises many kinds
+        raise CompareError(f"{expected} {reason(error)}") from None
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        raise CompareError(f"{expected} a model of type {config.model_type!r}, which sees what comes after a token")
+    return model
 
 
 def load_model(path: str | Path, device: str) -> Any:
@@ -244,4 +270,8 @@ def generate_answers(
 def _ends(model: Any, tokenizer: Any) -> set[int]:
     """The tokens that end an answer: that of the chat template, end-of-text, and what the model's own settings name."""
     own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return {turn_end(tokenizer), tokenizer.eos_token_id, *(own if isinstance(own, list) else [] if own is None else [own])}
+    return {
+        turn_end(tokenizer),
+        tokenizer.eos_token_id,
+        *(own if isinstance(own, list) else [] if own is None else [own]),
+    }

@@ -273,12 +273,9 @@ def _resolve(chosen: Settings, cache: Path) -> dict[str, sources.Source]:
 
 def _prepare(chosen: Settings, found: dict[str, sources.Source], cache: Path, out: Path) -> tuple[Any, dict[str, Any]]:
     """Checks model, data, targets and device, writes the splits, and says what there is to say about them."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     from .data import read_examples, save_splits, split
     from .methods import adapted_targets, check_options, row
-    from .models import decoder_layers, first_adapted_layer, load_tokenizer
+    from .models import decoder_layers, first_adapted_layer, load_tokenizer, skeleton
     from .training import Job, choose_device
 
     for name in chosen.methods:
@@ -286,18 +283,20 @@ def _prepare(chosen: Settings, found: dict[str, sources.Source], cache: Path, ou
     device = choose_device(chosen.device)
     examples = read_examples(found["data"].path)
     model_path = sources.plain_model(found["model"], cache)
-    tokenizer = load_tokenizer(model_path)
+    model, tokenizer = skeleton(model_path), load_tokenizer(model_path)
+    if chosen.generate:
+        from .metrics import check_encoder
+
+        check_encoder(found["encoder"].path)
     splits = split(examples, tokenizer, chosen)
-    with torch.device("meta"):
-        skeleton: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))  # type: ignore[no-untyped-call]
-    n_layers = len(decoder_layers(skeleton))
+    n_layers = len(decoder_layers(model))
     first = first_adapted_layer(n_layers, chosen.layers)
-    targets = adapted_targets(skeleton, chosen.targets)
+    targets = adapted_targets(model, chosen.targets)
     work = out / "work"
     splits_path = work / "splits.json"
     save_splits(splits, splits_path)
     job = Job(chosen, str(model_path), device, str(splits_path), None, first, targets)
-    width = skeleton.config.hidden_size
+    width = model.config.hidden_size
     tokens = sum(len(example) for example in splits.all())
     storable = first > 0 and 4 * width * tokens <= _LARGEST_HIDDEN_FILE
     facts = {
@@ -305,7 +304,7 @@ def _prepare(chosen: Settings, found: dict[str, sources.Source], cache: Path, ou
         "first": first,
         "targets": list(targets),
         "device": device,
-        "model_parameters": skeleton.num_parameters(),
+        "model_parameters": model.num_parameters(),
         "splits": {
             name: {
                 "examples": len(part),
