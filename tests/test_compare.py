@@ -63,7 +63,7 @@ from qaa.compare.models import (
     mean_loss,
     padded_batch,
 )
-from qaa.compare.report import findings, headline, limits
+from qaa.compare.report import _best, findings, headline, limits
 from qaa.compare.training import Inputs, Job, choose_rate, run_in_process, save_adapter, train
 
 
@@ -444,8 +444,8 @@ def test_a_system_text_is_a_turn_of_its_own(tokenizer: Any) -> None:
 
 
 SMOLLM2 = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou are "
-    "a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + "
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou "
+    "are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + "
     "message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ "
     "'<|im_start|>assistant\n' }}{% endif %}"
 )
@@ -1088,6 +1088,37 @@ def test_text_scores_have_known_values(tmp_path: Path) -> None:
     assert other["bleu"] == pytest.approx(expected)
 
 
+def test_texts_of_any_script_have_scores() -> None:
+    chinese = ["保持健康的三个提示是均衡饮食、适量运动和充足睡眠。", "你好,世界"]
+    near = ["保持健康的三个提示是均衡饮食、适量运动和良好睡眠。", "你好,世界"]
+    for texts in (chinese, ["Привет, мир: это кот на ковре"], ["สวัสดีชาวโลก ทุกคน"], ["नमस्ते दुनिया, यह बिल्ली है"]):
+        assert metrics.Rouge().compute(predictions=texts, references=texts)["rouge2"] == 1
+        assert metrics.Bleu().compute(predictions=texts, references=texts)["bleu"] == pytest.approx(100)
+    found = metrics.Bleu().compute(predictions=near, references=chinese)
+    assert 60 < found["bleu"] < 95 and "tok:zh" in found["bleu_signature"]
+    # 21 characters of 23 are the same, and a comma is none
+    assert metrics.Rouge().compute(predictions=near[:1], references=chinese[:1])["rouge1"] == pytest.approx(21 / 23)
+
+
+def test_scores_of_ascii_texts_are_rouge_scores_and_sacrebleus_own() -> None:
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics.bleu import BLEU
+
+    generator = np.random.default_rng(0)
+    pieces = ["running", "The", "cats'", "under_score", "3.14", "it's", "e-mail", "FLIES", "\t", "--", "a", "hopping!"]
+    texts = [" ".join(generator.choice(pieces, size=12)) for _ in range(200)]
+    predictions, references = texts[:100], texts[100:]
+    found = metrics.Rouge().compute(predictions=predictions, references=references)
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    scores = [scorer.score(reference, text) for text, reference in zip(predictions, references, strict=True)]
+    for kind in ("rouge1", "rouge2", "rougeL"):
+        assert found[kind] == float(np.mean([score[kind].fmeasure for score in scores]))
+    own = BLEU()
+    assert metrics.Bleu().compute(predictions=predictions, references=references) == {
+        "bleu": own.corpus_score(predictions, [references]).score, "bleu_signature": str(own.get_signature()),
+    }  # fmt: skip
+
+
 def test_paired_interval_shrinks_with_pairing() -> None:
     generator = np.random.default_rng(0)
     hard = generator.gamma(2.0, 10.0, size=200)
@@ -1210,6 +1241,13 @@ def test_findings_name_what_is_not_settled() -> None:
     assert "QAA (paper form) is not clearly below the untouched model" in said
     assert "QAA (paper form) and QAA cannot be told from LoRA" in said
     assert "learning rate of LoRA lies at the edge" in said  # the one that was used, whichever had the lowest loss
+
+
+def test_rows_that_tie_have_no_best() -> None:
+    rows = [
+        {"name": name, "test_loss": loss, "bleu": 0.0} for name, loss in (("qaa", 2), ("lora", 1), ("untouched", 0))
+    ]
+    assert _best(rows) == {"test_loss": "lora"}
 
 
 def test_limits_say_what_a_smoke_test_is() -> None:

@@ -10,10 +10,47 @@ from typing import Any
 import datasets
 import evaluate
 import numpy as np
+import regex
 
 from .config import CompareError, reason
 
 _PAIR = datasets.Features({"predictions": datasets.Value("string"), "references": datasets.Value("string")})
+
+_WITHOUT_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+_WORD = regex.compile(rf"[{_WITHOUT_SPACES}]\p{{M}}*|(?:(?![{_WITHOUT_SPACES}])[\p{{L}}\p{{M}}\p{{N}}])+")
+
+#: What ROUGE counts, for the report.
+ROUGE_WORDS = (
+    "words of letters and digits, single characters in scripts without spaces, with Porter's stems of ASCII words"
+)
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words of any script; in scripts that put no spaces between words, every character is one.
+
+    Example:
+        >>> words("The cat's 2 mats, “Привет” 你好2024")
+        ['the', 'cat', 's', '2', 'mats', 'привет', '你', '好', '2024']
+    """
+    found: list[str] = _WORD.findall(text.lower())
+    return found
+
+
+def bleu_tokenizer(texts: Sequence[str]) -> str:
+    """sacrebleu's tokenizer for the script of most letters in ``texts``: ``13a``, ``zh`` or ``char``.
+
+    ``13a`` splits at spaces and punctuation; ``zh`` splits Chinese characters as well; ``char`` is for other scripts
+    without spaces between words, Japanese among them.
+
+    Example:
+        >>> [bleu_tokenizer([text]) for text in ("The cat, 猫", "Привет, мир", "你好吗?", "こんにちは世界")]
+        ['13a', '13a', 'zh', 'char']
+    """
+    text = "".join(texts)
+    letters, without = len(regex.findall(r"\p{L}", text)), len(regex.findall(rf"[{_WITHOUT_SPACES}]", text))
+    if 2 * without <= letters:
+        return "13a"
+    return "zh" if 10 * len(regex.findall(r"\p{Han}", text)) > 9 * without else "char"
 
 
 def _info(description: str, citation: str) -> evaluate.MetricInfo:
@@ -21,7 +58,7 @@ def _info(description: str, citation: str) -> evaluate.MetricInfo:
 
 
 class Bleu(evaluate.Metric):  # type: ignore[misc]
-    """Corpus BLEU of sacrebleu (13a tokenizer, exponential smoothing), 0 to 100.
+    """Corpus BLEU of sacrebleu (exponential smoothing; the tokenizer for the references' script), 0 to 100.
 
     Example:
         >>> round(Bleu().compute(predictions=["a b c d e"], references=["a b c d e"])["bleu"])
@@ -34,13 +71,13 @@ class Bleu(evaluate.Metric):  # type: ignore[misc]
     def _compute(self, predictions: Sequence[str], references: Sequence[str], **_: Any) -> dict[str, Any]:
         from sacrebleu.metrics.bleu import BLEU
 
-        metric = BLEU()
+        metric = BLEU(tokenize=bleu_tokenizer(references))
         score = metric.corpus_score(list(predictions), [list(references)]).score
         return {"bleu": float(score), "bleu_signature": str(metric.get_signature())}
 
 
 class Rouge(evaluate.Metric):  # type: ignore[misc]
-    """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L with stemming (rouge-score), 0 to 1.
+    """Mean F1 of ROUGE-1, ROUGE-2 and ROUGE-L (rouge-score) over stems of :func:`words`, 0 to 1.
 
     Example:
         >>> Rouge().compute(predictions=["the cat sat"], references=["the cat ran"])["rouge2"]
@@ -50,13 +87,24 @@ class Rouge(evaluate.Metric):  # type: ignore[misc]
     def _info(self) -> evaluate.MetricInfo:
         return _info("ROUGE-1, ROUGE-2 and ROUGE-L, mean F1.", "Lin 2004, ROUGE")
 
-    def _compute(self, predictions: Sequence[str], references: Sequence[str], **_: Any) -> dict[str, float]:
+    def _compute(self, predictions: Sequence[str], references: Sequence[str], **_: Any) -> dict[str, Any]:
+        from nltk.stem.porter import PorterStemmer
         from rouge_score.rouge_scorer import RougeScorer
+        from rouge_score.tokenizers import Tokenizer
+
+        class Words(Tokenizer):  # type: ignore[misc]
+            """rouge-score's own for ASCII, which drops all other letters."""
+
+            stemmer = PorterStemmer()
+
+            def tokenize(self, text: str) -> list[str]:
+                return [self.stemmer.stem(w) if len(w) > 3 and w.isascii() else w for w in words(text)]
 
         kinds = ["rouge1", "rouge2", "rougeL"]
-        scorer = RougeScorer(kinds, use_stemmer=True)
+        scorer = RougeScorer(kinds, tokenizer=Words())
         scores = [scorer.score(reference, text) for text, reference in zip(predictions, references, strict=True)]
-        return {kind: float(np.mean([score[kind].fmeasure for score in scores])) for kind in kinds}
+        found = {kind: float(np.mean([score[kind].fmeasure for score in scores])) for kind in kinds}
+        return {**found, "rouge_words": ROUGE_WORDS}
 
 
 class BertScore(evaluate.Metric):  # type: ignore[misc]

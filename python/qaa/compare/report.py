@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -307,14 +306,17 @@ def _comma(items: Sequence[str]) -> str:
 
 
 def _best(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """For every column the name of the best trained row."""
+    """For every column the name of the best trained row; none where several have the best value."""
     trained = [row for row in rows if row["name"] != UNTOUCHED]
     smallest = ("test_loss", "best_validation_loss", "final_validation_loss")
     found = {}
     for key in (*smallest, "bleu", "rouge1", "rouge2", "rougeL", "bertscore"):
         known = [row for row in trained if row.get(key) is not None]
         if known:
-            found[key] = (min if key in smallest else max)(known, key=operator.itemgetter(key))["name"]
+            best = (min if key in smallest else max)(row[key] for row in known)
+            first, *others = [row["name"] for row in known if row[key] == best]
+            if not others:
+                found[key] = first
     return found
 
 

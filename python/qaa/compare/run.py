@@ -531,7 +531,7 @@ def _row(name: str, runs: list[dict[str, Any]], rate: dict[str, Any] | None, sho
         "seeds": [r["seed"] for r in runs] if shown else [],
         "spread": spread,
         "learning_rate": rate,
-        **({"bleu_signature": first["scores"]["bleu_signature"]} if keys else {}),
+        **({key: first["scores"][key] for key in ("bleu_signature", "rouge_words")} if keys else {}),
         "runs": [{k: _rounded(v) for k, v in r.items() if k not in _NOT_SHOWN} for r in runs],
     }
 
