@@ -27,9 +27,10 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("evaluate")
 
+import bert_score
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, RobertaConfig
 
 from compare_tiny import rows, write_data, write_encoder, write_model
 from qaa.cli import info, main
@@ -1086,6 +1087,22 @@ def test_text_scores_have_known_values(tmp_path: Path) -> None:
 
     expected = sacrebleu.corpus_bleu(["the cat lay on the mat", ""], [references]).score
     assert other["bleu"] == pytest.approx(expected)
+
+
+def test_bertscore_takes_the_layer_that_its_authors_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    RobertaConfig(num_hidden_layers=24).save_pretrained(tmp_path / "large")
+    named = [metrics.encoder_layer(tmp_path / "large", name) for name in ("roberta-large", "FacebookAI/roberta-large")]
+    assert named == [17, 17] and metrics.encoder_layer(tmp_path / "large", "some/encoder") == 24
+    encoder = write_encoder(tmp_path / "encoder")
+    assert metrics.encoder_layer(encoder, "roberta-large") == 2  # it is not that one
+    monkeypatch.setitem(bert_score.utils.model2layers, "tiny/encoder", 1)
+    texts = ["the cat sat"], ["a dog barked"]
+    first, last = (metrics.text_scores(*texts, encoder, "cpu", name) for name in ("tiny/encoder", "other/encoder"))
+    assert [found["bertscore_layer"] for found in (first, last)] == [1, 2]
+    scorer = bert_score.BERTScorer(model_type=str(encoder), num_layers=1, device="cpu")
+    scorer._tokenizer.model_max_length = 512
+    assert first["bertscore"] == pytest.approx(scorer.score(*texts)[2].item(), abs=1e-6)
+    assert first["bertscore"] != pytest.approx(last["bertscore"], abs=1e-4)
 
 
 def test_texts_of_any_script_have_scores() -> None:

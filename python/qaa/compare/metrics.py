@@ -20,9 +20,7 @@ _WITHOUT_SPACES = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{My
 _WORD = regex.compile(rf"[{_WITHOUT_SPACES}]\p{{M}}*|(?:(?![{_WITHOUT_SPACES}])[\p{{L}}\p{{M}}\p{{N}}])+")
 
 #: What ROUGE counts, for the report.
-ROUGE_WORDS = (
-    "words of letters and digits, single characters in scripts without spaces, with Porter's stems of ASCII words"
-)
+ROUGE_WORDS = "words of letters and digits, ASCII words stemmed; single characters in scripts without spaces"
 
 
 def words(text: str) -> list[str]:
@@ -110,33 +108,45 @@ class Rouge(evaluate.Metric):  # type: ignore[misc]
 class BertScore(evaluate.Metric):  # type: ignore[misc]
     """Mean BERTScore F1 of an encoder in a local folder, without idf weights and without baseline rescaling.
 
-    An empty text has no tokens to compare and counts as 0.
+    ``name`` is the encoder's hub name, which decides on its layer (:func:`encoder_layer`). An empty text has no tokens
+    to compare and counts as 0.
     """
 
-    def __init__(self, encoder: str | Path, device: str = "cpu", **kwargs: Any) -> None:
+    def __init__(self, encoder: str | Path, device: str = "cpu", name: str = "", **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.encoder, self.device = str(encoder), device
+        self.encoder, self.device, self.layer = str(encoder), device, encoder_layer(encoder, name)
 
     def _info(self) -> evaluate.MetricInfo:
         return _info("BERTScore F1.", "Zhang et al. 2020, BERTScore")
 
-    def _compute(self, predictions: Sequence[str], references: Sequence[str], **_: Any) -> dict[str, float]:
-        scorer = _scorer(self.encoder, self.device)
+    def _compute(self, predictions: Sequence[str], references: Sequence[str], **_: Any) -> dict[str, Any]:
+        scorer = _scorer(self.encoder, self.layer, self.device)
         kept = [(text, reference) for text, reference in zip(predictions, references, strict=True) if text.strip()]
         if not kept:
-            return {"bertscore": 0.0}
+            return {"bertscore": 0.0, "bertscore_layer": self.layer}
         _, _, f1 = scorer.score([text for text, _ in kept], [reference for _, reference in kept], batch_size=32)
-        return {"bertscore": float(f1.sum()) / len(predictions)}
+        return {"bertscore": float(f1.sum()) / len(predictions), "bertscore_layer": self.layer}
 
 
-def check_encoder(encoder: str | Path) -> None:
+def encoder_layer(encoder: str | Path, name: str) -> int:
+    """The layer that bert_score's authors chose for the encoder of this hub name; the last one for other encoders."""
+    from bert_score.utils import model2layers
+    from transformers import AutoConfig
+
+    last = int(AutoConfig.from_pretrained(encoder).num_hidden_layers)
+    # the table has old names, without an owner: roberta-large for FacebookAI/roberta-large
+    chosen = int(model2layers.get(name, model2layers.get(name.rpartition("/")[2], last)))
+    return chosen if chosen <= last else last
+
+
+def check_encoder(encoder: str | Path, name: str = "") -> None:
     """Scores one text, so that an unusable encoder is found before anything is trained.
 
     Raises:
         CompareError: BERTScore cannot use what is in the folder ``encoder``.
     """
     try:
-        BertScore(encoder).compute(predictions=["one"], references=["one"])
+        BertScore(encoder, name=name).compute(predictions=["one"], references=["one"])
     except Exception as error:  # transformers raises many kinds
         raise CompareError(
             f"expected the encoder to be a folder with a model that BERTScore can use, received {encoder}: "
@@ -145,21 +155,23 @@ def check_encoder(encoder: str | Path) -> None:
 
 
 @lru_cache(maxsize=2)
-def _scorer(encoder: str, device: str) -> Any:
+def _scorer(encoder: str, layer: int, device: str) -> Any:
     from bert_score import BERTScorer
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(encoder)
-    scorer = BERTScorer(model_type=encoder, num_layers=config.num_hidden_layers, device=device, idf=False)
+    scorer = BERTScorer(model_type=encoder, num_layers=layer, device=device, idf=False)
     # a tokenizer saved without its limit reports a number that the Rust tokenizer cannot hold
     scorer._tokenizer.model_max_length = min(scorer._tokenizer.model_max_length, config.max_position_embeddings)
     return scorer
 
 
-def text_scores(answers: Sequence[str], references: Sequence[str], encoder: str | Path, device: str) -> dict[str, Any]:
+def text_scores(
+    answers: Sequence[str], references: Sequence[str], encoder: str | Path, device: str, name: str = ""
+) -> dict[str, Any]:
     """BLEU, ROUGE-1, ROUGE-2, ROUGE-L and BERTScore of ``answers`` against one reference each."""
     scores: dict[str, Any] = {}
-    for metric in (Bleu(), Rouge(), BertScore(encoder, device)):
+    for metric in (Bleu(), Rouge(), BertScore(encoder, device, name)):
         scores.update(metric.compute(predictions=list(answers), references=list(references)) or {})
     return scores
 

@@ -287,7 +287,7 @@ def _prepare(chosen: Settings, found: dict[str, sources.Source], cache: Path, ou
     if chosen.generate:
         from .metrics import check_encoder
 
-        check_encoder(found["encoder"].path)
+        check_encoder(found["encoder"].path, found["encoder"].name)
     splits = split(examples, tokenizer, chosen)
     n_layers = len(decoder_layers(model))
     first = first_adapted_layer(n_layers, chosen.layers)
@@ -446,7 +446,7 @@ def _summary(
     from .methods import row
 
     if chosen.generate:
-        _score(results, facts, found["encoder"].path)
+        _score(results, facts, found["encoder"])
     shown = {name: row(chosen, name) for name in chosen.methods}
     methods = [
         _row(name, [r for (other, _), r in results.items() if other == name], rates.get(name), shown.get(name))
@@ -469,13 +469,13 @@ def _summary(
     }
 
 
-def _score(results: dict[tuple[str, int], dict[str, Any]], facts: dict[str, Any], encoder: str) -> None:
+def _score(results: dict[tuple[str, int], dict[str, Any]], facts: dict[str, Any], encoder: sources.Source) -> None:
     """Adds the text scores of every run's answers."""
     from .metrics import text_scores
 
     references = [response for _, response in facts["test"]]
     for result in results.values():
-        result["scores"] = text_scores(result["answers"], references, encoder, facts["device"])
+        result["scores"] = text_scores(result["answers"], references, encoder.path, facts["device"], encoder.name)
 
 
 def _samples(chosen: Settings, facts: dict[str, Any], results: dict[tuple[str, int], Any]) -> list[dict[str, Any]]:
@@ -531,7 +531,7 @@ def _row(name: str, runs: list[dict[str, Any]], rate: dict[str, Any] | None, sho
         "seeds": [r["seed"] for r in runs] if shown else [],
         "spread": spread,
         "learning_rate": rate,
-        **({key: first["scores"][key] for key in ("bleu_signature", "rouge_words")} if keys else {}),
+        **({key: first["scores"][key] for key in ("bleu_signature", "rouge_words", "bertscore_layer")} if keys else {}),
         "runs": [{k: _rounded(v) for k, v in r.items() if k not in _NOT_SHOWN} for r in runs],
     }
 
