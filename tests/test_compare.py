@@ -124,8 +124,10 @@ def test_options_override_yaml_which_overrides_the_budget(tmp_path: Path) -> Non
         ({"methods": ["lorra"]}, r"expected methods among .*, received 'lorra' \(did you mean 'lora'\?\)"),
         ({"stepps": 3}, r"expected keys among .*, received 'stepps' \(did you mean 'steps'\?\)"),
         ({"budget": "huge"}, "expected budget to be one of smoke, quick, full, received 'huge'"),
-        ({"steps": 0}, "expected steps to be an integer of at least 1, received 0"),
-        ({"steps": 2.5}, "expected steps to be an integer of at least 1, received 2.5"),
+        ({"steps": 0}, "expected steps to be an integer of at least 2, received 0"),
+        ({"steps": 2.5}, "expected steps to be an integer of at least 2, received 2.5"),
+        ({"steps": 1}, "expected steps to be an integer of at least 2, received 1"),
+        ({"tuning_steps": 1}, "expected tuning_steps to be an integer of at least 2, received 1"),
         ({"layers": 0}, "expected layers to be an integer of at least 1, received 0"),
         ({"seeds": [2**32]}, r"expected seeds to be integers below 4294967296, received \[4294967296\]"),
         ({"seeds": [-1]}, r"expected seeds to be integers of at least 0, received \[-1\]"),
@@ -827,6 +829,20 @@ def test_training_lowers_the_loss_and_keeps_the_best_step(
     assert bool(channels) == (name == "qaa") and not any(torch.all(p == 1) for p in channels)
 
 
+def test_the_schedule_is_the_one_that_the_report_tells(
+    job: Job, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *a, **k: (rates.append(self.param_groups[0]["lr"]), step(self))[1]
+    )
+    built, callbacks = build(plain("lora"), model, tokenizer, Scope(2, 4, job.targets))
+    inputs = Inputs(job, tokenizer, with_hidden=False)
+    train(job, METHODS["lora"], built, inputs, callbacks, rate=1.0, steps=8, seed=0, evaluations=0, title="")
+    assert rates == pytest.approx([0, *(k / 8 for k in range(8, 1, -1))])
+
+
 def test_equal_seeds_give_equal_runs_and_stored_states_change_nothing(
     job: Job, model_folder: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -1257,6 +1273,12 @@ def test_findings_name_what_is_not_settled() -> None:
     said = " ".join(findings(_report(1.50, 1.51, -0.03, 0.01)))
     assert "QAA (paper form) is not clearly below the untouched model" in said
     assert "QAA (paper form) and QAA cannot be told from LoRA" in said
+    assert "exactly the same loss" not in said
+    tied = _report(1.50, 1.51, -0.03, 0.01)
+    for loss, told in ((2.0, True), (None, False)):  # None: all of them diverged
+        tied["methods"][1]["learning_rate"]["grid"] = [(1e-3, loss), (1e-2, loss)]
+        sentence = "All learning rates that were tried for QAA gave exactly the same loss"
+        assert any(said.startswith(sentence) for said in findings(tied)) == told
     assert "learning rate of LoRA lies at the edge" in said  # the one that was used, whichever had the lowest loss
 
 
@@ -1293,7 +1315,7 @@ def test_limits_say_what_a_smoke_test_is() -> None:
     ("arguments", "sentence"),
     [
         (["--methods", "lorra"], "expected methods among"),
-        (["--steps", "0"], "expected steps to be an integer of at least 1"),
+        (["--steps", "0"], "expected steps to be an integer of at least 2"),
         (["--config", "/nowhere.yaml"], "expected a readable YAML file"),
         (["--out", "/proc/nothing"], "expected a folder that can be written, received /proc/nothing"),
         (["--model", "/nowhere", "--source", "local", "--data", "."], "expected model to be a local path"),

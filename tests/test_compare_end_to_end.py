@@ -162,7 +162,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     config = {
         "model": str(write_model(folder / "model")), "data": str(write_data(folder / "data.json")), "budget": "smoke",
         "source": "local", "cache": str(folder / "cache"), "out": str(folder / "out"), "train_examples": 24,
-        "validation_examples": 12, "test_examples": 12, "max_tokens": 80, "layers": 2, "steps": 2, "tuning_steps": 1,
+        "validation_examples": 12, "test_examples": 12, "max_tokens": 80, "layers": 2, "steps": 2, "tuning_steps": 2,
         "evaluations": 1, "batch_size": 4, "encoder": "/nowhere", "generate": False, "seeds": [0],
         "methods": [*variants, "lora", *NEW], "references": ["lora-2", "random-projection"],
         "variants": {**variants, **{name: {"learning_rates": [1e-3]} for name in ("lora", *NEW)}},

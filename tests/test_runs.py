@@ -38,7 +38,7 @@ def setting_up(folder: Path) -> Path:
         "model": str(write_model(folder / "model")), "data": str(write_data(folder / "data.json")), "budget": "smoke",
         "source": "local", "cache": str(folder / "cache"), "train_examples": 24, "validation_examples": 12,
         "test_examples": 12, "max_tokens": 80, "layers": 2, "steps": 6 if KILLS == 1 else 40,
-        "tuning_steps": 1, "evaluations": 2 if KILLS == 1 else 20, "batch_size": 4, "generate": False,
+        "tuning_steps": 2, "evaluations": 2 if KILLS == 1 else 20, "batch_size": 4, "generate": False,
         "seeds": [0] if KILLS == 1 else [0, 1], "methods": ["lora", "qaa"],
         "variants": {name: {"learning_rates": [1e-3]} for name in ("lora", "qaa")},
     }  # fmt: skip

@@ -220,8 +220,8 @@ _MINIMUM = {
     "split_seed": 0,
     "max_tokens": 8,
     "max_new_tokens": 1,
-    "steps": 1,
-    "tuning_steps": 1,
+    "steps": 2,  # the first step of the schedule has rate 0
+    "tuning_steps": 2,
     "evaluations": 1,
     "batch_size": 1,
     "layers": 1,

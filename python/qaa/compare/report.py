@@ -134,6 +134,12 @@ def findings(report: dict[str, Any]) -> list[str]:
             f"The chosen learning rate of {_listed(at_edge)} lies at the edge of the rates that were tried; "
             "others may do better."
         )
+    tied = [row["label"] for row in trained if _is_tied(row["learning_rate"])]
+    if tied:
+        said.append(
+            f"All learning rates that were tried for {_listed(tied)} gave exactly the same loss; the smallest one was "
+            "taken."
+        )
     return said + _noise_findings(report, rows)
 
 
@@ -141,6 +147,12 @@ def _is_at_edge(chosen: dict[str, Any] | None) -> bool:
     """Whether the rate that was used is the smallest or the largest of several that were tried."""
     tried = sorted(rate for rate, _ in chosen["grid"]) if chosen else []
     return len(tried) > 1 and chosen is not None and chosen["rate"] in (tried[0], tried[-1])
+
+
+def _is_tied(chosen: dict[str, Any] | None) -> bool:
+    """Whether several rates were tried and all of them have one loss."""
+    losses = [loss for _, loss in chosen["grid"]] if chosen else []
+    return len(losses) > 1 and losses[0] is not None and len(set(losses)) == 1
 
 
 def _noise_findings(report: dict[str, Any], rows: dict[str, dict[str, Any]]) -> list[str]:

@@ -264,6 +264,7 @@ def train(
 ) -> Curves:
     """Trains with the Hugging Face ``Trainer``: AdamW, linear warm-up and decay, gradient norm clipped to 1.
 
+    The warm-up starts at rate 0, which the first step has; the decay would reach 0 two steps after the last.
     With ``keep_best`` the trainable parameters of the step with the lowest validation loss are written there and
     loaded at the end.
     """
