@@ -34,7 +34,7 @@ from transformers import AutoModelForCausalLM, RobertaConfig
 
 from compare_tiny import rows, write_data, write_encoder, write_model
 from qaa.cli import info, main
-from qaa.compare import metrics, sources
+from qaa.compare import metrics, sources, training
 from qaa.compare.config import BUDGETS, DEFAULT_METHODS, METHOD_NAMES, NOISE, UNTOUCHED, CompareError, settings
 from qaa.compare.controls import CONTROLS, Control, controls
 from qaa.compare.data import Example, load_splits, read_examples, save_splits, split, tokenized, training_order
@@ -841,6 +841,28 @@ def test_the_schedule_is_the_one_that_the_report_tells(
     inputs = Inputs(job, tokenizer, with_hidden=False)
     train(job, METHODS["lora"], built, inputs, callbacks, rate=1.0, steps=8, seed=0, evaluations=0, title="")
     assert rates == pytest.approx([0, *(k / 8 for k in range(8, 1, -1))])
+
+
+def test_training_in_bfloat16_leaves_evaluations_in_float32(
+    job: Job, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An adapter that is zero gives the untouched model's losses and answers to the bit, before, while and after."""
+    inputs = Inputs(job, tokenizer, with_hidden=False)
+    untouched = inputs.losses(model, inputs.validation)
+    answers = generate_answers(model, tokenizer, inputs.splits.test, 6, 8)
+    monkeypatch.setattr(training, "trains_in_bfloat16", lambda device: True)
+    seen: list[torch.dtype] = []
+    hook = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    built, callbacks = build(plain("lora"), model, tokenizer, Scope(2, 4, job.targets))
+    curves = train(
+        job, METHODS["lora"], built, inputs, callbacks, rate=1e-30, steps=2, seed=0, evaluations=2, title="",
+        keep_best=tmp_path / "best",
+    )  # fmt: skip
+    hook.remove()
+    assert seen.count(torch.bfloat16) == 2 and set(seen) == {torch.bfloat16, torch.float32}
+    assert [loss for _, loss in curves.validation] == [mean_loss(*untouched)] * 3
+    assert inputs.losses(built, inputs.validation) == untouched
+    assert generate_answers(built, tokenizer, inputs.splits.test, 6, 8) == answers
 
 
 def test_equal_seeds_give_equal_runs_and_stored_states_change_nothing(

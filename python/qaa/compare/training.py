@@ -111,6 +111,13 @@ def choose_device(name: str) -> str:
     return name
 
 
+def trains_in_bfloat16(device: str) -> bool:
+    """Whether forward passes in training run in bfloat16 (autocast); losses and answers are always of float32."""
+    import torch
+
+    return device.startswith("cuda") and torch.cuda.is_bf16_supported()
+
+
 def peak_memory(device: str) -> int:
     """The largest memory use so far in bytes: of the process, or of its allocations on the GPU."""
     if device.startswith("cuda"):
@@ -281,6 +288,7 @@ def train(
     order = training_order([len(e) for e in inputs.splits.train], job.settings.batch_size, steps, seed)
     calibrate(model, (inputs.batch(batch) for batch in order[:CALIBRATION_BATCHES]))
     curves = Curves([], [], [], [])
+    device_kind, in_bfloat16 = job.device.partition(":")[0], trains_in_bfloat16(job.device)
     evaluation_steps = {max(1, round(steps * (i + 1) / evaluations)) for i in range(evaluations)}
     pauses = 0.0
     training_began: float | None = None
@@ -316,7 +324,8 @@ def train(
         ) -> Any:
             curves.answer_tokens += int((inputs["labels"][:, 1:] != IGNORED).sum())
             curves.tokens += int(inputs["attention_mask"].sum())
-            return answer_losses(model, inputs)[0].mean()
+            with torch.autocast(device_kind, torch.bfloat16, enabled=in_bfloat16):
+                return answer_losses(model, inputs)[0].mean()
 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             return SequentialSampler(order)  # the order is the protocol's, not the Trainer's
@@ -335,7 +344,7 @@ def train(
         save_strategy="no",
         remove_unused_columns=False,
         use_cpu=job.device == "cpu",
-        bf16=job.device.startswith("cuda") and torch.cuda.is_bf16_supported(),
+        bf16=False,  # accelerate would leave the model's forward under autocast, in evaluations as well
         dataloader_pin_memory=False,
         seed=seed,
     )
