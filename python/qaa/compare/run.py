@@ -106,25 +106,32 @@ class _Results:
         self._claims = ranks.claims(self._work / ".claims")
         self._found: dict[str, dict[str, Any]] = {}
 
-    def __call__(self, name: str, print_: str, function: Any, *arguments: Any) -> dict[str, Any] | None:
-        """The stored result ``name`` if its fingerprint is ``print_``, else a new one; None while a rank is at it."""
+    def __call__(
+        self, name: str, print_: str, function: Any, *arguments: Any, needed: Path | None = None
+    ) -> dict[str, Any] | None:
+        """The stored result ``name`` if its fingerprint is ``print_``, else a new one; None while a rank is at it.
+
+        A stored result whose file ``needed`` has gone is made anew.
+        """
         if name not in self._found:
             with self._claims.claim(self._names.index(name)) as is_ours:
                 if not is_ours:
                     return None
-                self._found[name] = self._stored(name, print_) or self._new(name, print_, function, arguments)
+                stored = self.stored(name, print_) if needed is None or needed.is_file() else None
+                if stored is not None and self.ranks.rank == 0:
+                    _say(f"{self._heading(name)}: done{' before' if self.ranks.world == 1 else ''}")
+                self._found[name] = stored or self._new(name, print_, function, arguments)
         return dict(self._found[name]["result"])
 
     def seconds(self) -> float:
         """What all results took."""
         return float(sum(stored["wall_seconds"] for stored in self._found.values()))
 
-    def _stored(self, name: str, print_: str) -> dict[str, Any] | None:
+    def stored(self, name: str, print_: str) -> dict[str, Any] | None:
+        """What is stored of the result ``name`` if its fingerprint is ``print_``."""
         stored = _read(self._work / f"{name}.json")
         if stored is None or stored.get("fingerprint") != print_ or not {"result", "wall_seconds"} <= stored.keys():
             return None
-        if self.ranks.rank == 0:
-            _say(f"{self._heading(name)}: done{' before' if self.ranks.world == 1 else ''}")
         return stored
 
     def _new(self, name: str, print_: str, function: Any, arguments: tuple[Any, ...]) -> dict[str, Any]:
@@ -192,19 +199,25 @@ def _sweep(once: _Results, out: Path) -> tuple[_Runs, _Rates, _Losses] | None:
     for name in chosen.methods:
         own = _digest(once.base, *_row_parts(row(chosen, name)))
         if _is_searched(chosen, name):
-            rates[name] = once(f"{name}-rate", own, tune, name, chosen.seeds[0])
+            rates[name] = once(f"{name}-rate", _digest(own, str(chosen.seeds[0])), tune, name, chosen.seeds[0])
         else:
             rates[name] = {"rate": row(chosen, name).method.learning_rates[0], "grid": [], "at_edge": False}
         if rates[name] is None:
             continue
         for seed in chosen.seeds:
             folder = str(out / "adapters" / f"{name}-seed{seed}")
-            print_ = _digest(own, str(seed), repr(rates[name]["rate"]))
-            runs[name, seed] = once(f"{name}-seed{seed}", print_, run, name, seed, rates[name]["rate"], folder)
-            if name in losses and runs[name, seed] is not None:
-                how = chosen.noise, chosen.trajectories
-                print_ = _digest(print_, repr(how), sources.file_hash(_PACKAGE / "compare" / "noise.py"))
-                found = once(f"{name}-seed{seed}-noise", print_, evaluate_noise, name, seed, folder, *how)
+            title, rate = f"{name}-seed{seed}", rates[name]["rate"]
+            print_ = _digest(own, str(seed), repr(rate))
+            if name not in losses:
+                runs[name, seed] = once(title, print_, run, name, seed, rate, folder)
+                continue
+            how = chosen.noise, chosen.trajectories
+            of_noise = _digest(print_, repr(how), sources.file_hash(_PACKAGE / "compare" / "noise.py"))
+            is_read = once.stored(f"{title}-noise", of_noise) is None  # the adapter, to be tested under noise
+            needed = Path(folder) / "adapter_model.safetensors" if is_read else None
+            runs[name, seed] = once(title, print_, run, name, seed, rate, folder, needed=needed)
+            if runs[name, seed] is not None:
+                found = once(f"{title}-noise", of_noise, evaluate_noise, name, seed, folder, *how)
                 losses[name].append(found and found["test_losses"])
     is_complete = None not in (*runs.values(), *rates.values(), *(loss for some in losses.values() for loss in some))
     return (runs, rates, losses) if is_complete else None

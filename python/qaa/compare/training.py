@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import shutil
 import sys
 import threading
 import time
@@ -480,6 +481,7 @@ def run(job: Job, name: str, seed: int, rate: float, folder: str) -> dict[str, A
 
     _quiet()
     target = Path(folder)
+    shutil.rmtree(target, ignore_errors=True)  # what an earlier row of this name left would be counted
     target.mkdir(parents=True, exist_ok=True)
     row, model, inputs, callbacks, base = _start(job, name, seed)
     trainable, total = parameter_counts(model)
