@@ -383,6 +383,23 @@ def test_texts_of_the_data_cannot_become_markup(finished: tuple[Path, list[str]]
     assert "<script>alert" not in page and "<img" not in page and "&lt;script&gt;alert(1)" in page
 
 
+@pytest.mark.parametrize(("tuning_steps", "rule"), [(2, "within one standard error of the best"), (6, "lowest loss")])
+def test_the_report_names_the_rule_that_chose_the_rates(
+    tuning_steps: int, rule: str, finished: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    report = read(finished[0])
+    report["settings"]["tuning_steps"] = tuning_steps
+    page = write_report(report, tmp_path).read_text(encoding="utf-8")
+    assert len(re.findall(r"(?:the smallest|the smallest rate) within one standard error", page)) == 2 * (
+        tuning_steps < 6
+    )
+    assert len(re.findall(r"(?:that|the rate) of the lowest loss", page)) == 2 * (tuning_steps == 6)
+    assert rule in page
+    assert "drawn once from 80; those longer than 80 tokens were left out" in page
+    # what the scores were counted in
+    assert "tok:13a" in page and "rouge-score (of words of letters and digits" in page and "(layer 2, no idf" in page
+
+
 def test_a_single_seed_without_qaa_or_lora_still_makes_a_report(
     finished: tuple[Path, list[str]], tmp_path: Path
 ) -> None:
