@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -14,6 +17,7 @@ import zipfile
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,13 +27,14 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 pytest.importorskip("evaluate")
 
+import bert_score
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, RobertaConfig
 
 from compare_tiny import rows, write_data, write_encoder, write_model
 from qaa.cli import info, main
-from qaa.compare import metrics, sources
+from qaa.compare import metrics, sources, training
 from qaa.compare.config import BUDGETS, DEFAULT_METHODS, METHOD_NAMES, NOISE, UNTOUCHED, CompareError, settings
 from qaa.compare.controls import CONTROLS, Control, controls
 from qaa.compare.data import Example, load_splits, read_examples, save_splits, split, tokenized, training_order
@@ -59,7 +64,7 @@ from qaa.compare.models import (
     mean_loss,
     padded_batch,
 )
-from qaa.compare.report import findings, headline, limits
+from qaa.compare.report import _best, findings, headline, limits
 from qaa.compare.training import Inputs, Job, choose_rate, run_in_process, save_adapter, train
 
 
@@ -119,9 +124,12 @@ def test_options_override_yaml_which_overrides_the_budget(tmp_path: Path) -> Non
         ({"methods": ["lorra"]}, r"expected methods among .*, received 'lorra' \(did you mean 'lora'\?\)"),
         ({"stepps": 3}, r"expected keys among .*, received 'stepps' \(did you mean 'steps'\?\)"),
         ({"budget": "huge"}, "expected budget to be one of smoke, quick, full, received 'huge'"),
-        ({"steps": 0}, "expected steps to be an integer of at least 1, received 0"),
-        ({"steps": 2.5}, "expected steps to be an integer of at least 1, received 2.5"),
+        ({"steps": 0}, "expected steps to be an integer of at least 2, received 0"),
+        ({"steps": 2.5}, "expected steps to be an integer of at least 2, received 2.5"),
+        ({"steps": 1}, "expected steps to be an integer of at least 2, received 1"),
+        ({"tuning_steps": 1}, "expected tuning_steps to be an integer of at least 2, received 1"),
         ({"layers": 0}, "expected layers to be an integer of at least 1, received 0"),
+        ({"seeds": [2**32]}, r"expected seeds to be integers below 4294967296, received \[4294967296\]"),
         ({"seeds": [-1]}, r"expected seeds to be integers of at least 0, received \[-1\]"),
         ({"methods": []}, r"expected methods to be a list of at least one entry, received \[\]"),
         ({"source": "moon"}, "expected source to be one of auto, hub, packages, local, received 'moon'"),
@@ -165,6 +173,15 @@ def test_bad_yaml_is_refused(tmp_path: Path, content: str, sentence: str) -> Non
         settings(config=file)
     with pytest.raises(CompareError, match=r"expected a readable YAML file"):
         settings(config=tmp_path / "absent.yaml")
+    file.write_bytes("model: café".encode("latin-1"))
+    with pytest.raises(CompareError, match=r"expected .*bad.yaml to be text in UTF-8, received: 'utf-8' codec"):
+        settings(config=file)
+
+
+def test_a_configuration_without_pyyaml_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(CompareError, match=r"expected pyyaml to read .*, received none: pip install 'qaa\[compare\]'"):
+        settings(config=tmp_path / "any.yaml")
 
 
 STUDY = Path(__file__).parent.parent / "docs" / "study"
@@ -230,6 +247,81 @@ def test_bad_data_is_refused(tmp_path: Path, content: str, sentence: str) -> Non
     path.write_text(content)
     with pytest.raises(CompareError, match=sentence):
         read_examples(path)
+
+
+def read_rows(folder: Path, *rows: dict[str, Any]) -> list[Example]:
+    """The examples of a JSON-lines file with these rows."""
+    path = folder / "rows.jsonl"
+    path.write_text("\n".join(json.dumps(row, ensure_ascii=False) for row in rows), encoding="utf-8")
+    return read_examples(path)
+
+
+def test_no_text_of_a_row_is_lost(tmp_path: Path) -> None:
+    dolly = {"instruction": "When did it start?", "context": "It began in 2000.", "response": "2000", "category": "qa"}
+    pirate = {"system": "You are a pirate.", "instruction": "Greet.", "output": "Arr"}
+    plain = {"system": None, "instruction": "Greet.", "input": "", "output": "Hi", "history": []}
+    assert read_rows(tmp_path, dolly, pirate, plain) == [
+        Example("When did it start?\n\nIt began in 2000.", "2000"),
+        Example("Greet.", "Arr", system="You are a pirate."),
+        Example("Greet.", "Hi"),
+    ]
+    broken = {"instruction": "Two\u2028lines", "output": "of\x85one\u2029text"}
+    assert read_rows(tmp_path, broken) == [Example("Two\u2028lines", "of\x85one\u2029text")]
+
+
+def test_a_byte_order_mark_and_blank_lines_are_no_rows(tmp_path: Path) -> None:
+    row = json.dumps({"instruction": "a", "output": "b"})
+    for name, content in (("a.json", f"[{row}]"), ("a.jsonl", f"{row}\r\n  \r\n\n{row}\n \n")):
+        (tmp_path / name).write_bytes(b"\xef\xbb\xbf" + content.encode())
+        assert read_examples(tmp_path / name) == [Example("a", "b")]
+
+
+def said(*turns: tuple[str, str]) -> list[dict[str, str]]:
+    """Messages of these roles and contents."""
+    return [{"role": role, "content": content} for role, content in turns]
+
+
+def test_messages_are_the_examples_that_a_conversation_is(tmp_path: Path) -> None:
+    system, first, second = ("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello.")
+    expected = [Example("Hi", "Hello.", system="Be brief.")]
+    assert read_rows(tmp_path, {"messages": said(system, first, second)}) == expected
+    assert read_rows(tmp_path, {"conversations": said(system, first, second)}) == expected
+    assert read_rows(tmp_path, {"messages": said(first, second), "system": "Be brief."}) == expected
+    assert read_rows(tmp_path, {"prompt": said(system, first), "completion": said(second)}) == expected
+    later = [("user", "Time?"), ("assistant", "Noon.")]
+    last = Example("User: Hi\nAssistant: Hello.\nUser: Time?", "Noon.")
+    found = read_rows(tmp_path, {"messages": said(first, second, *later)})
+    assert found == [Example("Hi", "Hello."), last] and {example.group for example in found} == {"Hi"}
+    # of TRL's prompt and completion, the completion alone is what the model is to say
+    assert read_rows(tmp_path, {"prompt": said(first, second, later[0]), "completion": said(later[1])}) == [last]
+    turns = [
+        {"from": who, "value": text} for who, text in (("system", "Be brief."), ("human", "Hi"), ("gpt", "Hello."))
+    ]
+    assert read_rows(tmp_path, {"conversations": turns}) == [
+        Example("Functions: []\nUser: Hi", "Hello.", system="Be brief.")
+    ]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "a", "output": "b", "history": [["c", "d"]]},
+        {"instruction": "a", "output": "b", "input": ["c"]},
+        {"instruction": "a", "output": "b", "system": {"c": "d"}},
+        {"question": "a", "answer": "b"},
+        {"messages": said(("user", "a"), ("tool", "b"))},
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}]},
+        {"prompt": said(("user", "a")), "completion": "b"},
+    ],
+)
+def test_rows_that_cannot_be_read_whole_are_refused_with_what_can(row: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(CompareError, match=r"expected row 1 of .* to have the texts") as caught:
+        read_rows(tmp_path, row)
+    for word in ("'instruction'", "'context'", "'system'", "'completion'", "'messages'", "'role'", "'conversations'"):
+        assert word in str(caught.value)
+    assert str(caught.value).endswith(f"received {', '.join(row)}")
+    with pytest.raises(CompareError, match=r"expected row 1 of .* to have messages without tools"):
+        read_rows(tmp_path, {"messages": said(("user", "a"), ("assistant", "b")), "tools": [{"name": "c"}]})
 
 
 def conversations() -> list[dict[str, Any]]:
@@ -343,6 +435,76 @@ def test_prompt_and_answer_tokens_are_the_chat_template(tokenizer: Any) -> None:
     example = tokenized(Example("What colour is the cat 1?", "The cat is red."), tokenizer)
     assert tokenizer.decode(example.prompt_ids) == "<|user|>What colour is the cat 1?<|end|><|assistant|>"
     assert tokenizer.decode(example.response_ids) == "The cat is red.<|end|>"
+
+
+def test_a_system_text_is_a_turn_of_its_own(tokenizer: Any) -> None:
+    example = tokenized(Example("Hi", "Hello.", system="Be brief."), tokenizer)
+    assert tokenizer.decode(example.prompt_ids) == "<|system|>Be brief.<|end|><|user|>Hi<|end|><|assistant|>"
+    plain = copy.deepcopy(tokenizer)
+    plain.chat_template = None
+    text = plain.decode(tokenized(Example("Hi", "Hello.", system="Be brief."), plain).prompt_ids)
+    assert text == "Be brief.\n\n### Instruction:\nHi\n\n### Response:\n"
+
+
+SMOLLM2 = (
+    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>system\nYou "
+    "are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}{{'<|im_start|>' + "
+    "message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}{% if add_generation_prompt %}{{ "
+    "'<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def with_template(tokenizer: Any, template: str | None, **special: str) -> Any:
+    """A copy of the tokenizer with this chat template and these special tokens."""
+    changed = copy.deepcopy(tokenizer)
+    changed.add_special_tokens(special)
+    changed.chat_template = template
+    return changed
+
+
+def test_the_token_ids_of_the_studys_model_are_what_they_were(tokenizer: Any) -> None:
+    smollm2 = with_template(tokenizer, SMOLLM2, eos_token="<|im_end|>", bos_token="<|im_start|>")
+    example = tokenized(Example("Hi", "Hello."), smollm2)
+    system = "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n"
+    prompt = f"{system}<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    assert list(example.prompt_ids) == smollm2(prompt, add_special_tokens=False)["input_ids"]
+    assert list(example.response_ids) == [*smollm2("Hello.")["input_ids"], smollm2.convert_tokens_to_ids("<|im_end|>")]
+
+
+def test_an_answer_ends_as_the_chat_template_ends_a_turn(tokenizer: Any, model: Any) -> None:
+    turn, end = tokenizer.eos_token_id, "<|eos|>"  # as in Gemma and Phi-3, whose turns do not end with end-of-text
+    gemma = with_template(tokenizer, tokenizer.chat_template, eos_token=end)
+    text = gemma.convert_tokens_to_ids(end)
+    assert text != turn and tokenized(Example("Hi", "Hello."), gemma).response_ids[-1] == turn
+    without = with_template(tokenizer, None, eos_token=end)
+    silent = with_template(tokenizer, "{% for m in messages %}{{ m['content'] }}\n{% endfor %}", eos_token=end)
+    assert [tokenized(Example("Hi", "Hello."), each).response_ids[-1] for each in (without, silent)] == [text, text]
+
+    class Spoken:
+        """Says one end after the other, and more behind them."""
+
+        device = "cpu"
+        generation_config = SimpleNamespace(eos_token_id=[7, 8])
+
+        def generate(self, input_ids: Any, eos_token_id: Any, **_: Any) -> Any:
+            self.ends = eos_token_id
+            said = [[*gemma("Yes")["input_ids"], which, *gemma("No")["input_ids"]] for which in (turn, text, 7, 8)]
+            return torch.cat([input_ids, torch.tensor(said)], 1)
+
+    spoken = Spoken()
+    assert generate_answers(spoken, gemma, [tokenized(Example("Hi", "x"), gemma)] * 4, 9, 4) == ["Yes"] * 4
+    assert spoken.ends == sorted({turn, text, 7, 8})
+    assert model.generation_config.eos_token_id == turn
+
+
+def test_a_chat_template_is_told_one_date_forever(model_folder: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model_folder, tmp_path / "dated")
+    template = folder / "chat_template.jinja"
+    dated = "  {% if strftime_now is defined %}{{ strftime_now('%d %b %Y, %-d.%m.%y %H:%M:%S') }} {% endif %}"
+    template.write_text(dated + template.read_text())
+    found = load_tokenizer(folder)
+    expected = "01 Jan 2025, 1.01.25 00:00:00 <|user|>Hi<|end|><|assistant|>"
+    assert found.decode(tokenized(Example("Hi", "x"), found).prompt_ids) == expected
 
 
 def test_training_order_is_epochs_of_everything_with_little_padding() -> None:
@@ -667,6 +829,42 @@ def test_training_lowers_the_loss_and_keeps_the_best_step(
     assert bool(channels) == (name == "qaa") and not any(torch.all(p == 1) for p in channels)
 
 
+def test_the_schedule_is_the_one_that_the_report_tells(
+    job: Job, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rates: list[float] = []
+    step = torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *a, **k: (rates.append(self.param_groups[0]["lr"]), step(self))[1]
+    )
+    built, callbacks = build(plain("lora"), model, tokenizer, Scope(2, 4, job.targets))
+    inputs = Inputs(job, tokenizer, with_hidden=False)
+    train(job, METHODS["lora"], built, inputs, callbacks, rate=1.0, steps=8, seed=0, evaluations=0, title="")
+    assert rates == pytest.approx([0, *(k / 8 for k in range(8, 1, -1))])
+
+
+def test_training_in_bfloat16_leaves_evaluations_in_float32(
+    job: Job, model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """An adapter that is zero gives the untouched model's losses and answers to the bit, before, while and after."""
+    inputs = Inputs(job, tokenizer, with_hidden=False)
+    untouched = inputs.losses(model, inputs.validation)
+    answers = generate_answers(model, tokenizer, inputs.splits.test, 6, 8)
+    monkeypatch.setattr(training, "trains_in_bfloat16", lambda device: True)
+    seen: list[torch.dtype] = []
+    hook = model.lm_head.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    built, callbacks = build(plain("lora"), model, tokenizer, Scope(2, 4, job.targets))
+    curves = train(
+        job, METHODS["lora"], built, inputs, callbacks, rate=1e-30, steps=2, seed=0, evaluations=2, title="",
+        keep_best=tmp_path / "best",
+    )  # fmt: skip
+    hook.remove()
+    assert seen.count(torch.bfloat16) == 2 and set(seen) == {torch.bfloat16, torch.float32}
+    assert [loss for _, loss in curves.validation] == [mean_loss(*untouched)] * 3
+    assert inputs.losses(built, inputs.validation) == untouched
+    assert generate_answers(built, tokenizer, inputs.splits.test, 6, 8) == answers
+
+
 def test_equal_seeds_give_equal_runs_and_stored_states_change_nothing(
     job: Job, model_folder: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
@@ -929,6 +1127,53 @@ def test_text_scores_have_known_values(tmp_path: Path) -> None:
     assert other["bleu"] == pytest.approx(expected)
 
 
+def test_bertscore_takes_the_layer_that_its_authors_chose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    RobertaConfig(num_hidden_layers=24).save_pretrained(tmp_path / "large")
+    named = [metrics.encoder_layer(tmp_path / "large", name) for name in ("roberta-large", "FacebookAI/roberta-large")]
+    assert named == [17, 17] and metrics.encoder_layer(tmp_path / "large", "some/encoder") == 24
+    encoder = write_encoder(tmp_path / "encoder")
+    assert metrics.encoder_layer(encoder, "roberta-large") == 2  # it is not that one
+    monkeypatch.setitem(bert_score.utils.model2layers, "tiny/encoder", 1)
+    texts = ["the cat sat"], ["a dog barked"]
+    first, last = (metrics.text_scores(*texts, encoder, "cpu", name) for name in ("tiny/encoder", "other/encoder"))
+    assert [found["bertscore_layer"] for found in (first, last)] == [1, 2]
+    scorer = bert_score.BERTScorer(model_type=str(encoder), num_layers=1, device="cpu")
+    scorer._tokenizer.model_max_length = 512
+    assert first["bertscore"] == pytest.approx(scorer.score(*texts)[2].item(), abs=1e-6)
+    assert first["bertscore"] != pytest.approx(last["bertscore"], abs=1e-4)
+
+
+def test_texts_of_any_script_have_scores() -> None:
+    chinese = ["保持健康的三个提示是均衡饮食、适量运动和充足睡眠。", "你好,世界"]
+    near = ["保持健康的三个提示是均衡饮食、适量运动和良好睡眠。", "你好,世界"]
+    for texts in (chinese, ["Привет, мир: это кот на ковре"], ["สวัสดีชาวโลก ทุกคน"], ["नमस्ते दुनिया, यह बिल्ली है"]):
+        assert metrics.Rouge().compute(predictions=texts, references=texts)["rouge2"] == 1
+        assert metrics.Bleu().compute(predictions=texts, references=texts)["bleu"] == pytest.approx(100)
+    found = metrics.Bleu().compute(predictions=near, references=chinese)
+    assert 60 < found["bleu"] < 95 and "tok:zh" in found["bleu_signature"]
+    # 21 characters of 23 are the same, and a comma is none
+    assert metrics.Rouge().compute(predictions=near[:1], references=chinese[:1])["rouge1"] == pytest.approx(21 / 23)
+
+
+def test_scores_of_ascii_texts_are_rouge_scores_and_sacrebleus_own() -> None:
+    from rouge_score.rouge_scorer import RougeScorer
+    from sacrebleu.metrics.bleu import BLEU
+
+    generator = np.random.default_rng(0)
+    pieces = ["running", "The", "cats'", "under_score", "3.14", "it's", "e-mail", "FLIES", "\t", "--", "a", "hopping!"]
+    texts = [" ".join(generator.choice(pieces, size=12)) for _ in range(200)]
+    predictions, references = texts[:100], texts[100:]
+    found = metrics.Rouge().compute(predictions=predictions, references=references)
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    scores = [scorer.score(reference, text) for text, reference in zip(predictions, references, strict=True)]
+    for kind in ("rouge1", "rouge2", "rougeL"):
+        assert found[kind] == float(np.mean([score[kind].fmeasure for score in scores]))
+    own = BLEU()
+    assert metrics.Bleu().compute(predictions=predictions, references=references) == {
+        "bleu": own.corpus_score(predictions, [references]).score, "bleu_signature": str(own.get_signature()),
+    }  # fmt: skip
+
+
 def test_paired_interval_shrinks_with_pairing() -> None:
     generator = np.random.default_rng(0)
     hard = generator.gamma(2.0, 10.0, size=200)
@@ -1070,7 +1315,20 @@ def test_findings_name_what_is_not_settled() -> None:
     said = " ".join(findings(_report(1.50, 1.51, -0.03, 0.01)))
     assert "QAA (paper form) is not clearly below the untouched model" in said
     assert "QAA (paper form) and QAA cannot be told from LoRA" in said
+    assert "exactly the same loss" not in said
+    tied = _report(1.50, 1.51, -0.03, 0.01)
+    for loss, told in ((2.0, True), (None, False)):  # None: all of them diverged
+        tied["methods"][1]["learning_rate"]["grid"] = [(1e-3, loss), (1e-2, loss)]
+        sentence = "All learning rates that were tried for QAA gave exactly the same loss"
+        assert any(said.startswith(sentence) for said in findings(tied)) == told
     assert "learning rate of LoRA lies at the edge" in said  # the one that was used, whichever had the lowest loss
+
+
+def test_rows_that_tie_have_no_best() -> None:
+    rows = [
+        {"name": name, "test_loss": loss, "bleu": 0.0} for name, loss in (("qaa", 2), ("lora", 1), ("untouched", 0))
+    ]
+    assert _best(rows) == {"test_loss": "lora"}
 
 
 def test_limits_say_what_a_smoke_test_is() -> None:
@@ -1099,7 +1357,7 @@ def test_limits_say_what_a_smoke_test_is() -> None:
     ("arguments", "sentence"),
     [
         (["--methods", "lorra"], "expected methods among"),
-        (["--steps", "0"], "expected steps to be an integer of at least 1"),
+        (["--steps", "0"], "expected steps to be an integer of at least 2"),
         (["--config", "/nowhere.yaml"], "expected a readable YAML file"),
         (["--out", "/proc/nothing"], "expected a folder that can be written, received /proc/nothing"),
         (["--model", "/nowhere", "--source", "local", "--data", "."], "expected model to be a local path"),
@@ -1139,6 +1397,59 @@ def test_an_impossible_split_and_too_many_layers_are_refused_before_training(
     assert "received 'c_attn'" in capsys.readouterr().err
     assert main([*fixed, *small, "--device", "moon"]) == 2
     assert "expected a device that torch can use, received 'moon'" in capsys.readouterr().err
+
+
+def broken_model(kind: str, whole: Path, folder: Path) -> Path:
+    """A copy of the tiny model that cannot be used in one way."""
+    shutil.copytree(whole, folder)
+    config = json.loads((folder / "config.json").read_text())
+    if kind == "model_type":
+        (folder / "config.json").write_text(json.dumps({**config, "model_type": "brandnew"}))
+    elif kind == "tokenizer":
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer_config.json").unlink()
+    elif kind == "template":
+        (folder / "chat_template.jinja").write_text("{{ raise_exception('no such role') }}")
+    elif kind == "syntax":
+        (folder / "chat_template.jinja").write_text("{% for %}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        ("model_type", r"expected .* to hold a causal language model that transformers can build, .*: .*brandnew"),
+        ("tokenizer", r"expected .* to hold a tokenizer that transformers can load, received ValueError: "),
+        ("template", r"expected the chat template of .* to take turns of user, received TemplateError: no such role"),
+        ("syntax", r"expected the chat template of .* to take turns of user, received TemplateSyntaxError: "),
+        ("bert", r"expected .* to hold a causal language model .* type 'bert', which sees what comes after a token"),
+        ("encoder", r"expected the encoder to be a folder with a model that BERTScore can use, received .*: Value"),
+        ("surrogate", r"expected row 4 of .* to hold valid Unicode, received: 'utf-8' codec can't encode character"),
+    ],
+)
+def test_what_cannot_be_used_is_a_sentence_before_anything_is_trained(
+    kind: str, sentence: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, model_folder: Path
+) -> None:
+    model = broken_model(kind, model_folder, tmp_path / "model")
+    encoder, data = write_encoder(tmp_path / "encoder"), write_data(tmp_path / "data.json")
+    if kind == "bert":
+        model = encoder
+    elif kind == "encoder":
+        (encoder / "config.json").write_text("{}")
+    elif kind == "surrogate":
+        found = json.loads(data.read_text())
+        found[3]["output"] = "half an emoji \ud83d"
+        data.write_text(json.dumps(found))
+    config = {
+        "model": str(model), "data": str(data), "encoder": str(encoder), "source": "local", "budget": "smoke",
+        "out": str(tmp_path / "out"), "cache": str(tmp_path / "cache"), "train_examples": 8, "validation_examples": 4,
+        "test_examples": 4, "layers": 2, "methods": ["lora"],
+    }  # fmt: skip
+    (tmp_path / "compare.yaml").write_text(json.dumps(config))
+    assert main(["compare", "--config", str(tmp_path / "compare.yaml")]) == 2
+    said = capsys.readouterr().err
+    assert re.search(f"^qaa compare: {sentence}", said, re.MULTILINE)
+    assert "Traceback" not in said and "untouched" not in said
 
 
 def test_info_names_what_is_installed() -> None:

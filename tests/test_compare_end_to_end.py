@@ -145,11 +145,15 @@ def test_stored_adapters_are_tested_under_noise_and_trained_no_more(
     page = (out / "report.html").read_text(encoding="utf-8")
     assert "What noise does to them" in page and "an amplitude is no observable" in page
     assert "What noise does to them" not in (source / "report.html").read_text(encoding="utf-8")
+    # an adapter that is needed and has gone is trained again, one that is not needed is not
     (out / "work" / "qaa-paper-seed1-noise.json").unlink()
-    (out / "adapters" / "qaa-paper-seed1" / "adapter_model.safetensors").unlink()
-    assert main(noisy) == 2
-    said = capsys.readouterr().err
-    assert "] qaa-paper-seed0-noise: done before" in said and "expected the trained adapter of qaa-paper in" in said
+    for seed in (0, 1):
+        (out / "adapters" / f"qaa-paper-seed{seed}" / "adapter_model.safetensors").unlink()
+    assert main(noisy) == 0
+    made = re.findall(r"\] (\S+)\n", capsys.readouterr().err)
+    assert made == ["qaa-paper-seed1", "qaa-paper-seed1-noise"]
+    again = read(out)["noise"]["rows"]["qaa-paper"]
+    assert again == [pytest.approx(losses, abs=1e-6) for losses in results["noise"]["rows"]["qaa-paper"]]
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +166,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     config = {
         "model": str(write_model(folder / "model")), "data": str(write_data(folder / "data.json")), "budget": "smoke",
         "source": "local", "cache": str(folder / "cache"), "out": str(folder / "out"), "train_examples": 24,
-        "validation_examples": 12, "test_examples": 12, "max_tokens": 80, "layers": 2, "steps": 2, "tuning_steps": 1,
+        "validation_examples": 12, "test_examples": 12, "max_tokens": 80, "layers": 2, "steps": 2, "tuning_steps": 2,
         "evaluations": 1, "batch_size": 4, "encoder": "/nowhere", "generate": False, "seeds": [0],
         "methods": [*variants, "lora", *NEW], "references": ["lora-2", "random-projection"],
         "variants": {**variants, **{name: {"learning_rates": [1e-3]} for name in ("lora", *NEW)}},
@@ -377,6 +381,23 @@ def test_texts_of_the_data_cannot_become_markup(finished: tuple[Path, list[str]]
     report["samples"][0]["answers"]["lora"] = "</p><img src=x>"
     page = write_report(report, tmp_path).read_text(encoding="utf-8")
     assert "<script>alert" not in page and "<img" not in page and "&lt;script&gt;alert(1)" in page
+
+
+@pytest.mark.parametrize(("tuning_steps", "rule"), [(2, "within one standard error of the best"), (6, "lowest loss")])
+def test_the_report_names_the_rule_that_chose_the_rates(
+    tuning_steps: int, rule: str, finished: tuple[Path, list[str]], tmp_path: Path
+) -> None:
+    report = read(finished[0])
+    report["settings"]["tuning_steps"] = tuning_steps
+    page = write_report(report, tmp_path).read_text(encoding="utf-8")
+    assert len(re.findall(r"(?:the smallest|the smallest rate) within one standard error", page)) == 2 * (
+        tuning_steps < 6
+    )
+    assert len(re.findall(r"(?:that|the rate) of the lowest loss", page)) == 2 * (tuning_steps == 6)
+    assert rule in page
+    assert "drawn once from 80; those longer than 80 tokens were left out" in page
+    # what the scores were counted in
+    assert "tok:13a" in page and "rouge-score (of words of letters and digits" in page and "(layer 2, no idf" in page
 
 
 def test_a_single_seed_without_qaa_or_lora_still_makes_a_report(

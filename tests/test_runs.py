@@ -38,7 +38,7 @@ def setting_up(folder: Path) -> Path:
         "model": str(write_model(folder / "model")), "data": str(write_data(folder / "data.json")), "budget": "smoke",
         "source": "local", "cache": str(folder / "cache"), "train_examples": 24, "validation_examples": 12,
         "test_examples": 12, "max_tokens": 80, "layers": 2, "steps": 6 if KILLS == 1 else 40,
-        "tuning_steps": 1, "evaluations": 2 if KILLS == 1 else 20, "batch_size": 4, "generate": False,
+        "tuning_steps": 2, "evaluations": 2 if KILLS == 1 else 20, "batch_size": 4, "generate": False,
         "seeds": [0] if KILLS == 1 else [0, 1], "methods": ["lora", "qaa"],
         "variants": {name: {"learning_rates": [1e-3]} for name in ("lora", "qaa")},
     }  # fmt: skip
@@ -233,6 +233,39 @@ def test_processes_that_wait_learn_that_there_will_be_nothing() -> None:
         CompareError, match="expected process 0 to prepare the comparison, received its end in process 1"
     ):
         Ranks(1, 2, 1, store).announced()
+
+
+def altered(config: Path, out: Path, **settings: Any) -> Any:
+    """The results of the configuration with these settings, in ``out``."""
+    path = config.with_name("altered.yaml")
+    path.write_text(json.dumps({**json.loads(config.read_text()), **settings}))
+    assert main(["compare", "--config", str(path), "--out", str(out)]) == 0
+    return comparable(out)
+
+
+def test_a_rate_that_another_seed_chose_is_searched_again(
+    undisturbed: tuple[Path, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, _ = undisturbed
+    searched = {"methods": ["lora"], "variants": {"lora": {"learning_rates": [1e-3, 1e-2]}}, "grid_extensions": 0}
+    altered(config, tmp_path / "out", **searched, seeds=[0])
+    capsys.readouterr()
+    after = altered(config, tmp_path / "out", **searched, seeds=[1])
+    assert re.findall(r"\] (\S+)\n", capsys.readouterr().err) == ["lora-rate", "lora-seed1"]
+    assert after["methods"] == altered(config, tmp_path / "fresh", **searched, seeds=[1])["methods"]
+    altered(config, tmp_path / "out", **searched, seeds=[1, 0])
+    assert re.findall(r"\] (lora-rate)\n", capsys.readouterr().err) == ["lora-rate"]  # of the fresh folder
+
+
+def test_what_an_earlier_row_of_a_name_left_is_not_counted(undisturbed: tuple[Path, Any], tmp_path: Path) -> None:
+    config, _ = undisturbed
+    sizes = []
+    for folder, method in (("out", "full"), ("out", "lora"), ("fresh", "lora")):
+        mine = {"methods": ["mine"], "variants": {"mine": {"method": method, "learning_rates": [1e-3]}}}
+        results = altered(config, tmp_path / folder, **mine)
+        sizes.append(results["methods"][0]["adapter_bytes"])
+    assert sizes[1] == sizes[2] < sizes[0]
+    assert not (tmp_path / "out" / "adapters" / "mine-seed0" / "trained_weights.safetensors").exists()
 
 
 def test_a_full_disk_is_a_sentence_and_loses_nothing(

@@ -15,6 +15,17 @@ class CompareError(Exception):
     """A request that cannot be met, in one sentence; the command line prints it and exits with code 2."""
 
 
+def reason(error: BaseException) -> str:
+    """The kind of an exception and the first line of what it says.
+
+    Example:
+        >>> reason(ValueError("no such thing: further"))
+        'ValueError: no such thing: further'
+    """
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:200] if lines else 'no reason given'}"
+
+
 UNTOUCHED = "untouched"
 
 #: The rows of the paper's table, in its order. ``untouched`` is always added as the reference.
@@ -178,12 +189,16 @@ def _given(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
+    try:
+        import yaml
+    except ModuleNotFoundError:
+        raise CompareError(f"expected pyyaml to read {path}, received none: pip install 'qaa[compare]'") from None
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise CompareError(f"expected a readable YAML file as config, received {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise CompareError(f"expected {path} to be text in UTF-8, received: {error}") from None
     except yaml.YAMLError as error:
         raise CompareError(f"expected valid YAML in {path}, received: {' '.join(str(error).split())}") from None
     if content is None:
@@ -205,8 +220,8 @@ _MINIMUM = {
     "split_seed": 0,
     "max_tokens": 8,
     "max_new_tokens": 1,
-    "steps": 1,
-    "tuning_steps": 1,
+    "steps": 2,  # the first step of the schedule has rate 0
+    "tuning_steps": 2,
     "evaluations": 1,
     "batch_size": 1,
     "layers": 1,
@@ -257,6 +272,8 @@ def _checked(values: dict[str, Any]) -> Settings:
     seeds = _listed(values.get("seeds", (0,)), "seeds")
     if any(isinstance(seed, bool) or not isinstance(seed, int) or seed < 0 for seed in seeds):
         raise CompareError(f"expected seeds to be integers of at least 0, received {list(seeds)}")
+    if max(seeds) >= 2**32:
+        raise CompareError(f"expected seeds to be integers below {2**32}, received {list(seeds)}")
     values["seeds"] = tuple(dict.fromkeys(seeds))
 
     if values.get("targets") is not None:

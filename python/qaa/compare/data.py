@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from .config import CompareError, Settings
+from .config import CompareError, Settings, reason
 
+ROLES = {"user": "human", "assistant": "gpt"}  # of messages, beside "system"
 SPEAKERS = {"human": "User", "gpt": "Assistant", "function_call": "Function call", "observation": "Function result"}
 ANSWERS = ("gpt", "function_call")  # the turns of a conversation that the model is to produce
 WORDNET_FILES = ("data.noun*", "data.verb*", "data.adj*", "data.adv*")
@@ -20,9 +21,10 @@ PLAIN_TEMPLATE = "### Instruction:\n{prompt}\n\n### Response:\n"
 
 @dataclass(frozen=True)
 class Example:
-    """One instruction and its reference answer, as text and as token ids (the answer's ids end with end-of-text).
+    """One instruction and its reference answer, as text and as token ids (the answer's end with :func:`turn_end`).
 
-    Examples with the same ``group`` come from one conversation, or have the same answer; None stands alone.
+    Examples with the same ``group`` come from one conversation, or have the same answer; None stands alone. ``system``
+    is the system turn before the prompt; empty for none.
     """
 
     prompt: str
@@ -30,6 +32,7 @@ class Example:
     prompt_ids: tuple[int, ...] = ()
     response_ids: tuple[int, ...] = ()
     group: str | None = field(default=None, compare=False)
+    system: str = ""
 
     def __len__(self) -> int:
         return len(self.prompt_ids) + len(self.response_ids)
@@ -66,19 +69,20 @@ class Splits:
 def read_examples(path: str | Path) -> list[Example]:
     """Examples from a JSON list, a JSON-lines file, or a folder of WordNet's data files (:func:`wordnet_examples`).
 
-    Rows are Alpaca's (``instruction``, optional ``input``, ``output``), or ``prompt`` with ``response`` or
-    ``completion``, or conversations (:func:`conversation_examples`). Repeated prompts are dropped after their first
-    occurrence.
+    Rows are Alpaca's (``instruction``, optional ``input``, ``output``) or Dolly's (``instruction``, optional
+    ``context``, ``response``), or ``prompt`` with ``response`` or ``completion``, all with an optional ``system``, or
+    conversations (:func:`message_examples`, :func:`conversation_examples`). Repeated prompts are dropped after their
+    first occurrence.
 
     Raises:
         CompareError: the file or folder cannot be read, is no such JSON or WordNet, or a row lacks a key.
     """
     path = Path(path)
     found = _wordnet(path) if path.is_dir() else _rows(path)
-    examples: dict[str, Example] = {}
+    examples: dict[tuple[str, str], Example] = {}
     for example in found:
         if example.prompt and example.response:
-            examples.setdefault(example.prompt, example)
+            examples.setdefault((example.system, example.prompt), example)
     if not examples:
         raise CompareError(f"expected at least one example with a prompt and a response in {path}, received none")
     return list(examples.values())
@@ -86,33 +90,100 @@ def read_examples(path: str | Path) -> list[Example]:
 
 def _rows(path: Path) -> Iterator[Example]:
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise CompareError(f"expected data to be a readable .json or .jsonl file, received {path}: {error}") from None
+    lines = text.split("\n")  # not splitlines: JSON leaves U+2028 and its like as they are
     try:
-        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(t) for t in text.splitlines() if t]
+        rows = json.loads(text) if text.lstrip().startswith("[") else [json.loads(t) for t in lines if t.strip()]
     except json.JSONDecodeError as error:
         raise CompareError(f"expected JSON or JSON lines in {path}, received: {error}") from None
     for number, row in enumerate(rows, 1):
-        yield from _conversation(row, number, path) if _is_conversation(row) else [_example(row, number, path)]
+        for example in _examples(row, number, path):
+            try:
+                f"{example.system}{example.prompt}{example.response}".encode()
+            except UnicodeEncodeError as error:
+                raise CompareError(
+                    f"expected row {number} of {path} to hold valid Unicode, received: {error}"
+                ) from None
+            yield example
 
 
-def _example(row: Any, number: int, path: Path) -> Example:
-    if isinstance(row, dict):
-        prompt = row.get("instruction", row.get("prompt"))
-        response = row.get("output", row.get("response", row.get("completion")))
-        if isinstance(prompt, str) and isinstance(response, str):
-            extra = row.get("input")
-            parts = [prompt.strip(), extra.strip() if isinstance(extra, str) else ""]
-            return Example("\n\n".join(part for part in parts if part), response.strip())
-    keys = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-    raise CompareError(
-        f"expected row {number} of {path} to have the texts 'instruction' and 'output' (or 'prompt' and 'response'), "
-        f"received {keys}"
+def _examples(row: Any, number: int, path: Path) -> list[Example]:
+    if not isinstance(row, dict):
+        raise _refusal(row, number, path)
+    turns = row.get("messages", row.get("conversations"))
+    if isinstance(turns, list) and any(isinstance(turn, dict) and "role" in turn for turn in turns):
+        return _messages(row, [], turns, number, path)
+    if isinstance(row.get("prompt"), list) and isinstance(row.get("completion"), list):
+        return _messages(row, row["prompt"], row["completion"], number, path)
+    if "conversations" in row:
+        return _conversation(row, number, path)
+    return [_example(row, number, path)]
+
+
+def _example(row: dict[str, Any], number: int, path: Path) -> Example:
+    prompt, response = _first_text(row, "instruction", "prompt"), _first_text(row, "output", "response", "completion")
+    further = [row.get(key) or "" for key in ("input", "context", "system")]
+    if prompt is None or response is None or row.get("history") or not all(isinstance(text, str) for text in further):
+        raise _refusal(row, number, path)
+    *extra, system = (text.strip() for text in further)
+    return Example("\n\n".join(part for part in (prompt, *extra) if part), response, system=system)
+
+
+def _first_text(row: dict[str, Any], *keys: str) -> str | None:
+    return next((row[key].strip() for key in keys if isinstance(row.get(key), str)), None)
+
+
+def _refusal(row: Any, number: int, path: Path) -> CompareError:
+    received = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+    return CompareError(
+        f"expected row {number} of {path} to have the texts 'instruction' and 'output' (and 'input', 'context' or "
+        "'system', but no 'history'), or 'prompt' and 'response' or 'completion', or to be a conversation: 'messages', "
+        f"or 'prompt' and 'completion', of 'role' (system, {', '.join(ROLES)}) and text 'content', or 'conversations' "
+        f"of 'from' (system, {', '.join(SPEAKERS)}) and text 'value'; received {received}"
     )
 
 
-def conversation_examples(turns: Sequence[tuple[str, str]], functions: str) -> list[Example]:
+def message_examples(turns: Sequence[tuple[str, str]], system: str = "", known: int = 0) -> list[Example]:
+    """One example for every turn of the model but those among the ``known`` first ones.
+
+    The prompt is the text of the turn before, or all turns before where there are several, each with its speaker (a key
+    of ``SPEAKERS``). The group is the prompt of the first turn, so that conversations that begin alike stay together.
+
+    Example:
+        >>> turns = [("human", "Hi"), ("gpt", "Hello."), ("human", "Time?"), ("gpt", "Noon.")]
+        >>> [(example.prompt, example.response) for example in message_examples(turns)]
+        [('Hi', 'Hello.'), ('User: Hi\\nAssistant: Hello.\\nUser: Time?', 'Noon.')]
+    """
+    found: list[Example] = []
+    for at, (speaker, text) in enumerate(turns):
+        if speaker in ANSWERS and at >= known:
+            before = [f"{SPEAKERS[who]}: {said}" for who, said in turns[:at]]
+            prompt = turns[0][1] if at == 1 and speaker != turns[0][0] else "\n".join(before)
+            found.append(Example(prompt, text, group=turns[0][1], system=system))
+    return found
+
+
+def _messages(row: dict[str, Any], known: list[Any], said: list[Any], number: int, path: Path) -> list[Example]:
+    messages, system = [*known, *said], row.get("system") or ""
+    if messages and isinstance(messages[0], dict) and messages[0].get("role") == "system":
+        system, messages, known = messages[0].get("content"), messages[1:], known[1:]
+    if not isinstance(system, str) or not all(_is_turn(each, "role", ROLES, "content") for each in messages):
+        raise _refusal(row, number, path)
+    if row.get("tools") or any(each.get("tool_calls") for each in messages):
+        raise CompareError(
+            f"expected row {number} of {path} to have messages without tools, received some: 'conversations' of 'from' "
+            "and 'value' can have them"
+        )
+    return message_examples([(ROLES[m["role"]], m["content"].strip()) for m in messages], system.strip(), len(known))
+
+
+def _is_turn(turn: Any, who: str, speakers: Container[str], text: str) -> bool:
+    return isinstance(turn, dict) and turn.get(who) in speakers and isinstance(turn.get(text), str)
+
+
+def conversation_examples(turns: Sequence[tuple[str, str]], functions: str, system: str = "") -> list[Example]:
     """One example for every turn of the model: the prompt is all that came before, the response is the turn.
 
     ``turns`` are pairs of speaker (a key of ``SPEAKERS``) and text; ``functions`` describes what can be called, as
@@ -136,26 +207,24 @@ def conversation_examples(turns: Sequence[tuple[str, str]], functions: str) -> l
     for speaker, text in turns:
         if speaker in ANSWERS:
             prompt = "\n".join(lines)
-            found.append(Example(prompt, text, group=found[0].group if found else prompt))
+            found.append(Example(prompt, text, group=found[0].group if found else prompt, system=system))
         lines.append(f"{SPEAKERS[speaker]}: {text}")
     return found
 
 
-def _is_conversation(row: Any) -> bool:
-    return isinstance(row, dict) and "conversations" in row
-
-
 def _conversation(row: dict[str, Any], number: int, path: Path) -> list[Example]:
-    turns, functions = row["conversations"], row.get("tools") or "[]"
-    plain = isinstance(turns, list) and all(
-        isinstance(turn, dict) and turn.get("from") in SPEAKERS and isinstance(turn.get("value"), str) for turn in turns
-    )
-    if not plain or not isinstance(functions, str):
+    turns, functions, system = row["conversations"], row.get("tools") or "[]", row.get("system") or ""
+    if isinstance(turns, list) and turns and _is_turn(turns[0], "from", ("system",), "value"):
+        system, turns = turns[0]["value"], turns[1:]
+    plain = isinstance(turns, list) and all(_is_turn(turn, "from", SPEAKERS, "value") for turn in turns)
+    if not plain or not isinstance(functions, str) or not isinstance(system, str):
         raise CompareError(
             f"expected row {number} of {path} to have 'conversations', a list of texts 'value' from "
-            f"{', '.join(SPEAKERS)}, and 'tools', a text, received {json.dumps(row, ensure_ascii=False)[:100]}"
+            f"{', '.join(SPEAKERS)} (the first may be from system), and 'tools', a text, received "
+            f"{json.dumps(row, ensure_ascii=False)[:100]}"
         )
-    return conversation_examples([(turn["from"], turn["value"].strip()) for turn in turns], functions.strip())
+    said = [(turn["from"], turn["value"].strip()) for turn in turns]
+    return conversation_examples(said, functions.strip(), system.strip())
 
 
 def wordnet_examples(line: str) -> list[Example]:
@@ -216,15 +285,43 @@ def _wordnet(folder: Path) -> Iterator[Example]:
 
 
 def tokenized(example: Example, tokenizer: Any) -> Example:
-    """The example with token ids: the prompt through the chat template, the response with its end-of-text token."""
+    """The example with token ids: the prompt through the chat template, the response with :func:`turn_end`."""
     if tokenizer.chat_template:
-        message = [{"role": "user", "content": example.prompt}]
-        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        system = [{"role": "system", "content": example.system}] if example.system else []
+        messages = [*system, {"role": "user", "content": example.prompt}]
+        text = _rendered(tokenizer, messages, add_generation_prompt=True)
         prompt_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
-        prompt_ids = tokenizer(PLAIN_TEMPLATE.format(prompt=example.prompt))["input_ids"]
+        before = f"{example.system}\n\n" if example.system else ""
+        prompt_ids = tokenizer(before + PLAIN_TEMPLATE.format(prompt=example.prompt))["input_ids"]
     response_ids = tokenizer(example.response, add_special_tokens=False)["input_ids"]
-    return replace(example, prompt_ids=tuple(prompt_ids), response_ids=(*response_ids, tokenizer.eos_token_id))
+    return replace(example, prompt_ids=tuple(prompt_ids), response_ids=(*response_ids, turn_end(tokenizer)))
+
+
+def turn_end(tokenizer: Any) -> int:
+    """The token that ends an answer: the first added one that the chat template writes behind an answer.
+
+    It is the end-of-text token where there is no template, or where the template writes none.
+    """
+    if tokenizer.chat_template:
+        turns = [{"role": "user", "content": "Question"}, {"role": "assistant", "content": "Answer"}]
+        behind = _rendered(tokenizer, turns).rpartition("Answer")[2]
+        added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
+        added[tokenizer.eos_token] = tokenizer.eos_token_id
+        found = [(behind.index(text), -len(text), number) for text, number in added.items() if text in behind]
+        if found:
+            return int(min(found)[2])
+    return int(tokenizer.eos_token_id)
+
+
+def _rendered(tokenizer: Any, messages: list[dict[str, str]], **options: Any) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, **options))
+    except Exception as error:  # a template may raise, or fail in any way that a program can
+        roles = ", ".join(message["role"] for message in messages)
+        raise CompareError(
+            f"expected the chat template of {tokenizer.name_or_path} to take turns of {roles}, received {reason(error)}"
+        ) from None
 
 
 def split(examples: Sequence[Example], tokenizer: Any, chosen: Settings) -> Splits:

@@ -7,7 +7,10 @@ stored, and fed back as the input of a model whose lower layers pass their input
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 from collections.abc import Iterator, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,22 +18,66 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .config import CompareError
-from .data import Example
+from .config import CompareError, reason
+from .data import Example, turn_end
 
 IGNORED = -100
+NOW = datetime(2025, 1, 1)  # to chat templates that ask for the date: token ids must not change at midnight
 
 
 def load_tokenizer(path: str | Path) -> Any:
     """The tokenizer in ``path``, with a padding token; raises ``CompareError`` if it has no end-of-text token."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path)
+    except Exception as error:  # transformers raises many kinds
+        raise CompareError(
+            f"expected {path} to hold a tokenizer that transformers can load, received {reason(error)}"
+        ) from None
     if tokenizer.eos_token_id is None:
         raise CompareError(f"expected the tokenizer in {path} to have an end-of-text token, received one without")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = at_fixed_time(tokenizer.chat_template)
     return tokenizer
+
+
+def at_fixed_time(template: str) -> str:
+    """The chat template with ``strftime_now`` at ``NOW``; a template that does not ask for the time as it is.
+
+    Example:
+        >>> at_fixed_time("{{ messages[0]['content'] }}")
+        "{{ messages[0]['content'] }}"
+    """
+    if "strftime_now" not in template:
+        return template
+    codes = [(f"%{letter}", NOW.strftime(f"%{letter}")) for letter in "aAbBdHIjmMpSyY"]
+    codes += [(f"%-{code[1]}", text.lstrip("0") or "0") for code, text in codes]
+    filters = "".join(f"|replace({json.dumps(code)}, {json.dumps(text)})" for code, text in codes)
+    return f"{{% macro strftime_now(format) %}}{{{{ format{filters} }}}}{{% endmacro %}}\n{template}"
+
+
+def skeleton(path: str | Path) -> Any:
+    """The causal language model in ``path`` without its weights.
+
+    Raises:
+        CompareError: transformers cannot build it, or it sees what comes after a token.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    expected = f"expected {path} to hold a causal language model that transformers can build, received"
+    try:
+        config = AutoConfig.from_pretrained(path)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
+    except Exception as error:  # transformers raises many kinds
+        raise CompareError(f"{expected} {reason(error)}") from None
+    if config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False):
+        raise CompareError(f"{expected} a model of type {config.model_type!r}, which sees what comes after a token")
+    return model
 
 
 def load_model(path: str | Path, device: str) -> Any:
@@ -192,7 +239,7 @@ def generate_answers(
     """Greedy answers to the examples' prompts, in their order, batched by prompt length with padding on the left."""
     order = sorted(range(len(examples)), key=lambda index: len(examples[index].prompt_ids))
     answers = [""] * len(examples)
-    pad = tokenizer.pad_token_id
+    pad, ends = tokenizer.pad_token_id, _ends(model, tokenizer)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         width = max(len(examples[index].prompt_ids) for index in chosen)
@@ -211,9 +258,20 @@ def generate_answers(
             temperature=None,
             top_p=None,
             top_k=None,
-            eos_token_id=tokenizer.eos_token_id,
+            eos_token_id=sorted(ends),
             pad_token_id=pad,
         )
         for row, index in enumerate(chosen):
-            answers[index] = tokenizer.decode(produced[row, width:], skip_special_tokens=True).strip()
+            said = itertools.takewhile(lambda token: token not in ends, produced[row, width:].tolist())
+            answers[index] = tokenizer.decode(list(said), skip_special_tokens=True).strip()
     return answers
+
+
+def _ends(model: Any, tokenizer: Any) -> set[int]:
+    """The tokens that end an answer: that of the chat template, end-of-text, and what the model's own settings name."""
+    own = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return {
+        turn_end(tokenizer),
+        tokenizer.eos_token_id,
+        *(own if isinstance(own, list) else [] if own is None else [own]),
+    }

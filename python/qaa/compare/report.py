@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -135,6 +134,12 @@ def findings(report: dict[str, Any]) -> list[str]:
             f"The chosen learning rate of {_listed(at_edge)} lies at the edge of the rates that were tried; "
             "others may do better."
         )
+    tied = [row["label"] for row in trained if _is_tied(row["learning_rate"])]
+    if tied:
+        said.append(
+            f"All learning rates that were tried for {_listed(tied)} gave exactly the same loss; the smallest one was "
+            "taken."
+        )
     return said + _noise_findings(report, rows)
 
 
@@ -142,6 +147,12 @@ def _is_at_edge(chosen: dict[str, Any] | None) -> bool:
     """Whether the rate that was used is the smallest or the largest of several that were tried."""
     tried = sorted(rate for rate, _ in chosen["grid"]) if chosen else []
     return len(tried) > 1 and chosen is not None and chosen["rate"] in (tried[0], tried[-1])
+
+
+def _is_tied(chosen: dict[str, Any] | None) -> bool:
+    """Whether several rates were tried and all of them have one loss."""
+    losses = [loss for _, loss in chosen["grid"]] if chosen else []
+    return len(losses) > 1 and losses[0] is not None and len(set(losses)) == 1
 
 
 def _noise_findings(report: dict[str, Any], rows: dict[str, dict[str, Any]]) -> list[str]:
@@ -307,14 +318,17 @@ def _comma(items: Sequence[str]) -> str:
 
 
 def _best(rows: Sequence[dict[str, Any]]) -> dict[str, str]:
-    """For every column the name of the best trained row."""
+    """For every column the name of the best trained row; none where several have the best value."""
     trained = [row for row in rows if row["name"] != UNTOUCHED]
     smallest = ("test_loss", "best_validation_loss", "final_validation_loss")
     found = {}
     for key in (*smallest, "bleu", "rouge1", "rouge2", "rougeL", "bertscore"):
         known = [row for row in trained if row.get(key) is not None]
         if known:
-            found[key] = (min if key in smallest else max)(known, key=operator.itemgetter(key))["name"]
+            best = (min if key in smallest else max)(row[key] for row in known)
+            first, *others = [row["name"] for row in known if row[key] == best]
+            if not others:
+                found[key] = first
     return found
 
 

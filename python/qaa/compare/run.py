@@ -106,25 +106,32 @@ class _Results:
         self._claims = ranks.claims(self._work / ".claims")
         self._found: dict[str, dict[str, Any]] = {}
 
-    def __call__(self, name: str, print_: str, function: Any, *arguments: Any) -> dict[str, Any] | None:
-        """The stored result ``name`` if its fingerprint is ``print_``, else a new one; None while a rank is at it."""
+    def __call__(
+        self, name: str, print_: str, function: Any, *arguments: Any, needed: Path | None = None
+    ) -> dict[str, Any] | None:
+        """The stored result ``name`` if its fingerprint is ``print_``, else a new one; None while a rank is at it.
+
+        A stored result whose file ``needed`` has gone is made anew.
+        """
         if name not in self._found:
             with self._claims.claim(self._names.index(name)) as is_ours:
                 if not is_ours:
                     return None
-                self._found[name] = self._stored(name, print_) or self._new(name, print_, function, arguments)
+                stored = self.stored(name, print_) if needed is None or needed.is_file() else None
+                if stored is not None and self.ranks.rank == 0:
+                    _say(f"{self._heading(name)}: done{' before' if self.ranks.world == 1 else ''}")
+                self._found[name] = stored or self._new(name, print_, function, arguments)
         return dict(self._found[name]["result"])
 
     def seconds(self) -> float:
         """What all results took."""
         return float(sum(stored["wall_seconds"] for stored in self._found.values()))
 
-    def _stored(self, name: str, print_: str) -> dict[str, Any] | None:
+    def stored(self, name: str, print_: str) -> dict[str, Any] | None:
+        """What is stored of the result ``name`` if its fingerprint is ``print_``."""
         stored = _read(self._work / f"{name}.json")
         if stored is None or stored.get("fingerprint") != print_ or not {"result", "wall_seconds"} <= stored.keys():
             return None
-        if self.ranks.rank == 0:
-            _say(f"{self._heading(name)}: done{' before' if self.ranks.world == 1 else ''}")
         return stored
 
     def _new(self, name: str, print_: str, function: Any, arguments: tuple[Any, ...]) -> dict[str, Any]:
@@ -192,19 +199,25 @@ def _sweep(once: _Results, out: Path) -> tuple[_Runs, _Rates, _Losses] | None:
     for name in chosen.methods:
         own = _digest(once.base, *_row_parts(row(chosen, name)))
         if _is_searched(chosen, name):
-            rates[name] = once(f"{name}-rate", own, tune, name, chosen.seeds[0])
+            rates[name] = once(f"{name}-rate", _digest(own, str(chosen.seeds[0])), tune, name, chosen.seeds[0])
         else:
             rates[name] = {"rate": row(chosen, name).method.learning_rates[0], "grid": [], "at_edge": False}
         if rates[name] is None:
             continue
         for seed in chosen.seeds:
             folder = str(out / "adapters" / f"{name}-seed{seed}")
-            print_ = _digest(own, str(seed), repr(rates[name]["rate"]))
-            runs[name, seed] = once(f"{name}-seed{seed}", print_, run, name, seed, rates[name]["rate"], folder)
-            if name in losses and runs[name, seed] is not None:
-                how = chosen.noise, chosen.trajectories
-                print_ = _digest(print_, repr(how), sources.file_hash(_PACKAGE / "compare" / "noise.py"))
-                found = once(f"{name}-seed{seed}-noise", print_, evaluate_noise, name, seed, folder, *how)
+            title, rate = f"{name}-seed{seed}", rates[name]["rate"]
+            print_ = _digest(own, str(seed), repr(rate))
+            if name not in losses:
+                runs[name, seed] = once(title, print_, run, name, seed, rate, folder)
+                continue
+            how = chosen.noise, chosen.trajectories
+            of_noise = _digest(print_, repr(how), sources.file_hash(_PACKAGE / "compare" / "noise.py"))
+            is_read = once.stored(f"{title}-noise", of_noise) is None  # the adapter, to be tested under noise
+            needed = Path(folder) / "adapter_model.safetensors" if is_read else None
+            runs[name, seed] = once(title, print_, run, name, seed, rate, folder, needed=needed)
+            if runs[name, seed] is not None:
+                found = once(f"{title}-noise", of_noise, evaluate_noise, name, seed, folder, *how)
                 losses[name].append(found and found["test_losses"])
     is_complete = None not in (*runs.values(), *rates.values(), *(loss for some in losses.values() for loss in some))
     return (runs, rates, losses) if is_complete else None
@@ -273,12 +286,9 @@ def _resolve(chosen: Settings, cache: Path) -> dict[str, sources.Source]:
 
 def _prepare(chosen: Settings, found: dict[str, sources.Source], cache: Path, out: Path) -> tuple[Any, dict[str, Any]]:
     """Checks model, data, targets and device, writes the splits, and says what there is to say about them."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     from .data import read_examples, save_splits, split
     from .methods import adapted_targets, check_options, row
-    from .models import decoder_layers, first_adapted_layer, load_tokenizer
+    from .models import decoder_layers, first_adapted_layer, load_tokenizer, skeleton
     from .training import Job, choose_device
 
     for name in chosen.methods:
@@ -286,18 +296,20 @@ def _prepare(chosen: Settings, found: dict[str, sources.Source], cache: Path, ou
     device = choose_device(chosen.device)
     examples = read_examples(found["data"].path)
     model_path = sources.plain_model(found["model"], cache)
-    tokenizer = load_tokenizer(model_path)
+    model, tokenizer = skeleton(model_path), load_tokenizer(model_path)
+    if chosen.generate:
+        from .metrics import check_encoder
+
+        check_encoder(found["encoder"].path, found["encoder"].name)
     splits = split(examples, tokenizer, chosen)
-    with torch.device("meta"):
-        skeleton: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model_path))  # type: ignore[no-untyped-call]
-    n_layers = len(decoder_layers(skeleton))
+    n_layers = len(decoder_layers(model))
     first = first_adapted_layer(n_layers, chosen.layers)
-    targets = adapted_targets(skeleton, chosen.targets)
+    targets = adapted_targets(model, chosen.targets)
     work = out / "work"
     splits_path = work / "splits.json"
     save_splits(splits, splits_path)
     job = Job(chosen, str(model_path), device, str(splits_path), None, first, targets)
-    width = skeleton.config.hidden_size
+    width = model.config.hidden_size
     tokens = sum(len(example) for example in splits.all())
     storable = first > 0 and 4 * width * tokens <= _LARGEST_HIDDEN_FILE
     facts = {
@@ -305,7 +317,7 @@ def _prepare(chosen: Settings, found: dict[str, sources.Source], cache: Path, ou
         "first": first,
         "targets": list(targets),
         "device": device,
-        "model_parameters": skeleton.num_parameters(),
+        "model_parameters": model.num_parameters(),
         "splits": {
             name: {
                 "examples": len(part),
@@ -315,7 +327,9 @@ def _prepare(chosen: Settings, found: dict[str, sources.Source], cache: Path, ou
             for name, part in (("train", splits.train), ("validation", splits.validation), ("test", splits.test))
         },
         "examples_available": len(examples),
-        "test": [(example.prompt, example.response) for example in splits.test],
+        "test": [
+            ("\n\n".join(filter(None, (example.system, example.prompt))), example.response) for example in splits.test
+        ],
         "test_counts": [len(example.response_ids) for example in splits.test],
         "test_groups": splits.test_groups(),
         "hidden_path": str(work / "hidden.npy") if storable else None,
@@ -446,7 +460,7 @@ def _summary(
     from .methods import row
 
     if chosen.generate:
-        _score(results, facts, found["encoder"].path)
+        _score(results, facts, found["encoder"])
     shown = {name: row(chosen, name) for name in chosen.methods}
     methods = [
         _row(name, [r for (other, _), r in results.items() if other == name], rates.get(name), shown.get(name))
@@ -469,13 +483,13 @@ def _summary(
     }
 
 
-def _score(results: dict[tuple[str, int], dict[str, Any]], facts: dict[str, Any], encoder: str) -> None:
+def _score(results: dict[tuple[str, int], dict[str, Any]], facts: dict[str, Any], encoder: sources.Source) -> None:
     """Adds the text scores of every run's answers."""
     from .metrics import text_scores
 
     references = [response for _, response in facts["test"]]
     for result in results.values():
-        result["scores"] = text_scores(result["answers"], references, encoder, facts["device"])
+        result["scores"] = text_scores(result["answers"], references, encoder.path, facts["device"], encoder.name)
 
 
 def _samples(chosen: Settings, facts: dict[str, Any], results: dict[tuple[str, int], Any]) -> list[dict[str, Any]]:
@@ -531,7 +545,7 @@ def _row(name: str, runs: list[dict[str, Any]], rate: dict[str, Any] | None, sho
         "seeds": [r["seed"] for r in runs] if shown else [],
         "spread": spread,
         "learning_rate": rate,
-        **({"bleu_signature": first["scores"]["bleu_signature"]} if keys else {}),
+        **({key: first["scores"][key] for key in ("bleu_signature", "rouge_words", "bertscore_layer")} if keys else {}),
         "runs": [{k: _rounded(v) for k, v in r.items() if k not in _NOT_SHOWN} for r in runs],
     }
 

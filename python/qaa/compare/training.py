@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import shutil
 import sys
 import threading
 import time
@@ -109,6 +110,13 @@ def choose_device(name: str) -> str:
         reason = str(error).splitlines()[0]
         raise CompareError(f"expected a device that torch can use, received {name!r}: {reason}") from None
     return name
+
+
+def trains_in_bfloat16(device: str) -> bool:
+    """Whether forward passes in training run in bfloat16 (autocast); losses and answers are always of float32."""
+    import torch
+
+    return device.startswith("cuda") and torch.cuda.is_bf16_supported()
 
 
 def peak_memory(device: str) -> int:
@@ -264,6 +272,7 @@ def train(
 ) -> Curves:
     """Trains with the Hugging Face ``Trainer``: AdamW, linear warm-up and decay, gradient norm clipped to 1.
 
+    The warm-up starts at rate 0, which the first step has; the decay would reach 0 two steps after the last.
     With ``keep_best`` the trainable parameters of the step with the lowest validation loss are written there and
     loaded at the end.
     """
@@ -280,6 +289,7 @@ def train(
     order = training_order([len(e) for e in inputs.splits.train], job.settings.batch_size, steps, seed)
     calibrate(model, (inputs.batch(batch) for batch in order[:CALIBRATION_BATCHES]))
     curves = Curves([], [], [], [])
+    device_kind, in_bfloat16 = job.device.partition(":")[0], trains_in_bfloat16(job.device)
     evaluation_steps = {max(1, round(steps * (i + 1) / evaluations)) for i in range(evaluations)}
     pauses = 0.0
     training_began: float | None = None
@@ -315,7 +325,8 @@ def train(
         ) -> Any:
             curves.answer_tokens += int((inputs["labels"][:, 1:] != IGNORED).sum())
             curves.tokens += int(inputs["attention_mask"].sum())
-            return answer_losses(model, inputs)[0].mean()
+            with torch.autocast(device_kind, torch.bfloat16, enabled=in_bfloat16):
+                return answer_losses(model, inputs)[0].mean()
 
         def _get_train_sampler(self, train_dataset: Any = None) -> Any:
             return SequentialSampler(order)  # the order is the protocol's, not the Trainer's
@@ -334,7 +345,7 @@ def train(
         save_strategy="no",
         remove_unused_columns=False,
         use_cpu=job.device == "cpu",
-        bf16=job.device.startswith("cuda") and torch.cuda.is_bf16_supported(),
+        bf16=False,  # accelerate would leave the model's forward under autocast, in evaluations as well
         dataloader_pin_memory=False,
         seed=seed,
     )
@@ -470,6 +481,7 @@ def run(job: Job, name: str, seed: int, rate: float, folder: str) -> dict[str, A
 
     _quiet()
     target = Path(folder)
+    shutil.rmtree(target, ignore_errors=True)  # what an earlier row of this name left would be counted
     target.mkdir(parents=True, exist_ok=True)
     row, model, inputs, callbacks, base = _start(job, name, seed)
     trainable, total = parameter_counts(model)
