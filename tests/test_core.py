@@ -71,8 +71,8 @@ def build(folder: Path, *options: str) -> Path:
 def test_the_core_runs_without_python(cases: Path, tmp_path: Path) -> None:
     """With the address and undefined-behaviour sanitizers watching, and with a baseline of sixteen lanes and four wires
     a pass, as AVX-512 has them, so that these are run on every machine. Null pointers and ends of objects are left to
-    the address sanitizer, which sees them as well and compiles faster; compiling takes minutes when it optimises, running
-    takes seconds in any case."""
+    the address sanitizer, which sees them as well and compiles faster. Optimising would take minutes, and what is not
+    optimised runs for seconds."""
     program = build(
         tmp_path,
         "-DQAA_OPTIMIZE=-O0",
