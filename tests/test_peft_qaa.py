@@ -35,7 +35,8 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from safetensors.torch import load_file
+from peft.utils.other import fsdp_auto_wrap_policy
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModel,
@@ -473,6 +474,27 @@ def test_save_and_load(tmp_path, readout):
     assert torch.equal(logits(loaded), expected)
     config = PeftConfig.from_pretrained(tmp_path)
     assert type(config) is QaaConfig and config.readout == readout and config.inference_mode
+
+
+@pytest.mark.parametrize("config", [random_config(STATE, scale_channels=True), SoraConfig(init_weights=False)])
+def test_files_whose_names_lack_the_module_around_a_parameter_load(tmp_path, config):
+    model = adapted(config)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    weights = load_file(file)
+    assert all(key.endswith(".value") for key in weights)
+    save_file({key.removesuffix(".value"): tensor for key, tensor in weights.items()}, file)
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("config", [random_config("z"), SoraConfig()])
+def test_the_name_of_an_adapter_stands_between_dots_and_fsdp_wraps_no_parameter(config):
+    model = adapted(config)
+    names = [name for name, _ in model.named_parameters() if "default" in name]
+    assert names and all(".default." in name for name in names)
+    wraps = fsdp_auto_wrap_policy(model)
+    around = [model.get_submodule(name.rpartition(".")[0]) for name in names]
+    assert not any(wraps(module, recurse=False, nonwrapped_numel=1) for module in around)
 
 
 def test_auto_peft_model_finds_the_base_model(tmp_path):
@@ -1799,7 +1821,7 @@ def test_a_second_adapter_of_the_same_name_replaces_the_first() -> None:
     get_peft_model(base, QaaConfig(**fields, up_projection="random", r=2, standardize_features=True))
     with pytest.warns(UserWarning, match="second time"):
         model = get_peft_model(base, QaaConfig(target_modules=["0"], readout=STATE, init_weights=False))
-    assert set(get_peft_model_state_dict(model)) == {f"base_model.model.0.qaa_{name}" for name in ("theta", "up")}
+    assert set(get_peft_model_state_dict(model)) == {f"base_model.model.0.qaa_{name}.value" for name in ("theta", "up")}
     layer, x = layers_of(model)[0], torch.randn(3, 16)
     rows = layer.qaa_adapter["default"].down(layer.qaa_theta["default"])
     expected = layer.base_layer(x) + x @ rows.T @ layer.qaa_up["default"].T

@@ -68,6 +68,41 @@ def _add_peft_type(value: str) -> PeftType:
     return member
 
 
+class Held(nn.Module):
+    """A parameter as a module of its own. Not named ``weight``: PEFT's policy for FSDP would wrap it, like a layer."""
+
+    value: nn.Parameter
+
+    def extra_repr(self) -> str:
+        return ", ".join(map(str, self.value.shape))
+
+
+class AdapterParameters(nn.ParameterDict):
+    """One parameter for each adapter; the module around each makes its name end in ``.default.value``.
+
+    So the adapter's name stands between dots, as in LoRA's ``lora_A.default.weight``: TRL copies what has ``.default.``
+    in its name into a reference adapter.
+
+    Example:
+        >>> parameters = AdapterParameters({"default": torch.ones(2)})
+        >>> parameters["default"].tolist(), [name for name, _ in parameters.named_parameters()]
+        ([1.0, 1.0], ['default.value'])
+    """
+
+    def __getitem__(self, key: str) -> Any:
+        return self._modules[key].value  # type: ignore[union-attr]
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        if key not in self._keys:
+            self.add_module(key, Held())
+            self._keys[key] = None
+        held: Any = self._modules[key]
+        held.value = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+
+    def extra_repr(self) -> str:
+        return ""
+
+
 class AdditiveLayer(nn.Module, BaseTunerLayer):
     """A frozen linear layer plus the outputs of its active adapters: ``y = W x + b + sum_a delta_a(x)``.
 
@@ -320,6 +355,16 @@ class AdditiveModel(BaseTuner):
                 f"layer's weight and never call it, received {target_name!r}"
             )
         super()._check_target_module_compatiblity(peft_config, model, target_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT's names for those in a file; files of earlier versions have them without ``.value``."""
+        names = tuple(f".{name}" for name in cls.tuner_layer_cls.adapter_layer_names)
+        state_dict = {f"{key}.value" if key.endswith(names) else key: value for key, value in state_dict.items()}
+        remap: Any = super()._remap_adapter_state_dict_for_load
+        return remap(model, config, adapter_name, state_dict)  # type: ignore[no-any-return]
 
     def _around_forward(self) -> AbstractContextManager[None]:
         """What a forward pass of the model happens in."""
