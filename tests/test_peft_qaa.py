@@ -1841,6 +1841,29 @@ def test_an_adapter_that_is_refused_changes_nothing() -> None:
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
+def test_a_model_whose_adapter_is_refused_is_as_it_was() -> None:
+    """Layers before the one that is refused are given back, so that the next adapter freezes the model."""
+    base = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 3), nn.Linear(3, 2))
+    refused = random_config("state[:8]", target_modules=["0", "1", "2"])
+    x = torch.randn(5, 16)
+    expected = base(x)
+    with pytest.raises(ValueError, match="cannot adapt the module 2"):
+        get_peft_model(base, refused)
+    assert [type(layer) for layer in base] == [nn.Linear] * 3 and torch.equal(base(x), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = get_peft_model(base, random_config("state[:8]", target_modules=["1"]))
+    assert {name.split(".")[3] for name, p in model.named_parameters() if p.requires_grad} == {"qaa_theta", "qaa_up"}
+    before, expected = dict(model.named_parameters()), model(x)
+    for name in ("other", "default"):  # a further adapter, and another one of the same name
+        with pytest.raises(ValueError, match="cannot adapt the module 2"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            inject_adapter_in_model(refused, base, name)
+        after = dict(model.named_parameters())
+        assert after.keys() == before.keys() and all(after[name] is p for name, p in before.items())
+        assert torch.equal(model(x), expected)
+
+
 @pytest.mark.parametrize("first", ["linear", "quadratic"])
 def test_a_refused_merge_leaves_every_layer_as_it_was(first: str) -> None:
     configs = {"linear": random_config(STATE), "quadratic": random_config("z")}

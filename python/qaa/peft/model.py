@@ -23,16 +23,9 @@ class QaaModel(AdditiveModel):
     prefix = "qaa_"
     tuner_layer_cls = QaaLayer
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+    def _finish_injection(self, model: nn.Module, adapter_name: str) -> None:
         config: Any = self.peft_config[adapter_name]
         if config.shared_circuit and not self._share_circuits(model, adapter_name, config.shared_circuit):
-            layers = [module for module in model.modules() if isinstance(module, QaaLayer)]
-            for layer in layers:
-                layer._take_out(adapter_name)
-            if not any(layer._get_available_adapters() for layer in layers):
-                self.model = model
-                self.unload()
             raise ValueError(
                 "expected modules of one parent, one input width and one device among shared_circuit "
                 f"{config.shared_circuit}, received none"

@@ -153,21 +153,31 @@ class AdditiveLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: PeftConfig) -> None:
         """Adds an adapter to the layer, in place of one of that name; one that is refused changes nothing."""
-        replaced = self._take_out(adapter_name)
+        replaced = self._contents(adapter_name)
+        self._take_out(adapter_name)
         try:
             self._create_adapter(adapter_name, config)
         except ValueError:
-            self._take_out(adapter_name)
-            for container, value in replaced:
-                container[adapter_name] = value
+            self._put_back(adapter_name, replaced)
             raise
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _take_out(self, adapter_name: str) -> list[tuple[Any, Any]]:
-        """Everything that the layer has of the adapter, each with the container that it was in."""
-        containers = [getattr(self, name) for name in (*self.adapter_layer_names, *self.other_param_names)]
-        return [(container, container.pop(adapter_name)) for container in containers if adapter_name in container]
+    def _contents(self, adapter_name: str) -> dict[str, Any]:
+        """Everything that the layer has of the adapter, by the attribute that holds it."""
+        names = (*self.adapter_layer_names, *self.other_param_names, "frozen_peft_weight_names")
+        held = {name: getattr(self, name) for name in names}
+        return {name: container[adapter_name] for name, container in held.items() if adapter_name in container}
+
+    def _take_out(self, adapter_name: str) -> None:
+        for name in self._contents(adapter_name):
+            del getattr(self, name)[adapter_name]
+
+    def _put_back(self, adapter_name: str, contents: dict[str, Any]) -> None:
+        """Has the layer hold these contents of the adapter, and nothing else of it."""
+        self._take_out(adapter_name)
+        for name, value in contents.items():
+            getattr(self, name)[adapter_name] = value
 
     def _has_adapter(self, adapter_name: str) -> bool:
         return adapter_name in getattr(self, self.adapter_layer_names[0])
@@ -284,6 +294,25 @@ class AdditiveModel(BaseTuner):
 
     tuner_layer_cls: type[AdditiveLayer]
     target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; an adapter that is refused leaves every layer as it was."""
+        layers = [module for module in model.modules() if isinstance(module, AdditiveLayer)]
+        before = {layer: layer._contents(adapter_name) for layer in layers}
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._finish_injection(model, adapter_name)
+        except BaseException:
+            for parent in list(model.modules()):
+                for name, child in list(parent._modules.items()):
+                    if isinstance(child, AdditiveLayer) and child not in before:
+                        setattr(parent, name, child.base_layer)
+            for layer, contents in before.items():
+                layer._put_back(adapter_name, contents)
+            raise
+
+    def _finish_injection(self, model: nn.Module, adapter_name: str) -> None:
+        """What a method does once all layers have the adapter."""
 
     def _create_and_replace(
         self,
