@@ -455,6 +455,65 @@ def test_layers_that_a_fused_kernel_passes_by_are_refused(config, name):
         get_peft_model(MambaForCausalLM(MambaConfig(**sizes)), config(target_modules=[name]))
 
 
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.head(self.attention(x, x, x)[0])
+
+
+@pytest.mark.parametrize("config", [QaaConfig, SoraConfig])
+def test_the_output_of_torchs_attention_is_refused_and_no_part_of_all_linear(config):
+    with pytest.raises(ValueError, match=r"without 'out_proj' of a torch\.nn\.MultiheadAttention.* exclude_modules"):
+        get_peft_model(Attention(), config(target_modules=["out_proj", "head"]))
+    with pytest.warns(UserWarning, match=r"'all-linear' leaves out out_proj of a torch\.nn\.MultiheadAttention"):
+        model = get_peft_model(Attention(), config(target_modules="all-linear"))
+    assert model.targeted_module_names == ["head"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_peft_model(Attention(), config(target_modules="all-linear", exclude_modules=["out_proj"]))
+
+
+def test_layers_of_other_architectures_whose_weights_are_read():
+    class Named(nn.Module):
+        def __init__(self, model_type, name):
+            super().__init__()
+            self.config = MambaConfig()
+            self.config.model_type = model_type
+            self.add_module(name, nn.Linear(16, 4))
+
+    for model_type, name in (("jamba", "dt_proj"), ("bamba", "out_proj"), ("wavlm", "k_proj")):
+        with pytest.raises(ValueError, match=f"expected target_modules without '{name}' in a {model_type} model"):
+            get_peft_model(Named(model_type, name), QaaConfig(target_modules=[name]))
+
+
+@pytest.mark.parametrize("config", [random_config("z"), random_config(STATE), SoraConfig(init_weights=False)])
+def test_torchs_encoder_layers_call_their_adapters_in_evaluation(config):
+    config = dataclasses.replace(config, target_modules=["linear1", "linear2"])
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(24, 2, 16, batch_first=True)
+    model = get_peft_model(nn.TransformerEncoder(layer, 2), config).eval()
+    x, padding = torch.randn(2, 5, 24), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    expected = model(x, src_key_padding_mask=padding)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, src_key_padding_mask=padding), expected, **CLOSE)
+        with model.disable_adapter():
+            assert (model(x, src_key_padding_mask=padding) - expected).abs().max() > 1e-2
+    assert not model.unload().layers[0].linear1._forward_hooks
+
+
+def test_a_layer_that_returns_no_tensor_is_refused_by_name():
+    class Router(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), None
+
+    model = get_peft_model(nn.Sequential(Router(16, 4)), QaaConfig(target_modules=["0"]))
+    with pytest.raises(TypeError, match="received a Router, which returns a tuple: name it in exclude_modules"):
+        model(torch.randn(2, 16))
+
+
 # ---------------------------------------------------------------------------------------------------- save and load
 
 
