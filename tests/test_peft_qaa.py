@@ -1840,13 +1840,61 @@ def test_processes_share_the_statistics_of_all_their_first_batches(tmp_path: Pat
         torch.testing.assert_close(together, alone)
 
 
+class Once(torch.utils.data.IterableDataset):
+    """Rows that can be gone through once."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows = iter(rows)
+
+    def __iter__(self) -> Any:
+        return self.rows
+
+
+def test_every_layer_that_no_batch_reaches_is_named() -> None:
+    base = nn.ModuleDict({name: nn.Linear(16, 4) for name in "abc"})
+    model = adapted(QaaConfig(target_modules=["a", "b", "c"], readout=STATE, scale_channels=True), base)
+    with pytest.raises(ValueError, match=r"received none that reach \S+\.b, \S+\.c: name .* in exclude_modules"):
+        calibrate(model, [torch.randn(2, 16)], forward=lambda model, x: model.base_model.model["a"](x))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_model_that_was_compiled_and_run_is_calibrated(in_place: bool) -> None:
+    torch._dynamo.reset()
+    x = outlier_data()
+    models = [whitened_model(scale_channels=True, standardize_features=True).eval() for _ in range(2)]
+    compiled = models[0]
+    if in_place:
+        compiled.base_model.model.compile(backend="eager")
+    else:
+        compiled = torch.compile(compiled, backend="eager")
+    with torch.no_grad():
+        compiled(x)
+    for model in (compiled, models[1]):
+        assert calibrate(model, [x], forward=run) == 1
+    assert is_equal(statistics(models[0]), statistics(models[1]))
+
+
+def test_training_warns_of_one_stage_that_was_never_measured() -> None:
+    model = whitened_model(scale_channels=True, standardize_features=True).train()
+    layers_of(model)[0].qaa_channels["default"].data.fill_(2.0)
+    with pytest.warns(UserWarning, match="statistics that were never measured"):
+        model(outlier_data())
+
+
 def test_calibration_says_what_is_missing() -> None:
     x = outlier_data()
     with pytest.raises(ValueError, match="has scale_channels, center_channels or standardize_features, received one"):
         calibrate(whitened_model(), [x], forward=run)
     model = whitened_model(scale_channels=True, standardize_features=True)
-    with pytest.raises(ValueError, match="received none"):
+    with pytest.raises(ValueError, match=r"received a list that had none \(left\)"):
         calibrate(model, [])
+    channels = layers_of(model)[0].qaa_channels["default"].data
+    channels.fill_(3.0)
+    loader = torch.utils.data.DataLoader(Once(x), batch_size=8)
+    with pytest.raises(ValueError, match=r"received a DataLoader that had none \(left\): .* have to be in a list"):
+        calibrate(model, loader, forward=run)
+    assert torch.all(channels == 3)  # what was measured of it is forgotten
+    channels.fill_(1.0)
     with pytest.raises(ValueError, match="NaN or infinity"):
         calibrate(model, [x * torch.nan], forward=run)
     layer = layers_of(model)[0]

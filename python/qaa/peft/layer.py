@@ -307,9 +307,10 @@ class QaaLayer(AdditiveLayer):
     def _warn_if_neutral(self, adapter_name: str) -> None:
         """Warns, once, where training starts with statistics that nobody has measured or loaded."""
         self.qaa_pending[adapter_name] = ""
-        neutral = {"qaa_channels": 1, "qaa_gain": 1, "qaa_center": 0, "qaa_mean": 0}
-        found = [(self._get(name, adapter_name), value) for name, value in neutral.items()]
-        if all(tensor is None or bool((tensor == value).all()) for tensor, value in found):
+        neutral = (("qaa_channels", 1), ("qaa_center", 0)), (("qaa_gain", 1), ("qaa_mean", 0))  # of each stage
+        values = [[(self._get(name, adapter_name), value) for name, value in stage] for stage in neutral]
+        found = [[(tensor, value) for tensor, value in stage if tensor is not None] for stage in values]
+        if any(stage and all(bool((tensor == value).all()) for tensor, value in stage) for stage in found):
             warnings.warn(
                 f"the QAA adapter {adapter_name!r} starts to train with statistics that were never measured: call "
                 "qaa.peft.calibrate(model, batches) before, or set calibration='first_batch'",
