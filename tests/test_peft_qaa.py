@@ -35,7 +35,8 @@ from peft import (
     inject_adapter_in_model,
     set_peft_model_state_dict,
 )
-from safetensors.torch import load_file
+from peft.utils.other import fsdp_auto_wrap_policy
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     AutoModel,
@@ -454,6 +455,65 @@ def test_layers_that_a_fused_kernel_passes_by_are_refused(config, name):
         get_peft_model(MambaForCausalLM(MambaConfig(**sizes)), config(target_modules=[name]))
 
 
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention, self.head = nn.MultiheadAttention(16, 2, batch_first=True), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.head(self.attention(x, x, x)[0])
+
+
+@pytest.mark.parametrize("config", [QaaConfig, SoraConfig])
+def test_the_output_of_torchs_attention_is_refused_and_no_part_of_all_linear(config):
+    with pytest.raises(ValueError, match=r"without 'out_proj' of a torch\.nn\.MultiheadAttention.* exclude_modules"):
+        get_peft_model(Attention(), config(target_modules=["out_proj", "head"]))
+    with pytest.warns(UserWarning, match=r"'all-linear' leaves out out_proj of a torch\.nn\.MultiheadAttention"):
+        model = get_peft_model(Attention(), config(target_modules="all-linear"))
+    assert model.targeted_module_names == ["head"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        get_peft_model(Attention(), config(target_modules="all-linear", exclude_modules=["out_proj"]))
+
+
+def test_layers_of_other_architectures_whose_weights_are_read():
+    class Named(nn.Module):
+        def __init__(self, model_type, name):
+            super().__init__()
+            self.config = MambaConfig()
+            self.config.model_type = model_type
+            self.add_module(name, nn.Linear(16, 4))
+
+    for model_type, name in (("jamba", "dt_proj"), ("bamba", "out_proj"), ("wavlm", "k_proj")):
+        with pytest.raises(ValueError, match=f"expected target_modules without '{name}' in a {model_type} model"):
+            get_peft_model(Named(model_type, name), QaaConfig(target_modules=[name]))
+
+
+@pytest.mark.parametrize("config", [random_config("z"), random_config(STATE), SoraConfig(init_weights=False)])
+def test_torchs_encoder_layers_call_their_adapters_in_evaluation(config):
+    config = dataclasses.replace(config, target_modules=["linear1", "linear2"])
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(24, 2, 16, batch_first=True)
+    model = get_peft_model(nn.TransformerEncoder(layer, 2), config).eval()
+    x, padding = torch.randn(2, 5, 24), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    expected = model(x, src_key_padding_mask=padding)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x, src_key_padding_mask=padding), expected, **CLOSE)
+        with model.disable_adapter():
+            assert (model(x, src_key_padding_mask=padding) - expected).abs().max() > 1e-2
+    assert not model.unload().layers[0].linear1._forward_hooks
+
+
+def test_a_layer_that_returns_no_tensor_is_refused_by_name():
+    class Router(nn.Linear):
+        def forward(self, x):
+            return super().forward(x), None
+
+    model = get_peft_model(nn.Sequential(Router(16, 4)), QaaConfig(target_modules=["0"]))
+    with pytest.raises(TypeError, match="received a Router, which returns a tuple: name it in exclude_modules"):
+        model(torch.randn(2, 16))
+
+
 # ---------------------------------------------------------------------------------------------------- save and load
 
 
@@ -473,6 +533,27 @@ def test_save_and_load(tmp_path, readout):
     assert torch.equal(logits(loaded), expected)
     config = PeftConfig.from_pretrained(tmp_path)
     assert type(config) is QaaConfig and config.readout == readout and config.inference_mode
+
+
+@pytest.mark.parametrize("config", [random_config(STATE, scale_channels=True), SoraConfig(init_weights=False)])
+def test_files_whose_names_lack_the_module_around_a_parameter_load(tmp_path, config):
+    model = adapted(config)
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    weights = load_file(file)
+    assert all(key.endswith(".value") for key in weights)
+    save_file({key.removesuffix(".value"): tensor for key, tensor in weights.items()}, file)
+    assert torch.equal(logits(PeftModel.from_pretrained(llama(), tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("config", [random_config("z"), SoraConfig()])
+def test_the_name_of_an_adapter_stands_between_dots_and_fsdp_wraps_no_parameter(config):
+    model = adapted(config)
+    names = [name for name, _ in model.named_parameters() if "default" in name]
+    assert names and all(".default." in name for name in names)
+    wraps = fsdp_auto_wrap_policy(model)
+    around = [model.get_submodule(name.rpartition(".")[0]) for name in names]
+    assert not any(wraps(module, recurse=False, nonwrapped_numel=1) for module in around)
 
 
 def test_auto_peft_model_finds_the_base_model(tmp_path):
@@ -1759,13 +1840,61 @@ def test_processes_share_the_statistics_of_all_their_first_batches(tmp_path: Pat
         torch.testing.assert_close(together, alone)
 
 
+class Once(torch.utils.data.IterableDataset):
+    """Rows that can be gone through once."""
+
+    def __init__(self, rows: torch.Tensor) -> None:
+        self.rows = iter(rows)
+
+    def __iter__(self) -> Any:
+        return self.rows
+
+
+def test_every_layer_that_no_batch_reaches_is_named() -> None:
+    base = nn.ModuleDict({name: nn.Linear(16, 4) for name in "abc"})
+    model = adapted(QaaConfig(target_modules=["a", "b", "c"], readout=STATE, scale_channels=True), base)
+    with pytest.raises(ValueError, match=r"received none that reach \S+\.b, \S+\.c: name .* in exclude_modules"):
+        calibrate(model, [torch.randn(2, 16)], forward=lambda model, x: model.base_model.model["a"](x))
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_a_model_that_was_compiled_and_run_is_calibrated(in_place: bool) -> None:
+    torch._dynamo.reset()
+    x = outlier_data()
+    models = [whitened_model(scale_channels=True, standardize_features=True).eval() for _ in range(2)]
+    compiled = models[0]
+    if in_place:
+        compiled.base_model.model.compile(backend="eager")
+    else:
+        compiled = torch.compile(compiled, backend="eager")
+    with torch.no_grad():
+        compiled(x)
+    for model in (compiled, models[1]):
+        assert calibrate(model, [x], forward=run) == 1
+    assert is_equal(statistics(models[0]), statistics(models[1]))
+
+
+def test_training_warns_of_one_stage_that_was_never_measured() -> None:
+    model = whitened_model(scale_channels=True, standardize_features=True).train()
+    layers_of(model)[0].qaa_channels["default"].data.fill_(2.0)
+    with pytest.warns(UserWarning, match="statistics that were never measured"):
+        model(outlier_data())
+
+
 def test_calibration_says_what_is_missing() -> None:
     x = outlier_data()
     with pytest.raises(ValueError, match="has scale_channels, center_channels or standardize_features, received one"):
         calibrate(whitened_model(), [x], forward=run)
     model = whitened_model(scale_channels=True, standardize_features=True)
-    with pytest.raises(ValueError, match="received none"):
+    with pytest.raises(ValueError, match=r"received a list that had none \(left\)"):
         calibrate(model, [])
+    channels = layers_of(model)[0].qaa_channels["default"].data
+    channels.fill_(3.0)
+    loader = torch.utils.data.DataLoader(Once(x), batch_size=8)
+    with pytest.raises(ValueError, match=r"received a DataLoader that had none \(left\): .* have to be in a list"):
+        calibrate(model, loader, forward=run)
+    assert torch.all(channels == 3)  # what was measured of it is forgotten
+    channels.fill_(1.0)
     with pytest.raises(ValueError, match="NaN or infinity"):
         calibrate(model, [x * torch.nan], forward=run)
     layer = layers_of(model)[0]
@@ -1799,7 +1928,7 @@ def test_a_second_adapter_of_the_same_name_replaces_the_first() -> None:
     get_peft_model(base, QaaConfig(**fields, up_projection="random", r=2, standardize_features=True))
     with pytest.warns(UserWarning, match="second time"):
         model = get_peft_model(base, QaaConfig(target_modules=["0"], readout=STATE, init_weights=False))
-    assert set(get_peft_model_state_dict(model)) == {f"base_model.model.0.qaa_{name}" for name in ("theta", "up")}
+    assert set(get_peft_model_state_dict(model)) == {f"base_model.model.0.qaa_{name}.value" for name in ("theta", "up")}
     layer, x = layers_of(model)[0], torch.randn(3, 16)
     rows = layer.qaa_adapter["default"].down(layer.qaa_theta["default"])
     expected = layer.base_layer(x) + x @ rows.T @ layer.qaa_up["default"].T
@@ -1817,6 +1946,29 @@ def test_an_adapter_that_is_refused_changes_nothing() -> None:
         assert layer._get_available_adapters() == {"default"}
     assert torch.equal(logits(model), expected)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_model_whose_adapter_is_refused_is_as_it_was() -> None:
+    """Layers before the one that is refused are given back, so that the next adapter freezes the model."""
+    base = nn.Sequential(nn.Linear(16, 24), nn.Linear(24, 3), nn.Linear(3, 2))
+    refused = random_config("state[:8]", target_modules=["0", "1", "2"])
+    x = torch.randn(5, 16)
+    expected = base(x)
+    with pytest.raises(ValueError, match="cannot adapt the module 2"):
+        get_peft_model(base, refused)
+    assert [type(layer) for layer in base] == [nn.Linear] * 3 and torch.equal(base(x), expected)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = get_peft_model(base, random_config("state[:8]", target_modules=["1"]))
+    assert {name.split(".")[3] for name, p in model.named_parameters() if p.requires_grad} == {"qaa_theta", "qaa_up"}
+    before, expected = dict(model.named_parameters()), model(x)
+    for name in ("other", "default"):  # a further adapter, and another one of the same name
+        with pytest.raises(ValueError, match="cannot adapt the module 2"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            inject_adapter_in_model(refused, base, name)
+        after = dict(model.named_parameters())
+        assert after.keys() == before.keys() and all(after[name] is p for name, p in before.items())
+        assert torch.equal(model(x), expected)
 
 
 @pytest.mark.parametrize("first", ["linear", "quadratic"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -11,15 +12,20 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from peft import get_peft_model
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from trl import DPOConfig, DPOTrainer
 
 import peft_quantized
 import peft_suite
 import qaa
 from qaa.nn import DenseCircuit, QuantumLayer
-from qaa.peft import QaaConfig, to_dense
+from qaa.peft import QaaConfig, SoraConfig, to_dense
 
 HERE = Path(__file__).parent
 WHITENED = {"scale_channels": True, "center_channels": True, "standardize_features": True}
@@ -27,6 +33,15 @@ CONFIGS = {
     "paper": lambda **kwargs: QaaConfig.preset("paper", init_weights=False, **kwargs),
     "whitened": lambda **kwargs: QaaConfig.preset("paper", init_weights=False, **WHITENED, **kwargs),
     "default": lambda **kwargs: QaaConfig.preset("default", init_weights=False, **kwargs),
+    "one circuit": lambda **kwargs: QaaConfig.preset(
+        "paper",
+        init_weights=False,
+        **WHITENED,
+        target_modules=["q_proj", "k_proj"],
+        shared_circuit=["q_proj", "k_proj"],
+        **kwargs,
+    ),
+    "SoRA": lambda **kwargs: SoraConfig(init_weights=False, **kwargs),
     "rows": lambda **kwargs: QaaConfig(readout="state[:10]", init_weights=False, **kwargs),
 }
 
@@ -89,6 +104,35 @@ def test_trl_trains_an_adapter(tmp_path: Path) -> None:
     first, last = (float(number) for number in output.rpartition("loss ")[2].split(" -> "))
     assert last < first - 0.3
     assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize("name", ["default", "one circuit", "SoRA"])
+def test_trl_compares_a_trained_adapter_with_itself(name: str, tmp_path: Path) -> None:
+    """The reference of DPO is the adapter as it was loaded, so that the first loss is that of equals, ln 2."""
+    model = get_peft_model(decoder(), CONFIGS[name]())
+    for parameter_name, parameter in model.named_parameters():
+        if "qaa_" in parameter_name and not parameter.requires_grad:
+            parameter.data.uniform_(0.5, 1.5)
+    model.save_pretrained(tmp_path)
+    model = PeftModel.from_pretrained(decoder(), tmp_path, is_trainable=True)
+    words = [f"w{i}" for i in range(57)]
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *words])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    special = {"pad_token": "<pad>", "eos_token": "<eos>", "unk_token": "<unk>"}
+    args = {"per_device_train_batch_size": 2, "max_steps": 2, "logging_steps": 1, "learning_rate": 1e-2}
+    trainer = DPOTrainer(
+        model,
+        args=DPOConfig(str(tmp_path), **args, report_to=[], use_cpu=True, bf16=False, save_strategy="no"),
+        train_dataset=Dataset.from_list([{"prompt": "w1 w2", "chosen": " w3 w4", "rejected": " w5 w6"}] * 4),
+        processing_class=PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special),
+    )
+    reference = {key: p.clone() for key, p in trainer.model.named_parameters() if ".ref." in key}
+    trainer.train()
+    first, second = (record["loss"] for record in trainer.state.log_history[:2])
+    assert first == pytest.approx(math.log(2), abs=1e-5) and second < first - 1e-3
+    after = dict(trainer.model.named_parameters())
+    assert reference and all(torch.equal(after[key], p) for key, p in reference.items())
 
 
 def test_a_whole_decoder_compiles_without_graph_breaks() -> None:

@@ -1,8 +1,11 @@
-"""Controls: adapters without a circuit that share everything else with QAA, and could do what it does.
+"""Controls: adapters without a circuit that share nearly everything else with QAA, and could do what it does.
 
 A control computes what a QAA adapter computes, ``y = W x + b + V (g * (f(u) - m)) + c`` with scaled channels
 ``u = s * x``, V = 0 and c = 0 at the start, and buffers s, g and m measured on the same batches of training data. Only
 its features f come from elsewhere. Where a control does as well as QAA, the circuit has not earned its place.
+
+One more difference: QAA caps each factor at 1000 times the layer's median and takes for constant what varies by less
+than 1e-6 of its size; here there is no cap, and the limit is 1e-12. Published rows depend on it.
 """
 
 from __future__ import annotations

@@ -233,8 +233,9 @@ class QaaConfig(PeftConfig):
             "help": "Rank r of V = B M, with B (d_out x r) in the place of V and M (r x K) trained, normal with "
             "variance 1/K at the start; None: V is of full rank K. It pays with 'state[:K]' and many amplitudes: the "
             "adapter learns which combinations of them it uses, at r (d_out + K) numbers per layer instead of "
-            "d_out K, and a step simulates r states instead of K. In the study half of all amplitudes under r = 4 were "
-            "below LoRA r = 4, and 64 of them level with it. It merges and exports as a LoRA of rank r."
+            "d_out K, and a step simulates r states instead of K. In the study half of all amplitudes under r = 4 had "
+            "losses below LoRA's of r = 4 on function calls, and above them on Alpaca. It merges and exports as a LoRA "
+            "of rank r."
         },
     )
     max_wires: int | None = field(

@@ -17,7 +17,7 @@ from qaa.circuit import MAX_WIRES
 from qaa.nn import Adapter, Whitening, _Made, _made_together, _Member, draw_angles, is_private_result, random_signs
 from qaa.ops import _autocast_dtype, _is_cast_back, _is_plain
 
-from .tuner import AdditiveLayer
+from .tuner import AdapterParameters, AdditiveLayer
 
 #: what is measured of an adapter, in this order: features depend on the statistics of the channels
 STAGES = ("channels", "features")
@@ -103,20 +103,20 @@ class QaaLayer(AdditiveLayer):
     other_param_names = ("qaa_adapter", "qaa_pending", "qaa_sharing", "qaa_signs", "qaa_up_adapter")
 
     def _create_containers(self) -> None:
-        self.qaa_theta = nn.ParameterDict()  # angles in radians, the circuit's shape; with re-uploading, then omega
-        self.qaa_up = nn.ParameterDict()  # V, (out_features, K), or the gains g of one of the two below, (K,)
-        self.qaa_mix = nn.ParameterDict()  # M, (r, K), of low rank V = B M; B is then what V is in the other lines
+        self.qaa_theta = AdapterParameters()  # angles in radians, the circuit's shape; with re-uploading, then omega
+        self.qaa_up = AdapterParameters()  # V, (out_features, K), or the gains g of one of the two below, (K,)
+        self.qaa_mix = AdapterParameters()  # M, (r, K), of low rank V = B M; B is then what V is in the other lines
         self.qaa_signs = BufferDict(persistent=False)  # R of random up-projections V = R diag(g) / sqrt(K)
-        self.qaa_phi = nn.ParameterDict()  # angles of a circuit whose rows W make V = sqrt(2**n / K) W^T diag(g)
+        self.qaa_phi = AdapterParameters()  # angles of a circuit whose rows W make V = sqrt(2**n / K) W^T diag(g)
         self.qaa_up_adapter: dict[str, Adapter] = {}  # that circuit, W = qaa_up_adapter.down(phi)
-        self.qaa_bias = nn.ParameterDict()  # c, (out_features,), if the adapter has one
+        self.qaa_bias = AdapterParameters()  # c, (out_features,), if the adapter has one
         # frozen statistics, see Whitening, each if the adapter has it; neutral until they are measured
-        self.qaa_channels = nn.ParameterDict()  # sigma, (in_features,)
-        self.qaa_center = nn.ParameterDict()  # mu, (in_features,)
-        self.qaa_mean = nn.ParameterDict()  # m, (K,)
-        self.qaa_gain = nn.ParameterDict()  # rho, (K,)
+        self.qaa_channels = AdapterParameters()  # sigma, (in_features,)
+        self.qaa_center = AdapterParameters()  # mu, (in_features,)
+        self.qaa_mean = AdapterParameters()  # m, (K,)
+        self.qaa_gain = AdapterParameters()  # rho, (K,)
         # of adapters that calibrate themselves: a saved mark, (1,), not 0 once that is done
-        self.qaa_calibrated = nn.ParameterDict()
+        self.qaa_calibrated = AdapterParameters()
         # what the next step of training has to do, so that it asks no tensor: "measure", then "verify" that the mark
         # has stayed; "warn", where others are to measure, if nobody has; or nothing
         self.qaa_pending: dict[str, str] = {}
@@ -207,11 +207,15 @@ class QaaLayer(AdditiveLayer):
     def _get(self, name: str, adapter_name: str) -> Any:
         """An adapter's tensor, or None; on every forward, hence without the detours of ``ParameterDict.get``."""
         container: Any = self._modules[name]
-        parameters = container._parameters  # which a wrapper may gather when they are asked for
-        found = parameters[adapter_name] if adapter_name in parameters else None  # noqa: SIM401
-        if found is None and adapter_name in container:  # a buffer, or what a wrapper has put in a parameter's place
-            found = getattr(container, adapter_name)
-        elif found is None and name in self.shared_names and (owner := self._owner_of(adapter_name)) is not self:
+        held, found = container._modules.get(adapter_name), None
+        if held is not None:
+            parameters = held._parameters  # which a wrapper may gather when they are asked for
+            found = parameters["value"] if "value" in parameters else None  # noqa: SIM401
+            if found is None:  # a wrapper has put something in the parameter's place
+                found = held.value
+        elif adapter_name in container:  # a buffer
+            found = container[adapter_name]
+        elif name in self.shared_names and (owner := self._owner_of(adapter_name)) is not self:
             found = owner._get(name, adapter_name)
         return found
 
@@ -303,9 +307,10 @@ class QaaLayer(AdditiveLayer):
     def _warn_if_neutral(self, adapter_name: str) -> None:
         """Warns, once, where training starts with statistics that nobody has measured or loaded."""
         self.qaa_pending[adapter_name] = ""
-        neutral = {"qaa_channels": 1, "qaa_gain": 1, "qaa_center": 0, "qaa_mean": 0}
-        found = [(self._get(name, adapter_name), value) for name, value in neutral.items()]
-        if all(tensor is None or bool((tensor == value).all()) for tensor, value in found):
+        neutral = (("qaa_channels", 1), ("qaa_center", 0)), (("qaa_gain", 1), ("qaa_mean", 0))  # of each stage
+        values = [[(self._get(name, adapter_name), value) for name, value in stage] for stage in neutral]
+        found = [[(tensor, value) for tensor, value in stage if tensor is not None] for stage in values]
+        if any(stage and all(bool((tensor == value).all()) for tensor, value in stage) for stage in found):
             warnings.warn(
                 f"the QAA adapter {adapter_name!r} starts to train with statistics that were never measured: call "
                 "qaa.peft.calibrate(model, batches) before, or set calibration='first_batch'",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -23,16 +23,9 @@ class QaaModel(AdditiveModel):
     prefix = "qaa_"
     tuner_layer_cls = QaaLayer
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+    def _finish_injection(self, model: nn.Module, adapter_name: str) -> None:
         config: Any = self.peft_config[adapter_name]
         if config.shared_circuit and not self._share_circuits(model, adapter_name, config.shared_circuit):
-            layers = [module for module in model.modules() if isinstance(module, QaaLayer)]
-            for layer in layers:
-                layer._take_out(adapter_name)
-            if not any(layer._get_available_adapters() for layer in layers):
-                self.model = model
-                self.unload()
             raise ValueError(
                 "expected modules of one parent, one input width and one device among shared_circuit "
                 f"{config.shared_circuit}, received none"
@@ -133,8 +126,8 @@ def calibrate(
 
     Raises:
         ValueError: no layer has such an adapter with ``scale_channels``, ``center_channels`` or
-            ``standardize_features``, it is not active, there is no batch, a layer was not reached, its input is not
-            finite, or processes hold different angles.
+            ``standardize_features``, it is not active, there is no batch, or none left for the second pass, a layer was
+            not reached, its input is not finite, or processes hold different angles. The statistics are then as before.
 
     Example:
         >>> import peft, torch
@@ -173,25 +166,55 @@ def calibrate(
     stages = [stage for stage in STAGES if any(stage in layer.stages(adapter_name) for layer in layers.values())]
     if "features" in stages and isinstance(batches, Iterator):
         batches = list(batches)
-    for stage in stages:
-        measured = {layer: layer.moments(adapter_name, stage) for layer in layers.values()}
-
-        def observe(layer: QaaLayer, args: tuple[Tensor, ...], stage: str = stage, measured: Any = measured) -> None:
-            layer.observe(adapter_name, stage, args[0], measured[layer])
-
-        _run_with_hooks(model, batches, forward, list(measured), observe)
-        for moments in measured.values():
-            moments.all_reduce()
-        for name, layer in layers.items():
-            if not measured[layer].count:
-                raise ValueError(f"expected batches that reach {name}, received none")
-            if not torch.isfinite(measured[layer].sums).all():
-                raise ValueError(f"expected finite inputs of {name}, received NaN or infinity")
-        for layer, moments in measured.items():
-            layer.set_statistics(adapter_name, stage, moments)
+    with _restored_on_failure(layers.values(), adapter_name):
+        for stage in stages:
+            _measure(model, batches, adapter_name, forward, layers, stage)
     for layer in layers.values():
         layer.set_calibrated(adapter_name)
     return len(layers)
+
+
+def _measure(
+    model: nn.Module, batches: Iterable[Any], adapter_name: str, forward: Any, layers: dict[str, QaaLayer], stage: str
+) -> None:
+    """Sets the statistics of one stage."""
+    measured = {layer: layer.moments(adapter_name, stage) for layer in layers.values()}
+
+    def observe(layer: QaaLayer, args: tuple[Tensor, ...]) -> None:
+        layer.observe(adapter_name, stage, args[0], measured[layer])
+
+    n_batches = _run_with_hooks(model, batches, forward, list(measured), observe)
+    for moments in measured.values():
+        moments.all_reduce()
+    missed = [name for name, layer in layers.items() if not measured[layer].count]
+    if len(missed) == len(layers) and not n_batches:
+        raise ValueError(
+            f"expected batches for every pass over them, received a {type(batches).__name__} that had none (left): "
+            "batches that can be gone through only once have to be in a list"
+        )
+    if missed:
+        raise ValueError(
+            f"expected batches that reach every adapted layer, received none that reach {', '.join(missed)}: name "
+            "layers that are never called in exclude_modules"
+        )
+    for name, layer in layers.items():
+        if not torch.isfinite(measured[layer].sums).all():
+            raise ValueError(f"expected finite inputs of {name}, received NaN or infinity")
+    for layer, moments in measured.items():
+        layer.set_statistics(adapter_name, stage, moments)
+
+
+@contextmanager
+def _restored_on_failure(layers: Iterable[QaaLayer], adapter_name: str) -> Iterator[None]:
+    """What fails in one stage leaves the statistics of the other as they were, too."""
+    statistics = [tensor for layer in layers for tensor in layer._whitening_of(adapter_name) if tensor is not None]
+    before = [tensor.clone() for tensor in statistics]
+    try:
+        yield
+    except BaseException:
+        for tensor, value in zip(statistics, before, strict=True):
+            tensor.copy_(value)
+        raise
 
 
 def _check_same_angles(layers: list[QaaLayer], adapter_name: str) -> None:
@@ -210,24 +233,31 @@ def _check_same_angles(layers: list[QaaLayer], adapter_name: str) -> None:
 
 def _run_with_hooks(
     model: nn.Module, batches: Iterable[Any], forward: Any, layers: Iterable[nn.Module], hook: Callable[..., None]
-) -> None:
-    """Runs the model in evaluation mode on every batch with a forward pre-hook on each of the layers."""
+) -> int:
+    """Runs the model in evaluation mode on every batch with a forward pre-hook on each of the layers.
+
+    What was compiled before knows nothing of the hooks: it runs uncompiled. Returns the number of batches.
+    """
     handles = [layer.register_forward_pre_hook(hook) for layer in layers]
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
+    n_batches = 0
     try:
-        for batch in batches:
-            if forward is None and not isinstance(batch, Mapping):
-                raise ValueError(
-                    "expected batches of the model's keyword arguments (dictionaries), or forward=, received a batch "
-                    f"of type {type(batch).__name__}"
-                )
-            model(**batch) if forward is None else forward(model, batch)
+        with torch.compiler.set_stance("force_eager"):
+            for batch in batches:
+                if forward is None and not isinstance(batch, Mapping):
+                    raise ValueError(
+                        "expected batches of the model's keyword arguments (dictionaries), or forward=, received a "
+                        f"batch of type {type(batch).__name__}"
+                    )
+                model(**batch) if forward is None else forward(model, batch)
+                n_batches += 1
     finally:
         for module, was_training in modes:
             module.training = was_training
         for handle in handles:
             handle.remove()
+    return n_batches
 
 
 def set_noise(

@@ -25,7 +25,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from qaa.circuit import MAX_WIRES, check_count, is_number, shown
 
-from .tuner import AdditiveLayer, AdditiveModel, check_flags, settle_modules
+from .tuner import AdapterParameters, AdditiveLayer, AdditiveModel, check_flags, settle_modules
 
 OPERATORS = ("soft", "repository")
 SCHEDULES = ("constant", "linear", "log_linear", "exp_linear")
@@ -120,9 +120,9 @@ class SoraLayer(AdditiveLayer):
     other_param_names = ("sora_dropout", "sora_scaling")
 
     def _create_containers(self) -> None:
-        self.sora_A = nn.ParameterDict()  # (r, in_features)
-        self.sora_B = nn.ParameterDict()  # (out_features, r)
-        self.sora_gate = nn.ParameterDict()  # g, (r,)
+        self.sora_A = AdapterParameters()  # (r, in_features)
+        self.sora_B = AdapterParameters()  # (out_features, r)
+        self.sora_gate = AdapterParameters()  # g, (r,)
         self.sora_dropout = nn.ModuleDict()
         self.sora_scaling: dict[str, float] = {}
 

@@ -6,6 +6,7 @@ and then calls PEFT's own ``register_peft_method``; it runs when :mod:`qaa.peft`
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -15,7 +16,15 @@ import peft
 import torch
 from peft import PeftConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _ExcludedModule,
+    _get_in_out_features,
+    _maybe_include_all_linear_layers,
+    check_adapters_to_merge,
+    check_target_module_exists,
+)
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
@@ -24,16 +33,20 @@ from peft.utils import (
     register_peft_method,
     resolve_quantization_backend,
 )
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from qaa.circuit import shown
 from qaa.nn import check_flag
 
-#: type of a model -> names of layers that its kernels never call
+#: type of a model -> names of layers whose weights its kernels, or some of them, read without calling the layers
 _NEVER_CALLED = {
     **dict.fromkeys(("mamba", "falcon_mamba"), ("out_proj", "dt_proj")),
-    **dict.fromkeys(("mamba2", "falcon_h1", "nemotron_h"), ("out_proj",)),
+    "jamba": ("dt_proj",),
+    **dict.fromkeys(("mamba2", "falcon_h1", "nemotron_h", "bamba", "granitemoehybrid", "zamba2"), ("out_proj",)),
+    "wavlm": ("q_proj", "k_proj", "v_proj", "out_proj"),
 }
 
 
@@ -66,6 +79,41 @@ def _add_peft_type(value: str) -> PeftType:
     PeftType._value2member_map_[value] = member
     type.__setattr__(PeftType, value, member)
     return member
+
+
+class Held(nn.Module):
+    """A parameter as a module of its own. Not named ``weight``: PEFT's policy for FSDP would wrap it, like a layer."""
+
+    value: nn.Parameter
+
+    def extra_repr(self) -> str:
+        return ", ".join(map(str, self.value.shape))
+
+
+class AdapterParameters(nn.ParameterDict):
+    """One parameter for each adapter; the module around each makes its name end in ``.default.value``.
+
+    So the adapter's name stands between dots, as in LoRA's ``lora_A.default.weight``: TRL copies what has ``.default.``
+    in its name into a reference adapter.
+
+    Example:
+        >>> parameters = AdapterParameters({"default": torch.ones(2)})
+        >>> parameters["default"].tolist(), [name for name, _ in parameters.named_parameters()]
+        ([1.0, 1.0], ['default.value'])
+    """
+
+    def __getitem__(self, key: str) -> Any:
+        return self._modules[key].value  # type: ignore[union-attr]
+
+    def __setitem__(self, key: str, value: Tensor) -> None:
+        if key not in self._keys:
+            self.add_module(key, Held())
+            self._keys[key] = None
+        held: Any = self._modules[key]
+        held.value = value if isinstance(value, nn.Parameter) else nn.Parameter(value)
+
+    def extra_repr(self) -> str:
+        return ""
 
 
 class AdditiveLayer(nn.Module, BaseTunerLayer):
@@ -118,21 +166,31 @@ class AdditiveLayer(nn.Module, BaseTunerLayer):
 
     def update_layer(self, adapter_name: str, config: PeftConfig) -> None:
         """Adds an adapter to the layer, in place of one of that name; one that is refused changes nothing."""
-        replaced = self._take_out(adapter_name)
+        replaced = self._contents(adapter_name)
+        self._take_out(adapter_name)
         try:
             self._create_adapter(adapter_name, config)
         except ValueError:
-            self._take_out(adapter_name)
-            for container, value in replaced:
-                container[adapter_name] = value
+            self._put_back(adapter_name, replaced)
             raise
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _take_out(self, adapter_name: str) -> list[tuple[Any, Any]]:
-        """Everything that the layer has of the adapter, each with the container that it was in."""
-        containers = [getattr(self, name) for name in (*self.adapter_layer_names, *self.other_param_names)]
-        return [(container, container.pop(adapter_name)) for container in containers if adapter_name in container]
+    def _contents(self, adapter_name: str) -> dict[str, Any]:
+        """Everything that the layer has of the adapter, by the attribute that holds it."""
+        names = (*self.adapter_layer_names, *self.other_param_names, "frozen_peft_weight_names")
+        held = {name: getattr(self, name) for name in names}
+        return {name: container[adapter_name] for name, container in held.items() if adapter_name in container}
+
+    def _take_out(self, adapter_name: str) -> None:
+        for name in self._contents(adapter_name):
+            del getattr(self, name)[adapter_name]
+
+    def _put_back(self, adapter_name: str, contents: dict[str, Any]) -> None:
+        """Has the layer hold these contents of the adapter, and nothing else of it."""
+        self._take_out(adapter_name)
+        for name, value in contents.items():
+            getattr(self, name)[adapter_name] = value
 
     def _has_adapter(self, adapter_name: str) -> bool:
         return adapter_name in getattr(self, self.adapter_layer_names[0])
@@ -145,6 +203,11 @@ class AdditiveLayer(nn.Module, BaseTunerLayer):
             return result
         if self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
+        if not isinstance(result, Tensor):
+            raise TypeError(
+                f"expected a layer that returns a tensor, received a {type(self.get_base_layer()).__name__}, which "
+                f"returns a {type(result).__name__}: name it in exclude_modules"
+            )
         dtype = result.dtype
         if adapter_names is None:
             for name in filter(self._has_adapter, self.active_adapters):
@@ -250,6 +313,25 @@ class AdditiveModel(BaseTuner):
     tuner_layer_cls: type[AdditiveLayer]
     target_module_mapping: dict[str, Any] = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's; an adapter that is refused leaves every layer as it was."""
+        layers = [module for module in model.modules() if isinstance(module, AdditiveLayer)]
+        before = {layer: layer._contents(adapter_name) for layer in layers}
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            self._finish_injection(model, adapter_name)
+        except BaseException:
+            for parent in list(model.modules()):
+                for name, child in list(parent._modules.items()):
+                    if isinstance(child, AdditiveLayer) and child not in before:
+                        setattr(parent, name, child.base_layer)
+            for layer, contents in before.items():
+                layer._put_back(adapter_name, contents)
+            raise
+
+    def _finish_injection(self, model: nn.Module, adapter_name: str) -> None:
+        """What a method does once all layers have the adapter."""
+
     def _create_and_replace(
         self,
         peft_config: Any,
@@ -261,6 +343,11 @@ class AdditiveModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        if reason := _never_called(self.model, current_key, base_layer):
+            raise ValueError(
+                f"expected target_modules without {target_name!r} {reason}, received {current_key!r}: name it in "
+                "exclude_modules"
+            )
         kwargs = get_quantization_kwargs(self)
         if not isinstance(base_layer, (nn.Linear, Conv1D)):
             backend = resolve_quantization_backend(base_layer, **kwargs)
@@ -279,6 +366,11 @@ class AdditiveModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             # adding an additional adapter: it is not automatically trainable
             new_module.requires_grad_(False)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            new_module.register_forward_hook(_keep_result)
+            for encoder in self.model.modules():  # nested tensors are for that kernel
+                if isinstance(encoder, nn.TransformerEncoder) and parent in encoder.layers:
+                    encoder.use_nested_tensor = False
         self._replace_module(parent, target_name, new_module, target)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
@@ -311,15 +403,36 @@ class AdditiveModel(BaseTuner):
         for container, requires_grad in zip(containers, required, strict=True):
             container[adapter_name].requires_grad_(requires_grad)
 
-    def _check_target_module_compatiblity(self, peft_config: Any, model: nn.Module, target_name: str) -> None:
-        """Refuses layers whose weight a fused kernel takes without calling them, as PEFT does for LoRA."""
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        if target_name in _NEVER_CALLED.get(str(model_type), ()):
-            raise ValueError(
-                f"expected target_modules without {target_name!r} in a {model_type} model, whose kernels read that "
-                f"layer's weight and never call it, received {target_name!r}"
-            )
-        super()._check_target_module_compatiblity(peft_config, model, target_name)
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
+        """Leaves out of "all-linear", with a warning, what is never called."""
+        names = peft_config.target_modules
+        if isinstance(names, str) and names.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            _maybe_include_all_linear_layers(peft_config, model)
+            layers = {name: model.get_submodule(name) for name in peft_config.target_modules}
+            reasons = {name: why for name, layer in layers.items() if (why := _never_called(model, name, layer))}
+            peft_config.target_modules -= reasons.keys()
+            named = [
+                name
+                for name in reasons
+                if not isinstance(check_target_module_exists(peft_config, name), _ExcludedModule)
+            ]
+            if named:
+                where = " and ".join(sorted({reasons[name] for name in named}))
+                warnings.warn(
+                    f"'all-linear' leaves out {', '.join(sorted({name.rpartition('.')[2] for name in named}))} {where}",
+                    stacklevel=2,
+                )
+        super()._prepare_model(peft_config, model)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT's names for those in a file; files of earlier versions have them without ``.value``."""
+        names = tuple(f".{name}" for name in cls.tuner_layer_cls.adapter_layer_names)
+        state_dict = {f"{key}.value" if key.endswith(names) else key: value for key, value in state_dict.items()}
+        remap: Any = super()._remap_adapter_state_dict_for_load
+        return remap(model, config, adapter_name, state_dict)  # type: ignore[no-any-return]
 
     def _around_forward(self) -> AbstractContextManager[None]:
         """What a forward pass of the model happens in."""
@@ -356,6 +469,20 @@ class AdditiveModel(BaseTuner):
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _keep_result(module: nn.Module, args: Any, result: Tensor) -> None:
+    """A hook that does nothing, but any hook keeps torch from a kernel that reads weights and calls no layer."""
+
+
+def _never_called(model: nn.Module, name: str, layer: nn.Module) -> str | None:
+    """Of a linear layer whose weight is read without calling it: where that is; None for all others."""
+    model_type = str(getattr(getattr(model, "config", None), "model_type", None))
+    if name.rpartition(".")[2] in _NEVER_CALLED.get(model_type, ()):
+        return f"in a {model_type} model, whose kernels read that layer's weight and never call it"
+    if isinstance(layer, NonDynamicallyQuantizableLinear):
+        return "of a torch.nn.MultiheadAttention, which reads that layer's weight and never calls it"
+    return None
 
 
 def _insert_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: Sequence[str]) -> Any:
