@@ -1389,7 +1389,7 @@ def test_an_impossible_split_and_too_many_layers_are_refused_before_training(
     ]
     fixed += ["--out", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--source", "local"]
     assert main([*fixed, "--train-examples", "500"]) == 2
-    assert "expected at least 524 examples" in capsys.readouterr().err
+    assert "expected at least 516 examples" in capsys.readouterr().err
     small = ["--train-examples", "8", "--validation-examples", "4", "--test-examples", "4"]
     assert main([*fixed, *small, "--layers", "9"]) == 2
     assert "expected at most 4 layers" in capsys.readouterr().err

@@ -558,7 +558,7 @@ def switch_off(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Sequence[s
     """A function that switches rewrites of the plan compiler off; it forgets the plans that were made before."""
 
     def forget() -> None:
-        for cached in (program._plan, program._program, program.Program.parse):
+        for cached in (program._plan, program._program, program._parsed):
             cached.cache_clear()
 
     def switch(rewrites: Sequence[str]) -> None:
