@@ -13,7 +13,7 @@ SOURCES := $(shell find csrc python -type f -not -name '*.pyc' -not -name '*.so'
 .PHONY: help compare study study-small test peft-suite docs gpu-check cuda-evidence bench bench-environments bench-plots lint lock audit stubs clean
 help:
 	@echo "make compare   train QAA, LoRA, SoRA, Prefix and full fine-tuning on a real LLM; report in $(OUTPUT)"
-	@echo "make study     the tables of docs/study, four tasks, 23 hours; make study-small: two rows, one seed"
+	@echo "make study     the tables of docs/study, four tasks, 26 hours; make study-small: two rows, one seed"
 	@echo "make test      the test-suite"
 	@echo "make peft-suite           all of PEFT's own tests that take a configuration, on QAA and SoRA"
 	@echo "make docs      the documentation as a site, in build/docs"
