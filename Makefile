@@ -26,7 +26,9 @@ help:
 	@echo "make lock      versions and hashes of packages, into requirements/; make audit: what is known against them"
 
 # Packages have the versions and hashes of requirements/, except torch, whose builds differ from machine to machine; no
-# later step resolves anything. Python compiles what is imported, when it is imported.
+# later step resolves anything. Python compiles what is imported, when it is imported, and keeps it: images often forbid
+# that by a variable, and every process that imports torch and transformers then takes 20 s instead of 8.
+unexport PYTHONDONTWRITEBYTECODE
 HASHED := --quiet --no-compile --require-hashes --no-deps --no-build-isolation
 
 $(VENV)/.build: requirements/build.txt

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -21,8 +22,13 @@ settings.load_profile("repeatable")
 
 @pytest.fixture(scope="session")
 def emulated_objects(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Object files of everything but the kernels, for libraries in which the kernels run on an emulated device."""
-    return cuda_tools.compile_hosts(tmp_path_factory.mktemp("emulated"))
+    """Object files of everything but the kernels, for libraries in which the kernels run on an emulated device; one
+    folder of them for all processes of a run of the tests."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    (folder / "emulated").mkdir(exist_ok=True)
+    return cuda_tools.compile_hosts(folder / "emulated")
 
 
 @pytest.fixture(scope="session")

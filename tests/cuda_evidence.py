@@ -1,9 +1,9 @@
 """What compiled CUDA kernels tell without a GPU: registers, spills, occupancy and instructions.
 
 ``python tests/cuda_evidence.py`` (``make cuda-evidence``) writes ``tests/cuda/resources.json``, with the digest of the
-sources that it is of. ``test_cuda_static`` holds that digest to today's sources, and one architecture to the table.
-Kernels become PTX once and machine code for each architecture. To ptxas spills, local memory and double arithmetic in
-float kernels are errors.
+sources that it is of. ``test_cuda_static`` holds that digest to today's sources, and the float kernels of one
+architecture to the table. Kernels become PTX once and machine code for each architecture. To ptxas spills, local memory
+and double arithmetic in float kernels are errors.
 """
 
 from __future__ import annotations

@@ -8,6 +8,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
+from filelock import FileLock
+
 ROOT = Path(__file__).parents[1]
 
 #: Compiler options of each way to run emulated kernels. Unrolled loops under ASan and UBSan take minutes to optimise.
@@ -31,12 +33,14 @@ def run(command: list[str | Path], **options: object) -> subprocess.CompletedPro
 
 def compile_emulated(source: Path, target: Path, sanitizer: str = "plain") -> Path:
     """An object file of a source with kernels, or of the emulator, which never has a sanitizer; made once."""
-    if target.exists():
-        return target
-    flags = (*_FLAGS, *_FOLDERS, *SANITIZERS[sanitizer])
-    result = run([COMPILER, *flags, "-c", "-x", "c++", source, "-o", target])
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert "warning" not in result.stderr, result.stderr[-3000:]
+    with FileLock(target.with_suffix(".lock")):  # by the first of several processes that want it
+        if not target.exists():
+            unfinished = target.with_suffix(".unfinished")
+            flags = (*_FLAGS, *_FOLDERS, *SANITIZERS[sanitizer])
+            result = run([COMPILER, *flags, "-c", "-x", "c++", source, "-o", unfinished])
+            assert result.returncode == 0, result.stderr[-3000:]
+            assert "warning" not in result.stderr, result.stderr[-3000:]
+            unfinished.rename(target)
     return target
 
 

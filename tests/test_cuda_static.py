@@ -19,7 +19,7 @@ from qaa import _core
 pytestmark = pytest.mark.skipif(evidence.find("nvcc") is None, reason="needs nvcc (pip install '.[cuda-test]')")
 
 
-#: the architecture that is compiled here; the others' figures are those of the same sources, by their digest
+#: the one that is compiled here; the others' figures are those of the same sources, by their digest
 ARCHITECTURE = "sm_90"
 
 
@@ -30,10 +30,9 @@ def table() -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def code(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, evidence.Resources]]:
-    folder = tmp_path_factory.mktemp("machine")
-    numbers = ("float", "double")
-    return {number: evidence.assemble(evidence.compile_ptx(number, folder), ARCHITECTURE) for number in numbers}
+def code(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, evidence.Resources]:
+    """Float kernels as machine code, and what they need."""
+    return evidence.assemble(evidence.compile_ptx("float", tmp_path_factory.mktemp("machine")), ARCHITECTURE)
 
 
 def test_the_table_is_of_these_sources(table: dict[str, Any]) -> None:
@@ -41,16 +40,14 @@ def test_the_table_is_of_these_sources(table: dict[str, Any]) -> None:
     assert evidence.included() == set(evidence.SOURCES)
     assert table["digest"] == evidence.digest(), "the kernels have changed since `make cuda-evidence`"
     assert set(table["resources"]) == {f"{architecture} {number}" for architecture, number in evidence.CASES}
-    for resources in table["resources"].values():
+    for case, resources in table["resources"].items():
+        assert len(resources) == (8 if case.endswith("float") else 12)
         assert all(kernel["stack_bytes"] == kernel["spill_bytes"] == 0 for kernel in resources.values())
 
 
-@pytest.mark.parametrize("number", ["float", "double"])
-def test_resources(code: dict[str, Any], table: dict[str, Any], number: str) -> None:
+def test_resources(code: tuple[Path, evidence.Resources], table: dict[str, Any]) -> None:
     """As committed (after a change that is meant: ``make cuda-evidence``), and no kernel needs local memory."""
-    _, resources = code[number]
-    assert len(resources) == {"float": 8, "double": 12}[number]
-    assert resources == table["resources"][f"{ARCHITECTURE} {number}"]
+    assert code[1] == table["resources"][f"{ARCHITECTURE} float"]
 
 
 def test_occupancy(table: dict[str, Any], emulated_library: Path, tmp_path: Path) -> None:
@@ -59,8 +56,8 @@ def test_occupancy(table: dict[str, Any], emulated_library: Path, tmp_path: Path
 
 
 @pytest.mark.skipif(evidence.find("nvdisasm") is None, reason="needs nvdisasm (pip install '.[cuda-test]')")
-def test_instructions(code: dict[str, Any]) -> None:
-    evidence.check_instructions(code["float"][0])
+def test_instructions(code: tuple[Path, evidence.Resources]) -> None:
+    evidence.check_instructions(code[0])
 
 
 @pytest.mark.skipif(
