@@ -209,10 +209,11 @@ def test_the_small_study_repeats_rows_of_the_measured_one() -> None:
     assert all(row(small, name) == row(core, name) for name in small.methods)
 
 
-def test_the_studys_page_shows_its_results() -> None:
+@pytest.mark.parametrize("page", [STUDY / "README.md", STUDY.parents[1] / "README.md"], ids=["study", "README"])
+def test_pages_show_the_results_that_they_name(page: Path) -> None:
     from qaa.compare import study
 
-    assert study.main([str(STUDY / "README.md"), "--check"]) == 0
+    assert study.main([str(page), "--check"]) == 0
 
 
 # ---------------------------------------------------------------------------------------------------- examples

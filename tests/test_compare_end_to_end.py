@@ -264,6 +264,16 @@ def test_a_page_gets_its_tables_and_figures_from_results(
     assert study.main([str(page)]) == 2 and "expected a reference among lora, untouched" in capsys.readouterr().err
     page.write_text(PAGE.replace("lora-2", "lora"))
     assert study.main([str(page)]) == 0 and " ± " in page.read_text() and "**1e\N{MINUS SIGN}3: " in page.read_text()
+    # with the scores of answers
+    page.write_text("<!-- scores results.json -->\n<!-- end -->\n")
+    assert study.main([str(page)]) == 0
+    _, heads, _, *lines, _ = page.read_text().splitlines()
+    found_rows = json.loads((finished[0] / "results.json").read_text())["methods"]
+    assert heads.count("|") == 9 and len(lines) == len(found_rows)
+    for line, row in zip(lines, found_rows, strict=True):
+        shown = [cell.strip() for cell in line.strip("|").split("|")]
+        assert shown[0] == row["label"] and shown[3:5] == [f"{row['test_loss']:.3f}", f"{row['bleu']:.1f}"]
+        assert shown[5:7] == [f"{row['rougeL']:.3f}", f"{row['bertscore']:.3f}"]
 
 
 @pytest.mark.parametrize(
@@ -271,6 +281,7 @@ def test_a_page_gets_its_tables_and_figures_from_results(
     [
         ("losses", "expected 1 words after 'losses', received ''"),
         ("losses absent.json", "absent.json to be a results.json of qaa compare, received FileNotFoundError"),
+        ("scores results.json", "expected results of a comparison with answers, received one of losses alone"),
         ("figure nothing results.json", "expected a figure among difference, .*, received 'nothing'"),
     ],
 )

@@ -1,15 +1,15 @@
-"""Tables and figures of a Markdown page, from committed results: ``python -m qaa.compare.study docs/study/README.md``.
+"""Tables and figures of Markdown pages, from committed results: ``python -m qaa.compare.study docs/study/README.md``.
 
 A page says where they go and what they show; everything between a mark and its end is written anew::
 
     <!-- losses alpaca.json -->
     <!-- end -->
 
-The marks are ``losses FILE`` (sizes, losses and their spread, gains over the untouched model), ``differences FILE
-REFERENCE`` (test loss minus that of a reference, with intervals), ``rates FILE`` (learning rates that were tried) and
-``figure NAME FILE`` (a figure of the report, written as PNG beside the page). FILE is a ``results.json`` of
-``qaa compare``, by its path from the page. With ``--check`` nothing is written, and a page that is not up to date gives
-exit code 1.
+The marks are ``losses FILE`` (sizes, losses and their spread, gains over the untouched model), ``scores FILE`` (sizes,
+losses and the scores of answers), ``differences FILE REFERENCE`` (test loss minus that of a reference, with intervals),
+``rates FILE`` (learning rates that were tried) and ``figure NAME FILE`` (a figure of the report, written as PNG beside
+the page). FILE is a ``results.json`` of ``qaa compare``, by its path from the page. With ``--check`` nothing is
+written, and a page that is not up to date gives exit code 1.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from typing import Any
 from .config import UNTOUCHED, CompareError
 from .report import _count, _percent, _rate, _seconds
 
-_BLOCK = re.compile(r"(<!-- (losses|differences|rates|figure)\b([^>]*?)-->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
+_BLOCK = re.compile(r"(<!-- (losses|scores|differences|rates|figure)\b([^>]*?)-->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
 _MINUS = str.maketrans("-", "\N{MINUS SIGN}")
 
 
@@ -41,11 +41,13 @@ def written(page: str, folder: Path, figures: bool = True) -> str:
         >>> written("No blocks, no change.", Path("."))
         'No blocks, no change.'
     """
-    content: dict[str, Callable[..., str]] = {"losses": losses, "differences": differences, "rates": rates}
+    content: dict[str, Callable[..., str]] = {
+        "losses": losses, "scores": scores, "differences": differences, "rates": rates
+    }  # fmt: skip
 
     def fill(match: re.Match[str]) -> str:
         kind, words = match[2], match[3].split()
-        counts = {"losses": 1, "differences": 2, "rates": 1, "figure": 2}
+        counts = {"losses": 1, "scores": 1, "differences": 2, "rates": 1, "figure": 2}
         if len(words) != counts[kind]:
             raise CompareError(f"expected {counts[kind]} words after {kind!r}, received {' '.join(words)!r}")
         if kind == "figure":
@@ -88,6 +90,25 @@ def losses(results: dict[str, Any]) -> str:
             _seconds(row["train_seconds"]),
         ])  # fmt: skip
     return _table(["row", "trainable", "share", "test loss", "gain", "validation loss", "training"], rows)
+
+
+def scores(results: dict[str, Any]) -> str:
+    """The paper's table: every row with its size, its test loss, what its answers score, and its training time."""
+    if "bleu" not in results["methods"][0]:
+        raise CompareError("expected results of a comparison with answers, received one of losses alone")
+    rows = []
+    for row in results["methods"]:
+        trained = row["name"] != UNTOUCHED
+        rows.append([
+            row["label"],
+            _count(row["trainable_parameters"]) if trained else "–",
+            _percent(row["trainable_percent"]) if trained else "–",
+            f"{row['test_loss']:.3f}",
+            f"{row['bleu']:.1f}",
+            *(f"{row[key]:.3f}" for key in ("rougeL", "bertscore")),
+            _seconds(row["train_seconds"]),
+        ])  # fmt: skip
+    return _table(["row", "trainable", "share", "test loss", "BLEU", "ROUGE-L", "BERTScore", "training"], rows)
 
 
 def differences(results: dict[str, Any], reference: str) -> str:
