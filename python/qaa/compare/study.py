@@ -27,7 +27,8 @@ from typing import Any
 from .config import UNTOUCHED, CompareError
 from .report import _count, _percent, _rate, _seconds
 
-_BLOCK = re.compile(r"(<!-- (losses|scores|differences|rates|figure)\b([^>]*?)-->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
+_KINDS = "losses|scores|differences|rates|figure"
+_BLOCK = re.compile(rf"(<!-- ({_KINDS})\b([^>]*?)-->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
 _MINUS = str.maketrans("-", "\N{MINUS SIGN}")
 
 
