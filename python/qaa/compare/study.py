@@ -25,10 +25,11 @@ from pathlib import Path
 from typing import Any
 
 from .config import UNTOUCHED, CompareError
-from .report import _count, _percent, _rate, _seconds
+from .report import _count, _loss, _percent, _rate, _score, _seconds
 
-_KINDS = "losses|scores|differences|rates|figure"
-_BLOCK = re.compile(rf"(<!-- ({_KINDS})\b([^>]*?)-->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
+#: The kinds of marks, and how many words follow each.
+_WORDS = {"losses": 1, "scores": 1, "differences": 2, "rates": 1, "figure": 2}
+_BLOCK = re.compile(rf"(<!-- ({'|'.join(_WORDS)})\b([^>]*?)-->\n)(.*?)(<!-- end -->)", flags=re.DOTALL)
 _MINUS = str.maketrans("-", "\N{MINUS SIGN}")
 
 
@@ -42,18 +43,15 @@ def written(page: str, folder: Path, figures: bool = True) -> str:
         >>> written("No blocks, no change.", Path("."))
         'No blocks, no change.'
     """
-    content: dict[str, Callable[..., str]] = {
-        "losses": losses, "scores": scores, "differences": differences, "rates": rates
-    }  # fmt: skip
+    tables: dict[str, Callable[..., str]] = {table.__name__: table for table in (losses, scores, differences, rates)}
 
     def fill(match: re.Match[str]) -> str:
         kind, words = match[2], match[3].split()
-        counts = {"losses": 1, "scores": 1, "differences": 2, "rates": 1, "figure": 2}
-        if len(words) != counts[kind]:
-            raise CompareError(f"expected {counts[kind]} words after {kind!r}, received {' '.join(words)!r}")
+        if len(words) != _WORDS[kind]:
+            raise CompareError(f"expected {_WORDS[kind]} words after {kind!r}, received {' '.join(words)!r}")
         if kind == "figure":
             return f"{match[1]}{_figure(words[0], words[1], folder, figures)}\n{match[5]}"
-        return f"{match[1]}{content[kind](_results(folder / words[0]), *words[1:])}\n{match[5]}"
+        return f"{match[1]}{tables[kind](_results(folder / words[0]), *words[1:])}\n{match[5]}"
 
     return _BLOCK.sub(fill, page)
 
@@ -74,6 +72,13 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
+def _size(row: dict[str, Any]) -> list[str]:
+    """The first cells of a row: its label, and how much it trains."""
+    if row["name"] == UNTOUCHED:
+        return [row["label"], "–", "–"]
+    return [row["label"], _count(row["trainable_parameters"]), _percent(row["trainable_percent"])]
+
+
 def losses(results: dict[str, Any]) -> str:
     """Every row with its size, its test loss (and standard deviation over seeds), gain and training time."""
     base = results["by_name"][UNTOUCHED]["test_loss"]
@@ -82,9 +87,7 @@ def losses(results: dict[str, Any]) -> str:
         spread = row["spread"]["test_loss"]
         trained = row["name"] != UNTOUCHED
         rows.append([
-            row["label"],
-            _count(row["trainable_parameters"]) if trained else "–",
-            _percent(row["trainable_percent"]) if trained else "–",
+            *_size(row),
             f"{row['test_loss']:.4f}" + (f" ± {spread:.4f}" if spread is not None else ""),
             f"{base - row['test_loss']:.4f}".translate(_MINUS) if trained else "–",
             f"{row['validation_loss']:.4f}",
@@ -97,18 +100,17 @@ def scores(results: dict[str, Any]) -> str:
     """The paper's table: every row with its size, its test loss, what its answers score, and its training time."""
     if "bleu" not in results["methods"][0]:
         raise CompareError("expected results of a comparison with answers, received one of losses alone")
-    rows = []
-    for row in results["methods"]:
-        trained = row["name"] != UNTOUCHED
-        rows.append([
-            row["label"],
-            _count(row["trainable_parameters"]) if trained else "–",
-            _percent(row["trainable_percent"]) if trained else "–",
-            f"{row['test_loss']:.3f}",
+    rows = [
+        [
+            *_size(row),
+            _loss(row["test_loss"]),
             f"{row['bleu']:.1f}",
-            *(f"{row[key]:.3f}" for key in ("rougeL", "bertscore")),
+            _score(row["rougeL"]),
+            _score(row["bertscore"]),
             _seconds(row["train_seconds"]),
-        ])  # fmt: skip
+        ]
+        for row in results["methods"]
+    ]
     return _table(["row", "trainable", "share", "test loss", "BLEU", "ROUGE-L", "BERTScore", "training"], rows)
 
 
