@@ -16,8 +16,6 @@
 
 namespace qaa {
 
-constexpr int max_radix = 4;
-
 template <class T>
 struct RotatePass {
   std::uint32_t radix, extra;

@@ -33,18 +33,25 @@ struct Workspace {
   Wide<T>* slots;   // derivatives, lane by lane: n_slots
   mutable Prefetch soon;
 
+  // Between the arrays of states, which the same index would otherwise find in one set of a cache.
+  static constexpr std::size_t gap = 9 * 64 / sizeof(Vec<T>);
+
   static std::size_t scratch_size(const BoundPlan<T>& p) { return p.n_vectors / 8 + 8; }
   static std::size_t vectors(const BoundPlan<T>& p) {
     const std::size_t states = std::size_t{2} + p.n_kept;
-    return 2 * states * p.n_vectors + 2 * scratch_size(p) + 2 * std::size_t{p.n_strings} + p.n_columns +
+    return 2 * states * (p.n_vectors + gap) + 2 * scratch_size(p) + 2 * std::size_t{p.n_strings} + p.n_columns +
            sizeof(Wide<T>) / sizeof(Vec<T>) * p.n_slots;
   }
   Workspace(const BoundPlan<T>& p, void* memory) {
     auto* next = static_cast<Vec<T>*>(memory);
     auto take = [&](std::size_t n) { return next += n, next - n; };
-    ket = {take(p.n_vectors), take(p.n_vectors)};
-    bra = {take(p.n_vectors), take(p.n_vectors)};
-    for (std::uint32_t k = 0; k < p.n_kept; ++k) kept[k] = {take(p.n_vectors), take(p.n_vectors)};
+    auto take_state = [&] {
+      Vec<T>* const re = take(p.n_vectors + gap);
+      return State<T>{re, take(p.n_vectors + gap)};
+    };
+    ket = take_state();
+    bra = take_state();
+    for (std::uint32_t k = 0; k < p.n_kept; ++k) kept[k] = take_state();
     scratch = take(2 * scratch_size(p));
     strings = take(2 * std::size_t{p.n_strings});
     columns = take(p.n_columns);
@@ -256,11 +263,17 @@ struct Block {
 
 // ------------------------------------------------------------------------------------------------ rotations
 
-// [a; b] <- [keep -mix; mix keep] [a; b], or its transpose.
-template <class T, bool tangent, bool inverse>
+// [a; b] <- [keep -mix; mix keep] [a; b], or its transpose; with one multiply-add instead of two where `apart`.
+template <class T, bool tangent, bool inverse, bool apart>
 QAA_INLINE void rotate_pair(Vec<T>& a, Vec<T>& b, T keep, T mix) {
   const Vec<T> a0 = a, b0 = b;
-  if constexpr (tangent && !inverse) {
+  if constexpr (tangent && apart) {
+    // A sum that is not folded, as zero may have a sign: the product then has a vector of its own, which compilers read
+    // from memory, where every register is taken.
+    const Vec<T> mixed = product(mix + Vec<T>{}, a0);
+    a = inverse ? a0 + mix * b0 : a0 - mix * b0;
+    b = inverse ? b0 - mixed : b0 + mixed;
+  } else if constexpr (tangent && !inverse) {
     a = a0 - mix * b0;
     b = b0 + mix * a0;
   } else if constexpr (tangent) {
@@ -275,15 +288,20 @@ QAA_INLINE void rotate_pair(Vec<T>& a, Vec<T>& b, T keep, T mix) {
   }
 }
 
+// Whether a pass over blocks of 2^bits amplitudes turns pairs so; it loses a few per cent where it should not. Rows
+// are turned alike wherever that is done, or what is in one row would change how its neighbours are rounded.
+template <int bits, bool link>
+constexpr bool turns_apart = bits > 2 && !link;
+
 // The first `extra` bits of v are left alone.
-template <class T, int radix, int extra, bool tangent, bool inverse>
+template <class T, int radix, int extra, bool tangent, bool inverse, bool apart = false>
 QAA_INLINE void rotate_block(Vec<T>* block, const RotatePass<T>& pass) {
 #pragma GCC unroll 4
   for (int k = 0; k < radix; ++k) {
     const int bit = 1 << (k + extra);
 #pragma GCC unroll 16
     for (int v = 0; v < (1 << (radix + extra)); ++v) {
-      if (!(v & bit)) rotate_pair<T, tangent, inverse>(block[v], block[v | bit], pass.keep[k], pass.mix[k]);
+      if (!(v & bit)) rotate_pair<T, tangent, inverse, apart>(block[v], block[v | bit], pass.keep[k], pass.mix[k]);
     }
   }
 }
@@ -333,7 +351,7 @@ void rotate_pass(const RotatePass<T>& shared, Vec<T>* state, Vec<T>* values, Pre
     soon.template step<1 << bits>();
     Vec<T> block[1 << bits];
     in.load(state, base, block);
-    rotate_block<T, radix, extra, tangent, inverse>(block, pass);
+    rotate_block<T, radix, extra, tangent, inverse, turns_apart<bits, link>>(block, pass);
     if constexpr (link) sums.add(block);
     if constexpr (radix > 0) in.store(state, base, block);
   }
@@ -656,7 +674,7 @@ bool fits_registers(const BoundPlan<T>& p, const LanePass<T>& lanes, const Rotat
 }
 
 // Rotations of the columns' lowest bits on a block of W columns.
-template <class T, int bits, bool on, bool inverse>
+template <class T, int bits, bool on, bool inverse, bool link>
 struct ColumnTurn {
   static constexpr int between = all_lane_bits<T> - bits;
   LaneTurn<T, bits, true, inverse> lanes;
@@ -670,7 +688,7 @@ struct ColumnTurn {
 #pragma GCC unroll 16
         for (int k = 0; k < (1 << between); ++k) lanes(block[k]);
       }
-      if constexpr (between > 0) rotate_block<T, between, 0, true, inverse>(block, low);
+      if constexpr (between > 0) rotate_block<T, between, 0, true, inverse, turns_apart<between, link>>(block, low);
     }
   }
 };
@@ -687,7 +705,7 @@ Norms<T> embed(const BoundPlan<T>& p, const ConstMatrix& x, std::int64_t first_r
   auto load = [&]<bool turn, bool link>(Constant<turn>, Constant<link>) {
     const Index* inputs = p.inputs;
     Vec<T>* re = ket.re;
-    const ColumnTurn<T, bits, turn, false> turned(p.n_stages > 0 ? p.stages[0].lanes : LanePass<T>{}, low);
+    const ColumnTurn<T, bits, turn, false, link> turned(p.n_stages > 0 ? p.stages[0].lanes : LanePass<T>{}, low);
     LinkSums<T, between, 0> here;  // of its own, which nothing else refers to: it stays in registers
     const Vec<T> squared = load_matrix<T, bits>(x, first_row, n_rows, [=, &here](Index v, Vec<T>* block, int n) {
       turned(block);
@@ -902,31 +920,37 @@ void multiply_diagonal(const T* table_re, const T* table_im, bool real, bool fro
   }
 }
 
-// Undoes a diagonal on ket and bra and adds the derivatives with respect to its phases to `slots`. Where the state
-// was real before the diagonal, only the real parts are kept: nothing upstream depends on the bra's imaginary part.
-template <class T, int bits>
+// Undoes a diagonal on the bra, and with `both` on the ket, and adds the derivatives with respect to its phases to
+// `slots`. Where the state was real before the diagonal, only the real parts are kept: nothing upstream depends on the
+// bra's imaginary part.
+template <class T, int bits, bool both>
 void unwind_diagonal(const BoundPlan<T>& p, const BoundStage<T>& stage, const Workspace<T>& work) {
   const State<T> ket = work.ket, bra = work.bra;
   const bool was_complex = stage.from_complex;
   if (stage.real) {  // a real diagonal has no angles
-    multiply_diagonal<T, bits>(stage.back_re, stage.back_im, true, was_complex, p.n_vectors, ket);
+    if (both) multiply_diagonal<T, bits>(stage.back_re, stage.back_im, true, was_complex, p.n_vectors, ket);
     multiply_diagonal<T, bits>(stage.back_re, stage.back_im, true, was_complex, p.n_vectors, bra);
     return;
   }
-  // 2 Im(conj(bra) ket) after undoing; the pair's common scale has been paid by then.
+  // 2 Im(conj(bra) ket), which is the same before and after but for the pair's scale: that has been paid afterwards.
+  auto overlap = [](const Vec<T>& br, const Vec<T>& bi, const Vec<T>& kr, const Vec<T>& ki) {
+    return br * ki - bi * kr;
+  };
   auto undo = [&](Index, int, std::size_t address) -> Vec<T> {
     const std::size_t entry = (address / sizeof(Vec<T>)) << bits;
     const Vec<T> re = load_repeated<T, bits>(stage.back_re + entry), im = load_repeated<T, bits>(stage.back_im + entry);
     const Vec<T> kr = at(ket.re, address), ki = at(ket.im, address);
     const Vec<T> br = at(bra.re, address), bi = at(bra.im, address);
-    const Vec<T> new_kr = kr * re - ki * im, new_br = br * re - bi * im, new_bi = br * im + bi * re;
-    at(ket.re, address) = new_kr;
+    const Vec<T> new_br = br * re - bi * im, new_bi = br * im + bi * re;
     at(bra.re, address) = new_br;
+    if (was_complex) at(bra.im, address) = new_bi;
+    if constexpr (!both) return overlap(br, bi, kr, ki);
+    const Vec<T> new_kr = kr * re - ki * im;
+    at(ket.re, address) = new_kr;
     if (!was_complex) return -new_bi * new_kr;
     const Vec<T> new_ki = kr * im + ki * re;
     at(ket.im, address) = new_ki;
-    at(bra.im, address) = new_bi;
-    return new_br * new_ki - new_bi * new_kr;
+    return overlap(new_br, new_bi, new_kr, new_ki);
   };
   if (stage.n_trees == 0) {
     for (Index v = 0; v < p.n_vectors; ++v) undo(0, 0, v * sizeof(Vec<T>));
@@ -939,14 +963,14 @@ void unwind_diagonal(const BoundPlan<T>& p, const BoundStage<T>& stage, const Wo
     const bool last = t + 1 == stage.n_trees;
     if (!last) {
       tree_sums<T>(p.n_bits, tree.order, [&](Index, int, std::size_t address) {
-        return at(bra.re, address) * at(ket.im, address) - at(bra.im, address) * at(ket.re, address);
+        return overlap(at(bra.re, address), at(bra.im, address), at(ket.re, address), at(ket.im, address));
       }, work.scratch, sums);
     } else {
       tree_sums<T>(p.n_bits, tree.order, undo, work.scratch, sums);
     }
     for (std::uint32_t m = 0; m < tree.n_members; ++m) {
       const LaneTree::Member& member = tree.members[m];
-      work.add_to_slot(stage.first_slot + member.item, sums[member.slot], last ? 1 : stage.overlap_scale);
+      work.add_to_slot(stage.first_slot + member.item, sums[member.slot], last && both ? 1 : stage.overlap_scale);
     }
   }
 }
@@ -1320,7 +1344,7 @@ void store_gradient(const BoundPlan<T>& p, const Matrix& grad_x, std::int64_t fi
     auto store = [&]<bool turn>(Constant<turn>) {
       const Index* inputs = p.inputs;
       const Vec<T>* bra = work.bra.re;
-      const ColumnTurn<T, bits, turn, true> back(first != nullptr ? first->unwind_lanes : LanePass<T>{}, low);
+      const ColumnTurn<T, bits, turn, true, false> back(first != nullptr ? first->unwind_lanes : LanePass<T>{}, low);
       store_matrix<T, bits>(grad_x, first_row, n_rows, [=](Index v, Vec<T>* block, int n) {
         if (turn) n = width<T> >> bits;
 #pragma GCC unroll 16
@@ -1389,7 +1413,10 @@ void backward_group(const BoundPlan<T>& p, const BackwardCall& call, std::int64_
   for (std::uint32_t s = p.n_stages; s-- > 0;) {
     const BoundStage<T>& stage = p.stages[s];
     if (stage.diagonal) {
-      with_lane_bits<T>(p.lane_bits, [&]<int bits>(Constant<bits>) { unwind_diagonal<T, bits>(p, stage, work); });
+      const bool ket_ends = s > 0 && p.stages[s - 1].kept;  // the next stage takes the one that it has kept
+      with_lane_bits<T>(p.lane_bits, [&]<int bits>(Constant<bits>) {
+        ket_ends ? unwind_diagonal<T, bits, false>(p, stage, work) : unwind_diagonal<T, bits, true>(p, stage, work);
+      });
       continue;
     }
     if (stage.kept) {

@@ -14,9 +14,10 @@ namespace {
 
 constexpr std::uint32_t none = StageLayout::none;
 
-// The size of the next group when `left` items go into as few groups of at most `radix` as possible, evenly.
-std::uint32_t next_group(std::uint32_t left, int radix) {
-  const std::uint32_t groups = (left + radix - 1) / radix;
+// The size of the next group when `left` items go into groups evenly: as many as full groups of `radix` there are, or
+// more where these would get more than `most` items.
+std::uint32_t next_group(std::uint32_t left, int radix, int most) {
+  const std::uint32_t groups = std::max(left / radix, (left + most - 1) / most);
   return (left + groups - 1) / groups;
 }
 
@@ -232,11 +233,11 @@ Pass rotation_pass(const std::vector<Across>& held, std::uint32_t extra, Index n
 }
 
 // The first `n_low` rotations have a pass of their own.
-std::vector<Pass> rotation_passes(const std::vector<Across>& rotations, Index n_vectors, int radix,
+std::vector<Pass> rotation_passes(const std::vector<Across>& rotations, Index n_vectors, int radix, int most,
                                   std::uint32_t n_low = 0) {
   std::vector<Pass> passes;
   for (std::uint32_t first = 0, size; first < rotations.size(); first += size) {
-    size = first < n_low ? n_low : next_group(std::uint32_t(rotations.size()) - first, radix);
+    size = first < n_low ? n_low : next_group(std::uint32_t(rotations.size()) - first, radix, most);
     passes.push_back(rotation_pass({rotations.begin() + first, rotations.begin() + first + size}, 0, n_vectors));
   }
   return passes;
@@ -259,16 +260,21 @@ void sort_by_columns(Layout& layout, StageLayout& stage) {
   }
 }
 
-// Strings of neighbouring rotations go to the pass that holds both, which may hold the last rotation of the pass before
-// it for this; what is left gets passes that turn nothing. `take` gives the number of a string of vectors, or none.
+// The strings of rotations k and k + 1, for every k. `take` gives the number of a string of vectors, or none.
 template <class Take>
-void lay_out_links(const std::vector<Across>& rotations, Index n_vectors, int rotate_radix, std::vector<Pass>& passes,
-                   Take&& take) {
-  std::vector<Link> links;  // of rotations k and k + 1
+std::vector<Link> find_links(const std::vector<Across>& rotations, Take&& take) {
+  std::vector<Link> links;
   for (std::size_t k = 0; k + 1 < rotations.size(); ++k) {
     const Index x = rotations[k].x ^ rotations[k + 1].x, z = rotations[k].z ^ rotations[k + 1].z;
     links.push_back({take(x, Index{0}), take(x, z)});
   }
+  return links;
+}
+
+// Strings of neighbouring rotations go to the pass that holds both, which may hold the last rotation of the pass before
+// it for this; what is left gets passes that turn nothing.
+void lay_out_links(const std::vector<Across>& rotations, const std::vector<Link>& links, Index n_vectors,
+                   int rotate_radix, std::vector<Pass>& passes) {
   std::vector<std::uint32_t> left;
   std::uint32_t first = 0;
   for (Pass& pass : passes) {
@@ -317,7 +323,7 @@ std::vector<Pass> flip_passes(const Coordinates& at, std::vector<Placed>& string
   while (!left.empty()) {
     Span span;
     Pass pass;
-    const std::uint32_t size = next_group(std::uint32_t(left.size()), radix);
+    const std::uint32_t size = next_group(std::uint32_t(left.size()), radix, radix);
     std::erase_if(left, [&](const Across& flip) {
       const bool taken = pass.radix() < size && span.extend(flip.x);
       if (taken) {
@@ -410,7 +416,9 @@ Layout lay_out(const Plan& plan, std::uint32_t lane_bits, std::uint32_t low_bits
     out.stages[s].kept = true;
     ++n_kept;
   }
+  const int radix = plan.options.rotate_radix;
   std::vector<Across> across;
+  std::uint32_t n_low = 0;
   for (std::size_t s = 0; s < plan.stages.size(); ++s) {
     const Stage& stage = plan.stages[s];
     StageLayout& to = out.stages[s];
@@ -437,7 +445,7 @@ Layout lay_out(const Plan& plan, std::uint32_t lane_bits, std::uint32_t low_bits
       if (std::ranges::find(to.lanes, r) != to.lanes.end()) continue;
       across.push_back({r, at.vectors(at.place(stage.rotations[r].x)), at.vectors(at.mask(stage.rotations[r].z))});
     }
-    std::uint32_t n_low = 0;
+    n_low = 0;
     if (s == 0 && to.moves.empty()) {
       out.loads_lanes = true;
       auto is_low = [&](const Across& r, std::uint32_t bit) {
@@ -449,9 +457,11 @@ Layout lay_out(const Plan& plan, std::uint32_t lane_bits, std::uint32_t low_bits
       while (n_low < most && is_low(across[n_low], n_low)) ++n_low;
       out.starts_low = n_low > 0;
     }
-    to.rotate = rotation_passes(across, out.n_vectors, plan.options.rotate_radix, n_low);
+    to.rotate = rotation_passes(across, out.n_vectors, radix, std::min(radix + 1, max_radix), n_low);
     // The adjoint undoes two states at once; or one, in the same passes, where it needs no other or has kept it.
-    if (s > 0 && !to.kept) to.unwind = rotation_passes(across, out.n_vectors, plan.options.unwind_radix);
+    if (s > 0 && !to.kept) {
+      to.unwind = rotation_passes(across, out.n_vectors, plan.options.unwind_radix, plan.options.unwind_radix);
+    }
   }
 
   if (plan.readout == ReadoutKind::expval) {
@@ -461,7 +471,7 @@ Layout lay_out(const Plan& plan, std::uint32_t lane_bits, std::uint32_t low_bits
       out.string_lanes.push_back(at.lanes(left.back().z));
     }
     if (plan.options.link && !plan.stages.empty() && !plan.stages.back().is_diagonal()) {
-      lay_out_links(across, out.n_vectors, plan.options.rotate_radix, out.stages.back().rotate, [&](Index x, Index z) {
+      const std::vector<Link> links = find_links(across, [&](Index x, Index z) {
         const auto found = std::ranges::find_if(left, [&](const Placed& s) {
           return s.x == x << lane_bits && s.z == z << lane_bits;
         });
@@ -470,8 +480,13 @@ Layout lay_out(const Plan& plan, std::uint32_t lane_bits, std::uint32_t low_bits
         left.erase(found);
         return string;
       });
+      if (std::ranges::any_of(links, &Link::is_asked_for)) {  // whose sums take registers as well: no larger passes
+        std::vector<Pass>& passes = out.stages.back().rotate;
+        passes = rotation_passes(across, out.n_vectors, radix, radix, n_low);
+        lay_out_links(across, links, out.n_vectors, radix, passes);
+      }
     }
-    out.flips = flip_passes(at, left, out.n_vectors, plan.options.rotate_radix);
+    out.flips = flip_passes(at, left, out.n_vectors, radix);
     std::vector<Index> places;
     std::vector<std::uint32_t> items;
     for (std::size_t first = 0; first < left.size();) {

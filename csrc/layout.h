@@ -17,6 +17,7 @@
 
 namespace qaa {
 
+constexpr int max_radix = 4;
 constexpr int max_lane_bits = 4;
 constexpr std::uint32_t max_lanes = 1u << max_lane_bits;
 
@@ -39,7 +40,7 @@ struct Link {
   bool is_asked_for() const { return plain != none || twisted != none; }
 };
 
-// At most 4 commuting rotations, or strings, between vectors, done in registers: for every representative r, the vectors
+// At most max_radix commuting rotations, or strings, between vectors, done in registers: for every representative r, the vectors
 // r ^ (xor of a subset of masks) are loaded, worked on and stored.
 struct Pass {
   std::vector<std::uint32_t> rotations;  // of the stage; or strings

@@ -645,6 +645,7 @@ Operations count_operations(const Plan& plan, std::uint32_t columns) {
   for (std::size_t s = 0; s < plan.stages.size(); ++s) {
     const Stage& stage = plan.stages[s];
     const StageLayout& laid_out = layout.stages[s];
+    const bool ket_ends = s > 0 && layout.stages[s - 1].kept;  // before a diagonal the adjoint has the one that was kept
     if (!stage.is_diagonal()) {
       const double turned = double(stage.rotations.size()) * n * parts;
       const bool bra_alone = laid_out.kept || s == 0;
@@ -653,11 +654,11 @@ Operations count_operations(const Plan& plan, std::uint32_t columns) {
       if (laid_out.kept) back += n * parts;
     } else if (stage.real) {
       forward += n * parts;
-      back += 2 * n * parts;
+      back += (ket_ends ? 1 : 2) * n * parts;
     } else {
       forward += 2 * n * parts;
-      back += (4 + 2 * parts) * n;  // the whole bra, as much of the ket as was there before
-      if (!stage.trees.empty()) back += double(laid_out.trees.size()) * (n * parts + tree_sum);
+      back += (ket_ends ? 2 * parts : 4 + 2 * parts) * n;  // the bra, and as much of the ket as was there before
+      if (!stage.trees.empty()) back += double(laid_out.trees.size()) * (n * (ket_ends ? 2 : parts) + tree_sum);
       parts = 2;
     }
   }

@@ -42,7 +42,7 @@ struct PlanOptions {
   bool tangent = true;   // rotate with one multiply-add per amplitude, the cosines collected in one scalar
   bool link = true;      // read strings of two neighbouring rotations in the pass that turns them
   int load_radix = 3;    // wires of the columns' lowest bits, whose rotations come first in the first stage
-  int rotate_radix = 3;  // wires per pass of a rotation
+  int rotate_radix = 3;  // wires per pass of a rotation, or one more where that saves a pass
   int unwind_radix = 2;  // wires per pass of the adjoint, which holds two states
 };
 
