@@ -37,7 +37,9 @@ CASES = {
     "adapter": _adapters(Task(10, 768, 4096), "qaa"),
     "adapter, 11 wires": _adapters(Task(11, 2048, 1024)),
     "adapter, 12 wires": _adapters(Task(12, 4096, 512)),
-    "layers": Case(tuple(("qaa", Task(10, 768, 1024, layers)) for layers in (1, 2, 4))),
+    "layers": Case(
+        tuple((rival, Task(10, 768, 1024, layers)) for rival in ("qaa", "multiply-adds alone") for layers in (1, 2, 4))
+    ),
     "angles of each row": Case(
         tuple(
             (rival, task)

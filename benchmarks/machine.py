@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import json
 import os
@@ -9,17 +10,13 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-_SOURCE = r"""
-#include <chrono>
-#include <cstdio>
-#include <cstdlib>
-#include <thread>
-#include <vector>
-
+_CHAINS = r"""
 #if defined(__AVX512F__)
 constexpr int bytes = 64;
 #elif defined(__AVX__)
@@ -30,6 +27,37 @@ constexpr int bytes = 16;
 typedef float vector __attribute__((vector_size(bytes)));
 constexpr int lanes = bytes / sizeof(float), chains = 12;  // enough chains to hide the latency of a multiply-add
 
+volatile float sink;
+
+// steps * chains * lanes multiply-adds.
+void multiply_add(long steps, int t) {
+    vector a[chains], m = vector{} + (0.999f + 1e-6f * t), c = vector{} + 0.1f;
+    for (int i = 0; i < chains; ++i) a[i] = vector{} + float(i);
+    for (long k = 0; k < steps; ++k)
+        for (int i = 0; i < chains; ++i) a[i] = a[i] * m + c;
+    vector total = a[0];
+    for (int i = 1; i < chains; ++i) total += a[i];
+    sink = total[0];
+}
+"""
+
+_LIBRARY = (
+    _CHAINS
+    + r"""
+extern "C" void multiply_adds(double count) { multiply_add(long(count / (chains * lanes)), 0); }
+"""
+)
+
+_PROGRAM = (
+    r"""
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <thread>
+#include <vector>
+"""
+    + _CHAINS
+    + r"""
 template <class Function> double fastest(int threads, Function work) {
     double best = 1e30;
     for (int repeat = 0; repeat < 9; ++repeat) {
@@ -44,20 +72,10 @@ template <class Function> double fastest(int threads, Function work) {
     return best;
 }
 
-volatile float sink;
-
 int main(int, char** arguments) {
     int threads = std::atoi(arguments[1]);
     constexpr long steps = 4000000;
-    double multiply_adds = fastest(threads, [](int t) {
-        vector a[chains], m = vector{} + (0.999f + 1e-6f * t), c = vector{} + 0.1f;
-        for (int i = 0; i < chains; ++i) a[i] = vector{} + float(i);
-        for (long k = 0; k < steps; ++k)
-            for (int i = 0; i < chains; ++i) a[i] = a[i] * m + c;
-        vector total = a[0];
-        for (int i = 1; i < chains; ++i) total += a[i];
-        sink = total[0];
-    });
+    double multiply_adds = fastest(threads, [](int t) { multiply_add(steps, t); });
     long length = (64l << 20) / sizeof(float) / threads;  // 64 MiB an array, beyond the caches
     std::vector<std::vector<float>> x(threads), y(threads), z(threads);
     for (int t = 0; t < threads; ++t) x[t].assign(length, 1), y[t].assign(length, 2), z[t].assign(length, 3);
@@ -79,6 +97,7 @@ int main(int, char** arguments) {
                 double(steps) * chains * lanes * threads / multiply_adds, moved / read, 3 * moved / triad);
 }
 """
+)
 
 
 @dataclass(frozen=True)
@@ -92,19 +111,45 @@ class Peak:
 
 def peak(threads: int) -> Peak | None:
     """Measured now; None where there is no C++ compiler. Takes some seconds."""
-    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        return None
     with tempfile.TemporaryDirectory() as folder:
-        source, program = Path(folder) / "peak.cpp", Path(folder) / "peak"
-        source.write_text(_SOURCE)
-        options = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-pthread"]
         try:
-            subprocess.run([compiler, *options, str(source), "-o", str(program)], check=True, capture_output=True)
+            program = _compiled(_PROGRAM, Path(folder))
             output = subprocess.run([str(program), str(threads)], check=True, capture_output=True, text=True).stdout
         except (OSError, subprocess.CalledProcessError):
             return None
     return Peak(**json.loads(output))
+
+
+def multiply_adds(count: float) -> Callable[[], None]:
+    """A call that makes so many float32 multiply-adds, in registers, on all processors that this process may use.
+
+    Raises:
+        OSError: if there is no C++ compiler.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        function = ctypes.CDLL(str(_compiled(_LIBRARY, Path(folder), "-shared", "-fPIC"))).multiply_adds
+    function.argtypes, function.restype = [ctypes.c_double], None
+    threads = processors()
+    if threads == 1:
+        return lambda: function(count)
+    pool = ThreadPoolExecutor(threads)
+
+    def call() -> None:
+        list(pool.map(function, [count / threads] * threads))
+
+    return call
+
+
+def _compiled(source: str, folder: Path, *options: str) -> Path:
+    """A C++ program or library for this very processor."""
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise FileNotFoundError("expected a C++ compiler, found none")
+    text, result = folder / "source.cpp", folder / "compiled"
+    text.write_text(source)
+    flags = ["-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-pthread", *options]
+    subprocess.run([compiler, *flags, str(text), "-o", str(result)], check=True, capture_output=True)
+    return result
 
 
 def processors() -> int:

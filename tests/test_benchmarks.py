@@ -138,17 +138,25 @@ def test_goals_say_what_is_beyond() -> None:
 
 
 def test_the_share_of_the_peak() -> None:
-    """A machine that does 1e9 multiply-adds a second, and layers that take twice the time that they could."""
+    """A machine of 1e9 multiply-adds a second, then of half of that; layers take twice the time that they could."""
 
-    def measured(layers: int, which: str) -> Measurement:
+    def measured(rival: str, layers: int, which: str) -> Measurement:
         task = replace(TASK, layers=layers)
-        seconds = 2e-9 * multiply_adds(task, which)
-        return Measurement("layers", "qaa", task, 1, which, 8, "", None, [seconds] * 3)
+        seconds = (2e-9 if rival == "qaa" else 1e-9) * multiply_adds(task, which)
+        return Measurement("layers", rival, task, 1, which, 8, "", None, [seconds, 2 * seconds, None])
 
-    found = goals([measured(layers, which) for layers in (2, 4) for which in ("forward", "step")], {1: GIGA})
-    shares = [goal for goal in found if "peak" in goal.name]
+    everything = [
+        measured(rival, layers, which)
+        for rival in ("qaa", "multiply-adds alone")
+        for layers in (1, 2, 4)
+        for which in ("forward", "step")
+    ]
+    shares = [goal for goal in goals(everything, {1: None}) if "peak" in goal.name]
     assert [round(goal.measured, 6) for goal in shares] == [50, 50] and shares[0].unit == "%"
-    assert not any("peak" in goal.name for goal in goals([measured(2, "forward")], {1: GIGA}))
+    assert shares[0].detail == "one layer with its ends: 50 %"
+    for left_out in ("qaa", "multiply-adds alone"):
+        some = [m for m in everything if (m.rival, m.task.layers) != (left_out, 4)]
+        assert not any("peak" in goal.name for goal in goals(some, {1: GIGA}))
     one, two = (multiply_adds(replace(TASK, layers=layers), "forward") for layers in (1, 2))
     assert 0 < one < two < multiply_adds(replace(TASK, layers=2), "step")
 
@@ -175,6 +183,15 @@ def test_helpers_of_the_rivals(monkeypatch: pytest.MonkeyPatch) -> None:
         assert Task(10, batch=1024, in_parts=False).rows(2**17) == 1024
 
 
-def test_the_machine_is_measured_or_not_at_all() -> None:
+def test_the_machine_is_measured_or_not_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     peak = machine.peak(1)
     assert peak is None or min(peak.multiply_adds_per_second, peak.read_bytes_per_second) > 1e8
+    if peak is not None:
+        rival = RIVALS["multiply-adds alone"].build(TASK)
+        assert rival.forward is not None and rival.step is not None
+        assert rival.forward() is None and rival.step() == (None, None, None)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", "")
+    assert machine.peak(1) is None
+    with pytest.raises(FileNotFoundError, match="C\\+\\+ compiler"):
+        machine.multiply_adds(1e3)

@@ -58,6 +58,7 @@ RIVALS = {
     "Qulacs": Entry("library", "qulacs", "rivals.qulacs", "build"),
     "Qiskit Aer": Entry("library", "qiskit-aer", "rivals.qiskit_aer", "build"),
     "qaa adapter": Entry("yardstick", "own", "rivals.qaa_and_lora", "adapter"),
+    "multiply-adds alone": Entry("yardstick", "own", "rivals.qaa_and_lora", "multiply_adds_alone"),
     "an empty autograd function": Entry("yardstick", "own", "rivals.qaa_and_lora", "nothing"),
     "LoRA r = 8": Entry("yardstick", "own", "rivals.qaa_and_lora", "lora_in_peft"),
     "LoRA r = 8, addmm_": Entry("yardstick", "own", "rivals.qaa_and_lora", "lora"),

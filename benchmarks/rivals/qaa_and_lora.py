@@ -11,6 +11,8 @@ from torch import Tensor
 
 import qaa
 import qaa.ops
+from benchmarks import machine
+from benchmarks.goals import multiply_adds
 from benchmarks.rivals.differentiable import differentiable
 from benchmarks.task import Rival, Task
 
@@ -68,6 +70,16 @@ def _kernel(task: Task, threads: int | None) -> Rival:
         return forward(), *qaa.arrays.backward(circuit, theta, x, grad, threads=threads)
 
     return Rival(forward, step, task.batch, "NumPy entry points")
+
+
+def multiply_adds_alone(task: Task) -> Rival:
+    """As many multiply-adds as the plan counts, in registers: the machine's peak at the time."""
+
+    def call(which: str) -> Callable[[], Any]:
+        return machine.multiply_adds(task.batch * multiply_adds(task, which))
+
+    step = call("step")
+    return Rival(call("forward"), lambda: (step(), None, None), task.batch, "as many as the plan counts, in registers")
 
 
 def adapter(task: Task) -> Rival:
