@@ -363,7 +363,7 @@ def _numbered(axes: Any, palette: Palette, rows: Sequence[dict[str, Any]]) -> No
 
 
 def _place_beside(axes: Any, palette: Palette, rows: Sequence[dict[str, Any]]) -> None:
-    """The label of each point on the first side where it meets no other label, point or edge."""
+    """The label of each point on the side where it covers least of other labels and points, inside the edges."""
     box = axes.get_position()
     inches_x = axes.figure.get_figwidth() * box.width
     inches_y = axes.figure.get_figheight() * box.height
@@ -386,12 +386,12 @@ def _place_beside(axes: Any, palette: Palette, rows: Sequence[dict[str, Any]]) -
         def clashes(side: tuple[str, float, float], width: float = width, own: int = number) -> float:
             _, x0, y0 = side
             outside = max(0.0, -x0) + max(0.0, x0 + width - inches_x - 1.3) + max(0.0, -y0)
-            hits = sum(
-                x0 < b[2] and b[0] < x0 + width and y0 < b[3] and b[1] < y0 + 0.18
+            covered = sum(
+                max(0.0, min(x0 + width, b[2]) - max(x0, b[0])) * max(0.0, min(y0 + 0.18, b[3]) - max(y0, b[1]))
                 for i, b in enumerate(taken)
                 if i != own
             )
-            return float(hits + 10 * outside)
+            return float(covered + outside)
 
         aligned, x0, y0 = min(sides, key=clashes)
         taken.append((x0, y0, x0 + width, y0 + 0.18))
