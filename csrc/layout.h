@@ -40,8 +40,8 @@ struct Link {
   bool is_asked_for() const { return plain != none || twisted != none; }
 };
 
-// At most max_radix commuting rotations, or strings, between vectors, done in registers: for every representative r, the vectors
-// r ^ (xor of a subset of masks) are loaded, worked on and stored.
+// At most max_radix commuting rotations, or strings, between vectors, done in registers: for every representative r, the
+// vectors r ^ (xor of a subset of masks) are loaded, worked on and stored.
 struct Pass {
   std::vector<std::uint32_t> rotations;  // of the stage; or strings
   std::uint32_t extra = 0;               // of the masks, the first so many belong to rotations that are left alone
