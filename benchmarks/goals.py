@@ -221,7 +221,7 @@ def _threads(results: Results, threads: int) -> Iterator[Goal]:
 def _share_of_peak(results: Results, threads: int) -> Iterator[Goal]:
     """Of the gate passes: what layers 3 and 4 add holds no embedding and no readout. The detail has everything.
 
-    The peak is that of the same repeat, so that what slows the processor down slows both.
+    The peak is that of the same repeat.
     """
     for which, text in PASSES.items():
         one, two, four = (results.find("layers", "qaa", which, layers=layers) for layers in (1, 2, 4))

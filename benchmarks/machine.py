@@ -120,8 +120,8 @@ def peak(threads: int) -> Peak | None:
     return Peak(**json.loads(output))
 
 
-def multiply_adds(count: float) -> Callable[[], None]:
-    """A call that makes so many float32 multiply-adds, in registers, on all processors that this process may use.
+def multiply_adds() -> Callable[[float], None]:
+    """A function that makes so many float32 multiply-adds, in registers, on all processors that this process may use.
 
     Raises:
         OSError: if there is no C++ compiler.
@@ -130,12 +130,13 @@ def multiply_adds(count: float) -> Callable[[], None]:
         function = ctypes.CDLL(str(_compiled(_LIBRARY, Path(folder), "-shared", "-fPIC"))).multiply_adds
     function.argtypes, function.restype = [ctypes.c_double], None
     threads = processors()
-    if threads == 1:
-        return lambda: function(count)
     pool = ThreadPoolExecutor(threads)
 
-    def call() -> None:
-        list(pool.map(function, [count / threads] * threads))
+    def call(count: float) -> None:
+        if threads == 1:
+            function(count)
+        else:
+            list(pool.map(function, [count / threads] * threads))
 
     return call
 

@@ -267,18 +267,12 @@ struct Block {
 template <class T, bool tangent, bool inverse, bool apart>
 QAA_INLINE void rotate_pair(Vec<T>& a, Vec<T>& b, T keep, T mix) {
   const Vec<T> a0 = a, b0 = b;
-  if constexpr (tangent && apart) {
+  if constexpr (tangent) {
     // A sum that is not folded, as zero may have a sign: the product then has a vector of its own, which compilers read
     // from memory, where every register is taken.
-    const Vec<T> mixed = product(mix + Vec<T>{}, a0);
+    const Vec<T> mixed = apart ? product(mix + Vec<T>{}, a0) : mix * a0;
     a = inverse ? a0 + mix * b0 : a0 - mix * b0;
     b = inverse ? b0 - mixed : b0 + mixed;
-  } else if constexpr (tangent && !inverse) {
-    a = a0 - mix * b0;
-    b = b0 + mix * a0;
-  } else if constexpr (tangent) {
-    a = a0 + mix * b0;
-    b = b0 - mix * a0;
   } else if constexpr (!inverse) {
     a = keep * a0 - mix * b0;
     b = keep * b0 + mix * a0;

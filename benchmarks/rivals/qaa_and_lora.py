@@ -74,12 +74,10 @@ def _kernel(task: Task, threads: int | None) -> Rival:
 
 def multiply_adds_alone(task: Task) -> Rival:
     """As many multiply-adds as the plan counts, in registers: the machine's peak at the time."""
-
-    def call(which: str) -> Callable[[], Any]:
-        return machine.multiply_adds(task.batch * multiply_adds(task, which))
-
-    step = call("step")
-    return Rival(call("forward"), lambda: (step(), None, None), task.batch, "as many as the plan counts, in registers")
+    run = machine.multiply_adds()
+    forward, step = (task.batch * multiply_adds(task, which) for which in ("forward", "step"))
+    note = "as many as the plan counts, in registers"
+    return Rival(lambda: run(forward), lambda: (run(step), None, None), task.batch, note)
 
 
 def adapter(task: Task) -> Rival:
