@@ -236,7 +236,7 @@ def _share_of_peak(results: Results, threads: int) -> Iterator[Goal]:
 
 
 def multiply_adds(task: Task, which: str) -> float:
-    """That the plan counts for one state; backward repeats forward."""
+    """That the plan counts for one state; backward repeats forward but for the values of strings, which it is given."""
     plan = program(ansatz("ring", task.n_wires, task.layers), "z", True).plan
-    forward, backward = plan.operations(task.width)
+    forward, backward, _ = plan.operations(task.width)
     return float(forward if which == "forward" else forward + backward)

@@ -113,25 +113,27 @@ std::size_t n_angles(const Plan& plan, std::int64_t groups, std::int64_t x_rows,
 }
 
 void run_forward(const Plan& plan, std::uintptr_t theta, Scalar theta_scalar, const ConstMatrix& x,
-                 const Matrix& features, int threads, std::int64_t groups) {
+                 const Matrix& features, int threads, std::int64_t groups, const Matrix* strings) {
   without_gil([&] {
     const Angles angles(theta, theta_scalar, n_angles(plan, groups, x.rows, features.rows));
-    forward({plan, angles.data(), x, features, threads, groups});
+    forward({plan, angles.data(), x, features, threads, groups, strings == nullptr ? Matrix() : *strings});
   });
 }
 
 // The gradient of the angles is written in the angles' type.
 void run_backward(const Plan& plan, std::uintptr_t theta, Scalar theta_scalar, const ConstMatrix& x,
                   const ConstMatrix& grad, std::uintptr_t grad_theta, const Matrix& grad_x, int threads,
-                  std::int64_t groups) {
+                  std::int64_t groups, const ConstMatrix* strings) {
   without_gil([&] {
     const std::size_t n = n_angles(plan, groups, x.rows, grad.rows);
     const Angles angles(theta, theta_scalar, n);
+    const ConstMatrix known = strings == nullptr ? ConstMatrix() : *strings;
     if (theta_scalar == Scalar::float64) {
-      return backward({plan, angles.data(), x, grad, reinterpret_cast<double*>(grad_theta), grad_x, threads, groups});
+      double* const result = reinterpret_cast<double*>(grad_theta);
+      return backward({plan, angles.data(), x, grad, result, grad_x, threads, groups, known});
     }
     std::vector<double> result(n);
-    backward({plan, angles.data(), x, grad, result.data(), grad_x, threads, groups});
+    backward({plan, angles.data(), x, grad, result.data(), grad_x, threads, groups, known});
     std::copy(result.begin(), result.end(), reinterpret_cast<float*>(grad_theta));
   });
 }
@@ -217,13 +219,16 @@ PYBIND11_MODULE(_core, m) {
            py::arg("tangent") = true, py::arg("link") = true, py::arg("rotate_radix") = py::none(),
            py::arg("unwind_radix") = py::none())
       .def_property_readonly("n_columns", &Plan::n_columns, "Numbers per state that a readout yields.")
+      .def_property_readonly("n_strings", &Plan::n_strings, "Hermitian strings that a readout of expvals comes down to.")
       .def(
           "operations",
           [](const Plan& plan, std::uint32_t columns) {
             const Operations count = count_operations(plan, columns);
-            return std::pair(count.forward, count.backward);
+            return std::tuple(count.forward, count.backward, count.reading);
           },
-          py::arg("columns"), "Arithmetic operations for one state, (forward, backward); a multiply-add counts as one.")
+          py::arg("columns"),
+          "Arithmetic operations for one state; a multiply-add counts as one: (forward, backward with the strings' values, "
+          "more without them).")
       .def("__str__", &Plan::str);
 
   py::class_<NoisyPlan>(m, "NoisyPlan", "A circuit with noise after every gate, and a readout.")
@@ -232,11 +237,13 @@ PYBIND11_MODULE(_core, m) {
            py::arg("readout"));
 
   m.def("forward", &run_forward, py::arg("plan"), py::arg("theta_address"), py::arg("theta_scalar"), py::arg("x"),
-        py::arg("features"), py::arg("threads"), py::arg("groups") = 1,
+        py::arg("features"), py::arg("threads"), py::arg("groups") = 1, py::arg("strings") = py::none(),
         "features = readout(U(theta) x), of equal groups of rows with angles of their own; releases the GIL.");
   m.def("backward", &run_backward, py::arg("plan"), py::arg("theta_address"), py::arg("theta_scalar"), py::arg("x"),
         py::arg("grad"), py::arg("grad_theta_address"), py::arg("grad_x"), py::arg("threads"), py::arg("groups") = 1,
-        "The vector-Jacobian product of forward; releases the GIL.");
+        py::arg("strings") = py::none(),
+        "The vector-Jacobian product of forward, which takes less time with the strings' values that it has written; "
+        "releases the GIL.");
   m.def("noisy_forward", &run_noisy, py::arg("plan"), py::arg("theta_address"), py::arg("theta_scalar"), py::arg("x"),
         py::arg("trajectories"), py::arg("seed"), py::arg("features"), py::arg("errors"), py::arg("threads"),
         "Means over trajectories and their standard errors; releases the GIL.");

@@ -174,7 +174,7 @@ void add_to(double* grad_theta, const Angle& angle, double derivative) {
 // Everything that does not depend on angles.
 template <class T>
 BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const Layout& layout, const double* theta, std::int64_t columns,
-                                      bool with_adjoint)
+                                      bool with_adjoint, bool reads_strings)
     : plan_(plan),
       layout_(layout),
       with_adjoint_(with_adjoint),
@@ -183,7 +183,7 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const Layout& layout, co
   const std::size_t n_stages = plan.stages.size(), size = plan.n_amplitudes();
   std::size_t n_passes = 0, n_trees = layout.trees.size();
   for (const StageLayout& stage : layout.stages) {
-    n_passes += stage.rotate.size() + stage.unwind.size();
+    n_passes += std::max(stage.rotate.size(), stage.reading.size()) + stage.unwind.size() + stage.overlap.size();
     n_trees += stage.trees.size();
   }
   passes_.reserve(n_passes);
@@ -230,8 +230,9 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const Layout& layout, co
       out.kept = laid_out.kept;
       bound_.n_kept += out.kept;
       out.lanes = lane_pass<T>(laid_out.lanes, slot);
-      out.rotate = add_passes(laid_out.rotate, slot);
-      out.n_rotate = std::uint32_t(laid_out.rotate.size());
+      const std::vector<Pass>& rotate = reads_strings && !laid_out.reading.empty() ? laid_out.reading : laid_out.rotate;
+      out.rotate = add_passes(rotate, slot);
+      out.n_rotate = std::uint32_t(rotate.size());
       slot_lanes_.resize(slot + stage.rotations.size(), 0);
       for (std::uint32_t bit = 0; bit < out.lanes.n_bits; ++bit) {
         if (laid_out.lanes[bit] != StageLayout::none) slot_lanes_[slot + laid_out.lanes[bit]] = 1u << bit;
@@ -247,9 +248,14 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const Layout& layout, co
       out.back_im = next_table + size;
       next_table += 2 * size;
     } else {
-      out.unwind = add_passes(layout.stages[s].unwind, out.first_slot);
-      out.n_unwind = std::uint32_t(layout.stages[s].unwind.size());
-      out.unwind_lanes = lane_pass<T>(layout.stages[s].lanes, out.first_slot);
+      const StageLayout& laid_out = layout.stages[s];
+      out.unwind = out.overlap = add_passes(laid_out.unwind, out.first_slot);
+      out.n_unwind = out.n_overlap = std::uint32_t(laid_out.unwind.size());
+      if (!laid_out.overlap.empty()) {
+        out.overlap = add_passes(laid_out.overlap, out.first_slot);
+        out.n_overlap = std::uint32_t(laid_out.overlap.size());
+      }
+      out.unwind_lanes = lane_pass<T>(laid_out.lanes, out.first_slot);
     }
   }
 
@@ -349,6 +355,7 @@ void BoundPlanStorage<T>::bind(const double* theta) {
       for (; pass < first + out.n_unwind; ++pass) bind_pass(*pass, halves_, tangent, scale);
       bind_lanes(out.unwind_lanes, halves_, tangent, scale);
       // Overlaps after all rotations of the bra where the ket was kept, and before them at the first stage.
+      if (out.overlap != out.unwind) pass += out.n_overlap;
       if (out.kept || s == 0) {
         const double of_overlaps = out.kept ? scale : scale_before;
         for (RotatePass<T>* p = first; p < pass; ++p) p->overlap_scale = of_overlaps * of_overlaps;

@@ -54,8 +54,8 @@ struct BoundStage {
   const Move* moves;
   std::uint32_t n_moves;
   LanePass<T> lanes, unwind_lanes;
-  const RotatePass<T>*rotate, *unwind;
-  std::uint32_t n_rotate, n_unwind;
+  const RotatePass<T>*rotate, *unwind, *overlap;
+  std::uint32_t n_rotate, n_unwind, n_overlap;
   bool kept;      // the adjoint keeps `keep` times the ket from before this stage: as the bra will be when it gets here
   T keep;
   const T *re, *im;            // the diagonal times the scale owed in the forward direction, amplitude by amplitude
@@ -147,13 +147,13 @@ class Spare {
   std::vector<T> vector_;
 };
 
-// Owns what a BoundPlan for rows of so many columns points to, with the adjoint's part of it or without. The plan,
-// whose layout it is, must outlive it.
+// Owns what a BoundPlan for rows of so many columns points to, with the adjoint's part of it or without, and with passes
+// that read strings or without. The plan, whose layout it is, must outlive it.
 template <class T>
 class BoundPlanStorage {
  public:
   BoundPlanStorage(const Plan& plan, const Layout& layout, const double* theta, std::int64_t columns,
-                   bool with_adjoint);
+                   bool with_adjoint, bool reads_strings);
   // From now on with other angles, in the same memory.
   void bind(const double* theta);
   const BoundPlan<T>& bound() const { return bound_; }

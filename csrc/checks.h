@@ -118,6 +118,13 @@ inline void check_forward(const Plan& plan, const ConstMatrix& x, const Matrix& 
   if (x.rows > 0 && x.data == nullptr) throw std::invalid_argument("expected x with data, received a null pointer");
 }
 
+// Values of strings have the precision of states: any other would not be what the other direction takes them for.
+template <class M>
+inline void check_strings(const Plan& plan, const M& strings, std::int64_t rows, Scalar x) {
+  const Scalar state = x == Scalar::float64 ? Scalar::float64 : Scalar::float32;
+  check(strings, "strings", rows, plan.n_strings(), {state, "the state", true});
+}
+
 inline void check_backward(const Plan& plan, const ConstMatrix& x, const ConstMatrix& grad, const Matrix& grad_x,
                            std::int64_t groups = 1) {
   check_x(plan, x);

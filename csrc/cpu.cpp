@@ -156,9 +156,10 @@ struct Setting {
   const Chunks chunks;
   std::vector<double> slots;  // derivatives, of all rows and then of every chunk
 
-  Setting(const Plan& plan, const double* theta, const ConstMatrix& x, bool with_adjoint)
+  Setting(const Plan& plan, const double* theta, const ConstMatrix& x, bool with_adjoint, bool reads_strings)
       : lane_bits(lane_bits_for(x.rows, kernel.width, plan.n_wires)),
-        storage(plan, plan.layout(lane_bits, bits_of(kernel.width) - lane_bits), theta, x.columns, with_adjoint),
+        storage(plan, plan.layout(lane_bits, bits_of(kernel.width) - lane_bits), theta, x.columns, with_adjoint,
+                reads_strings),
         chunks(x.rows, kernel.width >> lane_bits) {}
 };
 
@@ -213,7 +214,7 @@ ForwardCall group_of(const ForwardCall& call, std::int64_t g, int threads) {
   const std::int64_t count = rows_of(call) / call.groups, first = g * count;
   const bool share = call.x.rows != rows_of(call);
   return {call.plan, call.theta + g * std::int64_t{call.plan.n_parameters}, cut(call.x, share ? 0 : first, count),
-          cut(call.features, first, count), threads};
+          cut(call.features, first, count), threads, 1, cut(call.strings, first, count)};
 }
 
 BackwardCall group_of(const BackwardCall& call, std::int64_t g, int threads) {
@@ -221,7 +222,7 @@ BackwardCall group_of(const BackwardCall& call, std::int64_t g, int threads) {
   const std::int64_t parameter = g * std::int64_t{call.plan.n_parameters};
   const bool share = call.x.rows != rows_of(call);
   return {call.plan, call.theta + parameter, cut(call.x, share ? 0 : first, count), cut(call.grad, first, count),
-          call.grad_theta + parameter, cut(call.grad_x, first, count), threads};
+          call.grad_theta + parameter, cut(call.grad_x, first, count), threads, 1, cut(call.strings, first, count)};
 }
 
 // Threads share the groups, or each group's rows where there are fewer groups than threads. A group's bits are those
@@ -229,8 +230,9 @@ BackwardCall group_of(const BackwardCall& call, std::int64_t g, int threads) {
 template <class T, class Call>
 void run_as(const Call& call) {
   constexpr bool with_adjoint = std::is_same_v<Call, BackwardCall>;
+  const bool reads_strings = !with_adjoint || call.strings.data == nullptr;
   if (call.groups == 1) {
-    Setting<T> with(call.plan, call.theta, call.x, with_adjoint);
+    Setting<T> with(call.plan, call.theta, call.x, with_adjoint, reads_strings);
     return run(with, call);
   }
   const int threads = useful_threads(call);
@@ -239,7 +241,7 @@ void run_as(const Call& call) {
   parallel_for(int(parts), shared ? threads : 1, [&](int part) {
     const std::int64_t first = part * call.groups / parts, last = (part + 1) * call.groups / parts;
     const Call start = group_of(call, first, 1);
-    Setting<T> with(call.plan, start.theta, start.x, with_adjoint);
+    Setting<T> with(call.plan, start.theta, start.x, with_adjoint, reads_strings);
     for (std::int64_t g = first; g < last; ++g) {
       const Call group = group_of(call, g, shared ? 1 : threads);
       if (g > first) with.storage.bind(group.theta);
@@ -330,6 +332,7 @@ PlanOptions default_options() {
 
 void forward(const ForwardCall& call) {
   check_forward(call.plan, call.x, call.features, call.groups);
+  if (call.strings.data != nullptr) check_strings(call.plan, call.strings, call.features.rows, call.x.scalar);
   check_threads(call.threads);
   check_angles(call.plan.n_parameters, call.theta, "theta");
   if (call.x.rows == 0) return;
@@ -339,6 +342,7 @@ void forward(const ForwardCall& call) {
 
 void backward(const BackwardCall& call) {
   check_backward(call.plan, call.x, call.grad, call.grad_x, call.groups);
+  if (call.strings.data != nullptr) check_strings(call.plan, call.strings, call.grad.rows, call.x.scalar);
   check_threads(call.threads);
   check_angles(call.plan.n_parameters, call.theta, "theta");
   check_angles(call.plan.n_parameters, call.grad_theta, "grad_theta");

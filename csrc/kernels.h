@@ -397,51 +397,64 @@ template <class T>
 struct BraTask {
   Vec<T>* overlaps = nullptr;       // overlaps[k] += the same sums as above
   const Vec<T>* weights = nullptr;  // bra += (sum over strings s of the pass's links of weights[s] string s) ket
-  const Vec<T>* along = nullptr;    // bra -= along ket, after that
 };
 
-template <class T, int radix, int extra, bool overlap, bool link, bool project>
+// Amplitudes of a block that a pass over two states keeps in registers: of sixteen half, where there are no more registers.
+template <class T, int bits>
+constexpr int held_bits = bits == 4 && sizeof(Vec<T>) < 64 ? 3 : bits;
+
+template <class T, int radix, int extra, bool overlap, bool link>
 void bra_pass(const RotatePass<T>& shared, const Vec<T>* ket, Vec<T>* bra, const BraTask<T>& task,
               Prefetch& shared_soon) {
-  constexpr int bits = radix + extra;
+  constexpr int bits = radix + extra, held = held_bits<T, bits>, n_chains = held < bits ? 1 : 2;
   const RotatePass<T> pass = shared;
-  const Block<T, bits> in(pass.masks);
-  Vec<T> sum[max_radix][2] = {}, weight[max_radix - 1][2] = {};
+  const Block<T, held> in(pass.masks);
+  const std::size_t across = in.base(pass.masks[bits - 1]), diagonal = across ^ in.masks[held - 1];
+  Vec<T> sum[max_radix][n_chains] = {}, weight[max_radix - 1][2] = {};
   for (int k = 0; link && k + 1 < bits; ++k) {
     auto of = [&](std::uint32_t string) { return string == Link::none ? Vec<T>{} : task.weights[string]; };
     const Vec<T> plain = of(pass.links[k].plain), twisted = of(pass.links[k].twisted);
     weight[k][0] = plain + twisted;
     weight[k][1] = plain - twisted;
   }
-  const Vec<T> along = project ? *task.along : Vec<T>{};
   Prefetch soon = shared_soon;
-  for (std::uint32_t r = 0; r < pass.n_representatives; ++r) {
-    const std::size_t base = in.base(pass.representatives[r]);
-    soon.template step<1 << bits>();
-    Vec<T> a[1 << bits];
+  auto work = [&]<int first>(std::size_t base, Constant<first>) {
+    soon.template step<1 << held>();
+    Vec<T> a[1 << held];
     in.load(ket, base, a);
-    in.each(base, [&](int v, std::size_t address) {
+    in.each(base, [&](int part, std::size_t address) {
+      const int v = first + part;
+      auto flipped = [&](int mask) {  // the ket's amplitude v ^ mask
+        if ((mask >> held) == 0) return a[part ^ mask];
+        return at(ket, address ^ (mask == 1 << held ? across : diagonal));
+      };
       Vec<T> b = at(bra, address);
       if constexpr (link) {
 #pragma GCC unroll 4
         for (int k = 0; k + 1 < bits; ++k) {
-          if (has_link<radix, extra>(k)) b += weight[k][link_class(k, v)] * a[v ^ (3 << k)];
+          if (has_link<radix, extra>(k)) b += weight[k][link_class(k, v)] * flipped(3 << k);
         }
       }
       if constexpr (overlap) {
 #pragma GCC unroll 4
         for (int k = 0; k < radix; ++k) {
           const int bit = 1 << (k + extra), lower = v & ~bit;
-          Vec<T>& chain = sum[k][(lower >> (k + extra == 0)) & 1];
-          chain = v == lower ? chain - b * a[v ^ bit] : chain + b * a[v ^ bit];
+          Vec<T>& chain = sum[k][(lower >> (k + extra == 0)) & (n_chains - 1)];
+          chain = v == lower ? chain - b * flipped(bit) : chain + b * flipped(bit);
         }
       }
-      if constexpr (project) b -= along * a[v];
-      if constexpr (link || project) at(bra, address) = b;
+      if constexpr (link) at(bra, address) = b;
     });
+  };
+  for (std::uint32_t r = 0; r < pass.n_representatives; ++r) {
+    const std::size_t base = in.base(pass.representatives[r]);
+    work(base, Constant<0>{});
+    if constexpr (held < bits) work(base ^ across, Constant<1 << held>{});
   }
   shared_soon = soon;
-  for (int k = 0; overlap && k < radix; ++k) task.overlaps[k] += sum[k][0] + sum[k][1];
+  for (int k = 0; overlap && k < radix; ++k) {
+    for (int chain = 0; chain < n_chains; ++chain) task.overlaps[k] += sum[k][chain];
+  }
 }
 
 // Calls f with the pass's radix as a compile-time constant.
@@ -511,13 +524,13 @@ void unwind(const RotatePass<T>& pass, Vec<T>* ket, Vec<T>* bra, Vec<T>* overlap
 template <class T>
 void work_on_bra(const RotatePass<T>& pass, const Vec<T>* ket, Vec<T>* bra, const BraTask<T>& task, Prefetch& soon) {
   with_shape(pass, [&](auto radix, auto extra) {
-    with_flags(task.weights != nullptr, task.along != nullptr, [&](auto link, auto project) {
-      if (radix.value > 0 && task.overlaps != nullptr) {
-        bra_pass<T, radix.value, extra.value, (radix.value > 0), link.value, project.value>(pass, ket, bra, task, soon);
-      } else if constexpr (link.value && !project.value) {
-        bra_pass<T, radix.value, extra.value, false, true, false>(pass, ket, bra, task, soon);
-      }
-    });
+    if constexpr (radix.value > 0) {
+      with_flags(task.overlaps != nullptr, task.weights != nullptr, [&](auto overlap, auto link) {
+        if constexpr (overlap.value || link.value) {
+          bra_pass<T, radix.value, extra.value, overlap.value, link.value>(pass, ket, bra, task, soon);
+        }
+      });
+    }
   });
 }
 
@@ -573,10 +586,9 @@ void turn_lanes(const LanePass<T>& pass, Index n, Vec<T>* state) {
   });
 }
 
-// Overlaps of the rotations on lanes; with `undo` these are undone on ket and bra, and without it `along` ket leaves the
-// bra.
+// Overlaps of the rotations on lanes; with `undo` these are undone on ket and bra.
 template <bool undo, class T>
-void overlap_lanes(const LanePass<T>& pass, Index n, Vec<T>* ket, Vec<T>* bra, const Vec<T>* along, Vec<T>* overlaps) {
+void overlap_lanes(const LanePass<T>& pass, Index n, Vec<T>* ket, Vec<T>* bra, Vec<T>* overlaps) {
   with_lanes<T>(pass, [&]<int bits, bool tangent>(Constant<bits>, Constant<tangent>) {
     const LaneTurn<T, bits, tangent, true> turn(pass);
     Vec<T> sum[bits] = {};
@@ -597,9 +609,6 @@ void overlap_lanes(const LanePass<T>& pass, Index n, Vec<T>* ket, Vec<T>* bra, c
     }
     for (int k = 0; k < bits; ++k) overlaps[k] += sum[k];
   });
-  if (along == nullptr) return;
-  const Vec<T> factor = *along;
-  for (Index v = 0; v < n; ++v) bra[v] -= factor * ket[v];
 }
 
 // Integers of 32 bits as lanes.
@@ -837,6 +846,25 @@ void first_level(const Index* order, Index n_blocks, Value&& value, Vec<T>* tota
   for (int k = 0; k < bits; ++k) sums[k] = sum[k];
 }
 
+// Calls visit(block, v, address in bytes) for the amplitudes of a tree over n bits, as tree_sums does.
+template <class T, class Visit>
+void each_of_tree(std::uint32_t n, const Index* order, Visit&& visit) {
+  auto blocks = [&]<int bits>(Constant<bits>, Index n_blocks) {
+    Index masks[bits];
+    for (int k = 0; k < bits; ++k) masks[k] = order[Index{1} << k];
+    const Block<T, bits> in(masks);
+    for (Index b = 0; b < n_blocks; ++b) {
+      in.each(in.base(order[b << bits]), [&](int v, std::size_t address) { visit(b, v, address); });
+    }
+  };
+  switch (n) {
+    case 0: return visit(0, 0, 0);
+    case 1: return blocks(Constant<1>{}, 1);
+    case 2: return blocks(Constant<2>{}, 1);
+    default: return blocks(Constant<3>{}, Index{1} << (n - 3));
+  }
+}
+
 // sums[j] = sum over b of (-1)^(bit j of b) value of amplitude order[b], for all n bits; sums[n] = the plain sum. The
 // caller's value(block, v, address in bytes) is the value for b = 8 block + v.
 template <class T, class Value>
@@ -971,14 +999,14 @@ void unwind_diagonal(const BoundPlan<T>& p, const BoundStage<T>& stage, const Wo
 
 // ------------------------------------------------------------------------------------------------ observables
 
+// bra = factor ket, or zero where the factor is.
 template <class T>
-void clear(const BoundPlan<T>& p, bool complex, State<T> s) {
-  for (Index v = 0; v < p.n_vectors; ++v) s.re[v] = Vec<T>{};
-  for (Index v = 0; complex && v < p.n_vectors; ++v) s.im[v] = Vec<T>{};
+void start_with(const BoundPlan<T>& p, const Vec<T>& factor, const State<T>& ket, const State<T>& bra) {
+  for (Index v = 0; v < p.n_vectors; ++v) bra.re[v] = factor * ket.re[v];
+  for (Index v = 0; p.ends_complex && v < p.n_vectors; ++v) bra.im[v] = factor * ket.im[v];
 }
 
-// values[k] += <state| flip by mask k |state>; with `apply` also bra += sum over k of weights[k] (state flipped by
-// mask k).
+// values[k] += <state| flip by mask k |state>; or with `apply` bra += sum over k of weights[k] (state flipped by mask k).
 template <class T, int radix, bool apply>
 void flip_pass(const FlipPass& shared, const Vec<T>* state, Vec<T>* values, const Vec<T>* weights,
                Vec<T>* bra, Prefetch& shared_soon) {
@@ -993,7 +1021,7 @@ void flip_pass(const FlipPass& shared, const Vec<T>* state, Vec<T>* values, cons
     Vec<T> block[1 << radix];
     in.load(state, base, block);
 #pragma GCC unroll 4
-    for (int k = 0; k < radix; ++k) {
+    for (int k = 0; !apply && k < radix; ++k) {
 #pragma GCC unroll 16
       for (int v = 0; v < (1 << radix); ++v) {
         if (!(v & (1 << k))) sum[k][(v >> (k == 0)) & 1] += block[v] * block[v | (1 << k)];
@@ -1009,16 +1037,16 @@ void flip_pass(const FlipPass& shared, const Vec<T>* state, Vec<T>* values, cons
     }
   }
   shared_soon = soon;
-  for (int k = 0; k < radix; ++k) values[pass.strings[k]] += 2 * (sum[k][0] + sum[k][1]);
+  for (int k = 0; !apply && k < radix; ++k) values[pass.strings[k]] += 2 * (sum[k][0] + sum[k][1]);
 }
 template <class T, bool apply>
 void flip_strings(const FlipPass& pass, const Vec<T>* state, Vec<T>* values, const Vec<T>* weights, Vec<T>* bra,
-          Prefetch& soon) {
+                  Prefetch& soon) {
   with_radix(pass.radix,
              [&](auto radix) { flip_pass<T, radix.value, apply>(pass, state, values, weights, bra, soon); });
 }
 
-// Of any strings with one x, values = 2 Re(conj(a_i) a_j) or 2 Im(conj(a_i) a_j), lane by lane; with `apply` also
+// Of any strings with one x, values = 2 Re(conj(a_i) a_j) or 2 Im(conj(a_i) a_j), lane by lane; or with `apply`
 // bra += sum over strings of weight (string ket).
 template <class T, bool imaginary, bool complex, bool shuffled, bool apply>
 void correlation_pass(const CorrelationPass& c, State<T> ket, Vec<T>* values, const Vec<T>* weights, State<T> bra) {
@@ -1040,8 +1068,10 @@ void correlation_pass(const CorrelationPass& c, State<T> ket, Vec<T>* values, co
       const Index j = i ^ across;
       const Vec<T> re_i = ket.re[i], im_i = complex ? ket.im[i] : Vec<T>{};
       const Vec<T> re_j = turned(ket.re[j]), im_j = complex ? turned(ket.im[j]) : Vec<T>{};
-      sum += re_i * (imaginary ? im_j : re_j);
-      if constexpr (complex) sum += imaginary ? -im_i * re_j : im_i * im_j;
+      if constexpr (!apply) {
+        sum += re_i * (imaginary ? im_j : re_j);
+        if constexpr (complex) sum += imaginary ? -im_i * re_j : im_i * im_j;
+      }
       if constexpr (apply && imaginary) {
         bra.re[i] += w * im_j;
         bra.im[i] -= w * re_j;
@@ -1066,7 +1096,7 @@ void correlation_pass(const CorrelationPass& c, State<T> ket, Vec<T>* values, co
     sums[of_class] = (sum[0] + sum[1]) + (sum[2] + sum[3]);
   }
   const T times = across == 0 ? T(1) : T(2);
-  for (std::uint32_t m = 0; m < c.n_members; ++m) {
+  for (std::uint32_t m = 0; !apply && m < c.n_members; ++m) {
     Vec<T> value{};
     for (Index of_class = 0; of_class < n_classes; ++of_class) value += sign(of_class, m) * sums[of_class];
     values[c.members[m].string] = times * value;
@@ -1084,43 +1114,41 @@ void correlation(const CorrelationPass& c, bool complex, State<T> ket, Vec<T>* v
   });
 }
 
-// work.strings[s] = <stored ket| string s |stored ket>, lane by lane, without the lanes' signs; with `apply` also
-// bra = (sum over s of weights[s] string s) ket. Either without the strings of links.
+// Without the strings of links, work.strings[s] = <stored ket| string s |stored ket>, lane by lane, without the lanes'
+// signs; or with `apply` bra = (sum over s of weights[s] string s - along) ket, where the weights follow the values.
 template <class T, bool apply>
-void measure_strings(const BoundPlan<T>& p, bool complex, const Vec<T>* weights, const Workspace<T>& work) {
-  Vec<T>* values = work.strings;
+void read_strings(const BoundPlan<T>& p, const Vec<T>& along, const Workspace<T>& work) {
+  Vec<T>*values = work.strings, *weights = work.strings + p.n_strings;
   const State<T> ket = work.ket, bra = work.bra;
+  const bool complex = p.ends_complex;
+  if (apply && p.n_trees == 0) start_with<T>(p, -along, ket, bra);
   for (std::uint32_t t = 0; t < p.n_trees; ++t) {
     const SumTree& tree = p.trees[t];
-    Vec<T> sums[max_sums], tree_weight[max_sums];
-    for (std::uint32_t j = 0; apply && j <= p.n_bits; ++j) tree_weight[j] = Vec<T>{};
-    for (std::uint32_t m = 0; apply && m < tree.n_members; ++m) {
-      const LaneTree::Member& member = tree.members[m];
-      tree_weight[member.slot] += lane_signs<T>(member.lanes) * weights[member.item];
-    }
-    auto measure = [&](auto is_complex, auto first, auto&& weight) {
-      tree_sums<T>(p.n_bits, tree.order, [&](Index block, int v, std::size_t address) {
-        const Vec<T> re = at(ket.re, address), im = is_complex.value ? at(ket.im, address) : Vec<T>{};
-        if constexpr (apply) {
-          const Vec<T> w = weight(block, v);
-          Vec<T>&to_re = at(bra.re, address), &to_im = at(bra.im, address);
-          to_re = first.value ? w * re : to_re + w * re;
-          if constexpr (is_complex.value) to_im = first.value ? w * im : to_im + w * im;
-        }
-        if constexpr (is_complex.value) return re * re + im * im;
-        return re * re;
-      }, work.scratch, sums);
-    };
     with_flags(complex, t == 0, [&](auto is_complex, auto first) {
       if constexpr (apply) {
-        measure(is_complex, first, TreeWeights<T>(p.n_bits, tree_weight, work.scratch + work.scratch_size(p)));
+        Vec<T> of_slots[max_sums] = {};
+        if (first.value) of_slots[p.n_bits] = -along;
+        for (std::uint32_t m = 0; m < tree.n_members; ++m) {
+          const LaneTree::Member& member = tree.members[m];
+          of_slots[member.slot] += lane_signs<T>(member.lanes) * weights[member.item];
+        }
+        const TreeWeights<T> weight(p.n_bits, of_slots, work.scratch);
+        each_of_tree<T>(p.n_bits, tree.order, [&](Index block, int v, std::size_t address) {
+          const Vec<T> w = weight(block, v);
+          Vec<T>&to_re = at(bra.re, address), &to_im = at(bra.im, address);
+          to_re = first.value ? w * at(ket.re, address) : to_re + w * at(ket.re, address);
+          if constexpr (is_complex.value) to_im = first.value ? w * at(ket.im, address) : to_im + w * at(ket.im, address);
+        });
       } else {
-        measure(is_complex, first, 0);
+        Vec<T> sums[max_sums];
+        tree_sums<T>(p.n_bits, tree.order, [&](Index, int, std::size_t address) {
+          const Vec<T> re = at(ket.re, address), im = is_complex.value ? at(ket.im, address) : Vec<T>{};
+          return is_complex.value ? re * re + im * im : re * re;
+        }, work.scratch, sums);
+        for (std::uint32_t m = 0; m < tree.n_members; ++m) values[tree.members[m].item] = sums[tree.members[m].slot];
       }
     });
-    for (std::uint32_t m = 0; m < tree.n_members; ++m) values[tree.members[m].item] = sums[tree.members[m].slot];
   }
-  if (apply && p.n_trees == 0) clear<T>(p, complex, bra);
   for (std::uint32_t f = 0; f < p.n_flips; ++f) {
     flip_strings<T, apply>(p.flips[f], ket.re, values, weights, bra.re, work.soon);
     if (complex) flip_strings<T, apply>(p.flips[f], ket.im, values, weights, bra.im, work.soon);
@@ -1132,8 +1160,8 @@ void measure_strings(const BoundPlan<T>& p, bool complex, const Vec<T>* weights,
 
 // ------------------------------------------------------------------------------------------------ groups of rows
 
-// Loads rows and runs all stages on them, which reads the strings of links. Keeps the ket where the adjoint will want
-// it.
+// Loads rows and runs all stages on them, which reads the strings of links that the passes have. Keeps the ket where the
+// adjoint will want it.
 template <bool keep, class T>
 Norms<T> run_stages(const BoundPlan<T>& p, const ConstMatrix& x, std::int64_t first_row, int n_rows,
                     const Workspace<T>& work) {
@@ -1189,7 +1217,7 @@ void forward_group(const BoundPlan<T>& p, const ForwardCall& call, std::int64_t 
   Vec<T>* columns = work.columns;
   const std::uint32_t lane_bits = p.lane_bits, lanes = (1u << lane_bits) - 1;
   if (p.readout == ReadoutKind::expval) {
-    measure_strings<T, false>(p, complex, nullptr, work);
+    read_strings<T, false>(p, Vec<T>{}, work);
     for (std::uint32_t s = 0; lane_bits > 0 && s < p.n_strings; ++s) {
       work.strings[s] *= lane_signs<T>(p.string_lanes[s]);
     }
@@ -1199,6 +1227,11 @@ void forward_group(const BoundPlan<T>& p, const ForwardCall& call, std::int64_t 
     }
     const Vec<T> scale = inverse * (p.scale * p.scale);
     for (std::uint32_t k = 0; k < p.n_outputs; ++k) columns[k] = row_sum<T>(columns[k], lane_bits) * scale;
+    if (call.strings.data != nullptr) {
+      Vec<T>* values = work.strings + p.n_strings;  // where the adjoint has weights
+      for (std::uint32_t s = 0; s < p.n_strings; ++s) values[s] = row_sum<T>(work.strings[s], lane_bits) * scale;
+      store_columns<T>(p, values, call.strings, first_row, n_rows);
+    }
   } else if (p.readout == ReadoutKind::probs) {
     const Vec<T> scale = inverse * (p.scale * p.scale);
     for (std::uint32_t k = 0; k < p.n_outputs; ++k) {
@@ -1219,47 +1252,74 @@ void forward_group(const BoundPlan<T>& p, const ForwardCall& call, std::int64_t 
   store_columns<T>(p, columns, call.features, first_row, n_rows);
 }
 
-// state[place] = numbers, which are the same in all lanes of a row.
+// Numbers that are the same in all lanes of a row, in the lane of an amplitude's place alone.
 template <class T>
-QAA_INLINE void put_at(const BoundPlan<T>& p, Index place, const Vec<T>& numbers, Vec<T>* state) {
-  Vec<T>& to = state[place >> p.lane_bits];
-  if (p.lane_bits == 0) {
-    to = numbers;
-    return;
-  }
+QAA_INLINE Vec<T> in_lane(const BoundPlan<T>& p, Index place, const Vec<T>& numbers) {
+  if (p.lane_bits == 0) return numbers;
   const std::int32_t below = (1 << p.lane_bits) - 1, lane = std::int32_t(place) & below;
-  to = (flipped<T>(0) & below) == lane ? numbers : to;
+  return (flipped<T>(0) & below) == lane ? numbers : Vec<T>{};
 }
 
-// The bra of the readout "state": the incoming gradient itself, in the ket's scale.
-template <class T>
-void start_linear_bra(const BoundPlan<T>& p, const Workspace<T>& work) {
-  const State<T> bra = work.bra;
-  const Vec<T>* grad = work.columns;
-  clear<T>(p, p.ends_complex, bra);
+// Calls f(place, real part, imaginary part) for the incoming gradient of the readout "state", in the ket's scale.
+template <class T, class F>
+void each_linear_grad(const BoundPlan<T>& p, const Vec<T>* grad, F&& f) {
   for (std::uint32_t k = 0; k < p.n_outputs; ++k) {
+    const Index place = p.outputs[k];
     const T scale = p.signs[k] / p.scale;
-    put_at<T>(p, p.outputs[k], grad[2 * k] * scale, bra.re);
-    if (p.ends_complex) put_at<T>(p, p.outputs[k], grad[2 * k + 1] * scale, bra.im);
+    f(place >> p.lane_bits, in_lane<T>(p, place, grad[2 * k] * scale), in_lane<T>(p, place, grad[2 * k + 1] * scale));
   }
+}
+template <class T>
+void add_linear_bra(const BoundPlan<T>& p, const Workspace<T>& work) {
+  each_linear_grad<T>(p, work.columns, [&](Index v, const Vec<T>& re, const Vec<T>& im) {
+    work.bra.re[v] += re;
+    if (p.ends_complex) work.bra.im[v] += im;
+  });
 }
 
 // bra += (sum over the strings s of links of weights[s] string s) ket.
 template <class T>
 void apply_links(const BoundPlan<T>& p, const Workspace<T>& work) {
   const BoundStage<T>& last = p.stages[p.n_stages - 1];
-  const BraTask<T> task{nullptr, work.strings + p.n_strings, nullptr};
-  for (std::uint32_t k = 0; !last.diagonal && k < last.n_rotate; ++k) {
-    if (last.rotate[k].links == nullptr) continue;
-    work_on_bra<T>(last.rotate[k], work.ket.re, work.bra.re, task, work.soon);
-    if (p.ends_complex) work_on_bra<T>(last.rotate[k], work.ket.im, work.bra.im, task, work.soon);
+  const BraTask<T> task{nullptr, work.strings + p.n_strings};
+  for (std::uint32_t k = 0; !last.diagonal && k < last.n_overlap; ++k) {
+    const RotatePass<T>& pass = last.overlap[k];
+    if (pass.links == nullptr) continue;
+    work_on_bra<T>(pass, work.ket.re, work.bra.re, task, work.soon);
+    if (p.ends_complex) work_on_bra<T>(pass, work.ket.im, work.bra.im, task, work.soon);
   }
 }
 
-// The bra M ket, in the ket's scale, where M is the readout weighted by the incoming gradient. Returns Re<bra|ket>,
-// which the adjoint does not change.
+// The values of the strings as the forward call has written them, in the stored ket's scale; each in equal parts in all
+// lanes of a row.
 template <class T>
-Vec<T> start_bra(const BoundPlan<T>& p, const Workspace<T>& work) {
+void load_strings(const BoundPlan<T>& p, const ConstMatrix& m, std::int64_t first_row, int n_rows,
+                  const Norms<T>& norms, const Workspace<T>& work) {
+  const T part = 1 / (p.scale * p.scale * T(1u << p.lane_bits));
+  load_columns<T>(p, m, first_row, n_rows, p.normalize ? norms.squared * part : splat(part), work.strings);
+  for (std::uint32_t s = 0; p.lane_bits > 0 && s < p.n_strings; ++s) {
+    work.strings[s] *= lane_signs<T>(p.string_lanes[s]);
+  }
+}
+
+// What the normalization takes from the bra: d/dx of q(x) / |x|^2, or of phi(x) / |x|, has nothing along x, which is along
+// the ket. `overlap` is Re<bra|ket> lane by lane, in the stored ket's scale, which the adjoint does not change.
+template <class T>
+Vec<T> along_ket(const BoundPlan<T>& p, const Norms<T>& norms, const Vec<T>& overlap) {
+  Vec<T> along{};
+  if (!p.normalize) return along;
+  const Vec<T> of_rows = row_sum<T>(overlap, p.lane_bits);
+  for (int l = 0; l < width<T>; ++l) {
+    along[l] = norms.squared[l] == 0 ? T(0) : of_rows[l] * (p.scale * p.scale) / norms.squared[l];
+  }
+  return along;
+}
+
+// The bra M ket, in the ket's scale and without what lies along the ket, where M is the readout weighted by the incoming
+// gradient. With strings of links yet to come where there is one stage, whose overlaps take them along.
+template <class T>
+void start_bra(const BoundPlan<T>& p, const BackwardCall& call, std::int64_t first_row, int n_rows,
+               const Norms<T>& norms, const Workspace<T>& work) {
   const State<T> ket = work.ket, bra = work.bra;
   const bool complex = p.ends_complex;
   const Vec<T>* grad = work.columns;
@@ -1267,40 +1327,47 @@ Vec<T> start_bra(const BoundPlan<T>& p, const Workspace<T>& work) {
   if (p.readout == ReadoutKind::expval) {
     const Vec<T>* values = work.strings;
     Vec<T>* weights = work.strings + p.n_strings;
-    for (std::uint32_t s = 0; s < p.n_strings; ++s) weights[s] = Vec<T>{};
-    for (std::uint32_t t = 0; t < p.n_terms; ++t) {
-      weights[p.terms[t].string] += p.terms[t].coefficient * grad[p.terms[t].output];
+    if (call.strings.data != nullptr) {
+      load_strings<T>(p, call.strings, first_row, n_rows, norms, work);
+    } else {
+      read_strings<T, false>(p, Vec<T>{}, work);
     }
-    measure_strings<T, true>(p, complex, weights, work);
-    if (p.n_stages > 1) apply_links(p, work);  // otherwise with the overlaps
+    for (std::uint32_t s = 0; s < p.n_strings; ++s) weights[s] = Vec<T>{};
     const double scale = double(p.scale) * double(p.scale);
     for (std::uint32_t t = 0; t < p.n_terms; ++t) {
       const BoundTerm<T>& term = p.terms[t];
+      weights[term.string] += term.coefficient * grad[term.output];
       const Vec<T> product = grad[term.output] * values[term.string];
       overlap += term.coefficient * (p.lane_bits == 0 ? product : lane_signs<T>(p.string_lanes[term.string]) * product);
       if (term.varies) work.add_to_slot(p.first_term_slot + t, product, scale);
     }
-    return row_sum<T>(overlap, p.lane_bits);
+    read_strings<T, true>(p, along_ket<T>(p, norms, overlap), work);
+    if (p.n_stages > 1) apply_links(p, work);
+    return;
   }
   if (p.readout == ReadoutKind::state) {
-    start_linear_bra<T>(p, work);
-  } else {
-    clear<T>(p, complex, bra);
+    each_linear_grad<T>(p, grad, [&](Index v, const Vec<T>& re, const Vec<T>& im) {
+      overlap += re * ket.re[v];
+      if (complex) overlap += im * ket.im[v];
+    });
+    start_with<T>(p, -along_ket<T>(p, norms, overlap), ket, bra);
+    return add_linear_bra<T>(p, work);
+  }
+  auto each_grad = [&](auto&& f) {
     for (std::uint32_t k = 0; k < p.n_outputs; ++k) {
-      const Index v = p.outputs[k] >> p.lane_bits;
-      put_at<T>(p, p.outputs[k], grad[k] * ket.re[v], bra.re);
-      if (complex) put_at<T>(p, p.outputs[k], grad[k] * ket.im[v], bra.im);
+      f(p.outputs[k] >> p.lane_bits, in_lane<T>(p, p.outputs[k], grad[k]));
     }
-  }
-  for (std::uint32_t k = 0; p.lane_bits == 0 && k < p.n_outputs; ++k) {
-    const Index v = p.outputs[k];
-    overlap += bra.re[v] * ket.re[v];
-    if (complex) overlap += bra.im[v] * ket.im[v];
-  }
-  if (p.lane_bits == 0) return overlap;
-  overlap = dot<T>(bra.re, ket.re, p.n_vectors);
-  if (complex) overlap += dot<T>(bra.im, ket.im, p.n_vectors);
-  return row_sum<T>(overlap, p.lane_bits);
+  };
+  each_grad([&](Index v, const Vec<T>& g) {
+    Vec<T> square = ket.re[v] * ket.re[v];
+    if (complex) square += ket.im[v] * ket.im[v];
+    overlap += g * square;
+  });
+  start_with<T>(p, -along_ket<T>(p, norms, overlap), ket, bra);
+  each_grad([&](Index v, const Vec<T>& g) {
+    bra.re[v] += g * ket.re[v];
+    if (complex) bra.im[v] += g * ket.im[v];
+  });
 }
 
 // Undoes a stage's rotations on the bra alone: those between vectors, the last pass first, down to pass `first`.
@@ -1354,23 +1421,22 @@ void store_gradient(const BoundPlan<T>& p, const Matrix& grad_x, std::int64_t fi
 
 // Overlaps of a stage's rotations, added to their slots. With `undo` the rotations are undone on ket and bra. Otherwise
 // the last pass comes first, since a pass may hold a rotation of the pass before it, whose overlaps want the links of
-// both; and `along` ket leaves the bra.
+// both.
 template <class T>
-void add_overlaps(const BoundPlan<T>& p, const BoundStage<T>& stage, bool undo, const Vec<T>* along,
-                  const Workspace<T>& work) {
+void add_overlaps(const BoundPlan<T>& p, const BoundStage<T>& stage, bool undo, const Workspace<T>& work) {
   const State<T> ket = work.ket, bra = work.bra;
-  for (std::uint32_t n = 0; n < stage.n_unwind; ++n) {
-    const std::uint32_t k = undo ? n : stage.n_unwind - 1 - n;
-    const RotatePass<T>& pass = stage.unwind[k];
+  const std::uint32_t n_passes = undo ? stage.n_unwind : stage.n_overlap;
+  for (std::uint32_t n = 0; n < n_passes; ++n) {
+    const std::uint32_t k = undo ? n : n_passes - 1 - n;
+    const RotatePass<T>& pass = undo ? stage.unwind[k] : stage.overlap[k];
     Vec<T> overlaps[max_radix] = {};
     if (undo) {
       unwind<T>(pass, ket.re, bra.re, overlaps, work.soon);
       if (stage.from_complex) unwind<T>(pass, ket.im, bra.im, overlaps, work.soon);
     } else {
       const bool links = p.n_stages == 1 && pass.links != nullptr;
-      BraTask<T> task{overlaps, links ? work.strings + p.n_strings : nullptr, k == 0 ? along : nullptr};
+      const BraTask<T> task{overlaps, links ? work.strings + p.n_strings : nullptr};
       work_on_bra<T>(pass, ket.re, bra.re, task, work.soon);
-      task.along = nullptr;
       if (stage.from_complex) work_on_bra<T>(pass, ket.im, bra.im, task, work.soon);
     }
     for (std::uint32_t r = 0; r < pass.radix; ++r) work.add_to_slot(pass.slots[r], overlaps[r], pass.overlap_scale);
@@ -1378,11 +1444,11 @@ void add_overlaps(const BoundPlan<T>& p, const BoundStage<T>& stage, bool undo, 
   const LanePass<T>& lanes = stage.unwind_lanes;
   Vec<T> overlaps[max_lane_bits] = {};
   if (undo) {
-    overlap_lanes<true, T>(lanes, p.n_vectors, ket.re, bra.re, nullptr, overlaps);
-    if (stage.from_complex) overlap_lanes<true, T>(lanes, p.n_vectors, ket.im, bra.im, nullptr, overlaps);
+    overlap_lanes<true, T>(lanes, p.n_vectors, ket.re, bra.re, overlaps);
+    if (stage.from_complex) overlap_lanes<true, T>(lanes, p.n_vectors, ket.im, bra.im, overlaps);
   } else {
-    overlap_lanes<false, T>(lanes, p.n_vectors, ket.re, bra.re, stage.n_unwind == 0 ? along : nullptr, overlaps);
-    if (stage.from_complex) overlap_lanes<false, T>(lanes, p.n_vectors, ket.im, bra.im, nullptr, overlaps);
+    overlap_lanes<false, T>(lanes, p.n_vectors, ket.re, bra.re, overlaps);
+    if (stage.from_complex) overlap_lanes<false, T>(lanes, p.n_vectors, ket.im, bra.im, overlaps);
   }
   for (std::uint32_t k = 0; k < lanes.n_bits; ++k) {
     if (lanes.slots[k] != StageLayout::none) work.add_to_slot(lanes.slots[k], overlaps[k], lanes.overlap_scale[k]);
@@ -1394,14 +1460,7 @@ void backward_group(const BoundPlan<T>& p, const BackwardCall& call, std::int64_
                     Workspace<T> work) {
   const Norms<T> norms = run_stages<true>(p, call.x, first_row, n_rows, work);
   load_columns<T>(p, call.grad, first_row, n_rows, inverse_norm<T>(p, norms), work.columns);
-  const Vec<T> overlap = start_bra<T>(p, work);
-
-  // d/dx of q(x) / |x|^2, or of phi(x) / |x|: what lies along x drops out, which is what lies along the ket.
-  Vec<T> along{};
-  const bool project = p.normalize && call.grad_x.data != nullptr;
-  for (int l = 0; project && l < width<T>; ++l) {
-    along[l] = norms.squared[l] == 0 ? T(0) : overlap[l] * (p.scale * p.scale) / norms.squared[l];
-  }
+  start_bra<T>(p, call, first_row, n_rows, norms, work);
 
   std::uint32_t n_kept = p.n_kept;
   for (std::uint32_t s = p.n_stages; s-- > 0;) {
@@ -1419,17 +1478,13 @@ void backward_group(const BoundPlan<T>& p, const BackwardCall& call, std::int64_
       work.ket = work.kept[--n_kept];
     }
     // Of the first stage the bra is not yet turned back: nothing before it asks for the ket.
-    add_overlaps<T>(p, stage, !stage.kept && s > 0, s == 0 && project ? &along : nullptr, work);
+    add_overlaps<T>(p, stage, !stage.kept && s > 0, work);
     if (s > 0) {
       move_back<T>(p, stage, work.ket);
       move_back<T>(p, stage, work.bra);
     }
   }
   if (call.grad_x.data == nullptr) return;
-
-  if (project && (p.n_stages == 0 || p.stages[0].diagonal)) {
-    for (Index v = 0; v < p.n_vectors; ++v) work.bra.re[v] -= along * work.ket.re[v];
-  }
   const T twice = p.readout == ReadoutKind::state ? T(1) : T(2);
   store_gradient<T>(p, call.grad_x, first_row, n_rows, norms.rescale * (p.unwound_scale * twice), work);
 }
@@ -1440,7 +1495,9 @@ void backward_linear_group(const BoundPlan<T>& p, const BackwardCall& call, std:
                            const Workspace<T>& work) {
   const State<T> bra = work.bra;
   load_columns<T>(p, call.grad, first_row, n_rows, splat<T>(1), work.columns);
-  start_linear_bra<T>(p, work);
+  for (Index v = 0; v < p.n_vectors; ++v) bra.re[v] = Vec<T>{};
+  for (Index v = 0; p.ends_complex && v < p.n_vectors; ++v) bra.im[v] = Vec<T>{};
+  add_linear_bra<T>(p, work);
   for (std::uint32_t s = p.n_stages; s-- > 0;) {
     const BoundStage<T>& stage = p.stages[s];
     if (stage.diagonal) {

@@ -245,13 +245,13 @@ std::vector<Pass> rotation_passes(const std::vector<Across>& rotations, Index n_
 
 // Blocks of the first stage's passes in the order of the columns that reach them: what is beyond a row's end is zero
 // before a pass, and nobody asks for it after the pass was undone.
-void sort_by_columns(Layout& layout, StageLayout& stage) {
+void sort_by_columns(const Layout& layout, std::vector<Pass>& passes) {
   std::vector<Index> first(layout.n_vectors);  // vector of columns that reaches each vector
   for (Index c = 0; c < layout.n_vectors; ++c) first[layout.inputs[c]] = c;
   auto spread = [](std::vector<Index>& columns, Index mask) {
     for (Index v = 0; v < columns.size(); ++v) columns[v] = std::min(columns[v], columns[v ^ mask]);
   };
-  for (Pass& pass : stage.rotate) {
+  for (Pass& pass : passes) {
     for (std::uint32_t k = pass.extra; k < pass.masks.size(); ++k) spread(first, pass.masks[k]);
     std::vector<Index> of_block = first;
     for (std::uint32_t k = 0; k < pass.extra; ++k) spread(of_block, pass.masks[k]);
@@ -480,10 +480,14 @@ Layout lay_out(const Plan& plan, std::uint32_t lane_bits, std::uint32_t low_bits
         left.erase(found);
         return string;
       });
-      if (std::ranges::any_of(links, &Link::is_asked_for)) {  // whose sums take registers as well: no larger passes
-        std::vector<Pass>& passes = out.stages.back().rotate;
-        passes = rotation_passes(across, out.n_vectors, radix, radix, n_low);
-        lay_out_links(across, links, out.n_vectors, radix, passes);
+      if (std::ranges::any_of(links, &Link::is_asked_for)) {
+        StageLayout& last = out.stages.back();
+        last.reading = rotation_passes(across, out.n_vectors, radix, radix, n_low);  // sums take registers as well
+        lay_out_links(across, links, out.n_vectors, radix, last.reading);
+        constexpr std::uint32_t most = max_radix - 1;  // and a rotation of the pass before, but in the first one
+        const std::uint32_t n_first = across.size() % most == 1 ? std::min(max_radix, int(across.size())) : 0;
+        last.overlap = rotation_passes(across, out.n_vectors, most, most, n_first);
+        lay_out_links(across, links, out.n_vectors, max_radix, last.overlap);
       }
     }
     out.flips = flip_passes(at, left, out.n_vectors, radix);
@@ -508,7 +512,11 @@ Layout lay_out(const Plan& plan, std::uint32_t lane_bits, std::uint32_t low_bits
   }
   for (const Index b : plan.outputs) out.outputs.push_back(at.place(b));
 
-  if (out.loads_lanes) sort_by_columns(out, out.stages.front());
+  if (out.loads_lanes) {
+    for (std::vector<Pass>* passes : {&out.stages.front().rotate, &out.stages.front().reading}) {
+      sort_by_columns(out, *passes);
+    }
+  }
   for (StageLayout& stage : out.stages) {
     if (stage.unwind.empty()) stage.unwind = stage.rotate;
   }

@@ -82,6 +82,8 @@ struct StageLayout {
   std::vector<Move> moves;                                  // into the coordinates of this stage
   std::vector<std::uint32_t> lanes;                         // lane bit -> rotation of the stage, or `none`
   std::vector<Pass> rotate, unwind;                         // the other rotations
+  std::vector<Pass> reading;  // as `rotate`, for runs that read strings: where there are links
+  std::vector<Pass> overlap;  // over ket and bra, of which neither is turned: as `unwind`, but where there are links
   bool kept = false;                                        // the adjoint keeps the ket from before these rotations
   std::vector<std::vector<Index>> orders;                   // of a diagonal: its trees' orders in coordinates
   std::vector<std::complex<double>> constant;               // and its constant part

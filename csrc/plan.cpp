@@ -662,27 +662,25 @@ Operations count_operations(const Plan& plan, std::uint32_t columns) {
       parts = 2;
     }
   }
-  double readout = 0;
+  double reading = 0;
   if (plan.readout == ReadoutKind::expval) {
     const double n_trees = double(layout.trees.size());
     double n_products = 0;  // of two amplitudes, for every pair of indices
     for (const Pass& pass : layout.flips) n_products += pass.radix() * parts;
     for (const StageLayout& stage : layout.stages) {
-      for (const Pass& pass : stage.rotate) {
+      for (const Pass& pass : stage.reading) {
         n_products += double(std::ranges::count_if(pass.links, &Link::is_asked_for)) * parts;
       }
     }
     for (const Correlation& c : layout.correlations) {
       n_products += (c.vectors == 0 ? 2 : 1) * (c.imaginary ? 2 * (parts - 1) : parts);
     }
-    readout = n_trees * (2 * n * (parts - 1) + tree_sum) + n_products * n / 2;  // squares are added as they are made
-    back += n_trees * n * (1 + parts) + n_products * n;
-  } else {
-    readout = plan.n_outputs * 2 * parts;
-    back += plan.n_outputs * 2 * parts;
+    reading = n_trees * (2 * n * (parts - 1) + tree_sum) + n_products * n / 2;  // squares are added as they are made
+    back += (n_trees > 0 ? n_trees * (1 + parts) : parts) * n + n_products * n;
+    return {forward + reading, forward + back + 2.0 * columns, reading};
   }
-  if (plan.normalize) back += n;  // what lies along the state
-  return {forward + readout, forward + readout + back + 2.0 * columns};
+  const double outputs = plan.n_outputs * 2 * parts;  // read, and once more for the overlap of bra and ket
+  return {forward + outputs, forward + 2 * outputs + back + n * parts + 2.0 * columns, 0};
 }
 
 std::string Plan::str() const {

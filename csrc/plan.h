@@ -138,14 +138,16 @@ struct Plan {
 
   Index n_amplitudes() const { return Index{1} << n_wires; }
   std::uint32_t n_columns() const { return readout == ReadoutKind::state ? 2 * n_outputs : n_outputs; }
+  std::uint32_t n_strings() const { return std::uint32_t(strings.size()); }  // none but for expval
   bool is_quadratic() const { return readout != ReadoutKind::state; }
   QAA_API std::string str() const;
 };
 
 // Arithmetic of the kernels for one state whose row has `columns` numbers. A multiply-add counts as one operation, as
-// do a lone multiplication and a lone addition; loads, stores, conversions and transposes count as none.
+// do a lone multiplication and a lone addition; loads, stores, conversions and transposes count as none. `backward` is
+// of a call that is given the values of the strings (qaa.h); one that is not does `reading` more.
 struct Operations {
-  double forward, backward;
+  double forward, backward, reading;
 };
 QAA_API Operations count_operations(const Plan& plan, std::uint32_t columns);
 

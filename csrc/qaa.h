@@ -39,6 +39,9 @@ namespace qaa {
 //   groups    into which neighbouring rows of the features fall, equally many into each; every group has angles of its
 //             own, theta is (groups, plan.n_parameters), and x has as many rows as the features, or those of one group,
 //             which all groups then share
+//   strings   (batch, plan.n_strings()), float64 if x is, else float32: the expectation values of the Hermitian strings
+//             that the readout comes down to, whose sums with coefficients the features are, for BackwardCall::strings;
+//             left out if its data is null
 // A zero row is no state: its features are zero. NaN and infinity stay in their row.
 // Throws std::invalid_argument for other shapes or scalars, or null data in a batch that is not empty.
 struct ForwardCall {
@@ -48,6 +51,7 @@ struct ForwardCall {
   Matrix features;
   int threads = 1;
   std::int64_t groups = 1;
+  Matrix strings{};
 };
 QAA_API void forward(const ForwardCall& call);
 
@@ -56,6 +60,8 @@ QAA_API void forward(const ForwardCall& call);
 //   grad_x[r]     = dE/dx[r], overwritten: the shape of x, and as many rows as the features where groups share x; left
 //                   out if grad_x.data is null
 //   grad          (batch, plan.n_columns())
+//   strings       what forward has written there for the same plan, angles and x; a backward call whose data is null
+//                 measures them once more, which costs a fifth of its time
 // Scalars: as for features. The memory that it needs does not grow with the batch. It does with the circuit: by up to 64
 // sums for each angle of a gate, and by a few tables of 2^n_wires numbers for each diagonal stage of the plan, which
 // forward makes as well.
@@ -73,6 +79,7 @@ struct BackwardCall {
   Matrix grad_x;
   int threads = 1;
   std::int64_t groups = 1;
+  ConstMatrix strings{};
 };
 QAA_API void backward(const BackwardCall& call);
 

@@ -54,6 +54,30 @@ def solve(problem: Problem, threads: int | None = None) -> tuple[Array, Array, A
     return value, *gradients
 
 
+def solve_with_strings(problem: Problem, threads: int = 1) -> tuple[Array, Array, Array]:
+    """As :func:`solve`, but the backward call is given the values of strings that the forward call has written,
+    as autograd does with large batches."""
+    plan = program.program(problem.circuit, problem.readout, problem.normalize).plan
+    theta, x, grad = problem.theta.astype(np.float64), problem.x, np.ascontiguousarray(problem.grad)
+    features, grad_theta, grad_x = np.empty_like(grad), np.empty_like(theta), np.empty_like(x)
+    strings = np.full((len(x), plan.n_strings), np.nan, np.float64 if x.dtype == np.float64 else np.float32)
+    angles = theta.ctypes.data, _core.Scalar.float64
+    rows, values = arrays._const_matrix(x), arrays._matrix(strings)
+    _core.forward(plan, *angles, rows, arrays._matrix(features), threads, 1, values)
+    _core.backward(
+        plan,
+        *angles,
+        rows,
+        arrays._const_matrix(grad),
+        grad_theta.ctypes.data,
+        arrays._matrix(grad_x),
+        threads,
+        1,
+        arrays._const_matrix(strings),
+    )
+    return features, grad_theta.astype(problem.theta.dtype), grad_x
+
+
 def solve_by_oracle(problem: Problem, dtype: Any = np.complex128) -> tuple[Array, Array, Array]:
     """``(features, grad_theta, grad_x)`` by the oracle, in the arithmetic of ``dtype``."""
     arguments = (problem.circuit, problem.theta, problem.x)
@@ -88,24 +112,37 @@ def check(problem: Problem, dtype: Any, threads: int | None = None) -> None:
     complex_dtype = np.result_type(dtype, np.complex64)
     assert ours[0].dtype == (complex_dtype if problem.readout.kind == "state" else dtype), problem
     assert ours[1].dtype == ours[2].dtype == dtype, problem
-    assert_accurate(problem, ours, dtype)
+    kept = None
+    if problem.readout.kind == "expval":
+        kept = solve_with_strings(problem, threads or 1)
+        np.testing.assert_array_equal(kept[0], ours[0])
+    assert_accurate(problem, ours, dtype, kept=kept)
 
 
-def assert_accurate(problem: Problem, ours: tuple[Array, Array, Array], dtype: Any, storage: Any = None) -> None:
-    """The results are as close to the oracle as arithmetic in ``dtype`` allows, and one rounding to ``storage``."""
+def assert_accurate(
+    problem: Problem,
+    ours: tuple[Array, Array, Array],
+    dtype: Any,
+    storage: Any = None,
+    kept: tuple[Array, Array, Array] | None = None,
+) -> None:
+    """The results, and ``kept`` ones, are as close to the oracle as arithmetic in ``dtype`` allows, and one rounding to
+    ``storage``."""
     exact = solve_by_oracle(problem)
     single = solve_by_oracle(problem, np.complex64) if dtype == np.float32 else exact
     walk = np.finfo(np.float32).eps * np.sqrt(len(problem.circuit.gates) + problem.circuit.n_wires)
     angles = [abs(float(problem.theta.flat[p])) for gate in problem.circuit.gates for p in gate.parameters]
     in_double = 1e-12 + np.finfo(np.float64).eps * sum(angles)
-    for name, value, reference, plain, size in zip(NAMES, ours, exact, single, natural_sizes(problem), strict=True):
-        allowed = in_double if dtype == np.float64 else MULTIPLE * max(relative_error(plain, reference, size), walk)
-        rounding: Array | float = 0
-        if storage is not None and name != "grad_theta":
-            info = ml_dtypes.finfo(storage)
-            rounding = float(info.eps) / 2 * np.abs(reference) + float(info.smallest_subnormal)
-        error = relative_error(value, reference, size, rounding)
-        assert error <= allowed, f"{name}, {np.dtype(dtype)}: error {error:.2g} > {allowed:.2g} for {problem}"
+    sizes = natural_sizes(problem)
+    for values in (ours,) if kept is None else (ours, kept):
+        for name, value, reference, plain, size in zip(NAMES, values, exact, single, sizes, strict=True):
+            allowed = in_double if dtype == np.float64 else MULTIPLE * max(relative_error(plain, reference, size), walk)
+            rounding: Array | float = 0
+            if storage is not None and name != "grad_theta":
+                info = ml_dtypes.finfo(storage)
+                rounding = float(info.eps) / 2 * np.abs(reference) + float(info.smallest_subnormal)
+            error = relative_error(value, reference, size, rounding)
+            assert error <= allowed, f"{name}, {np.dtype(dtype)}: error {error:.2g} > {allowed:.2g} for {problem}"
 
 
 # ---------------------------------------------------------------------------------------------- gates, one by one
@@ -661,19 +698,21 @@ def test_the_core_holds_the_same_gate_table() -> None:
 
 
 def test_operations_are_counted_from_the_plan() -> None:
-    """n = 10, d = 768, by hand, for one layer and for two."""
+    """n = 10, d = 768, by hand, for one layer and for two; backward with the strings' values, then what reading adds."""
     n, amplitudes, d = 10, 1024, 768
     tree = 2 * amplitudes + 3 * (amplitudes // 8 - 1)
     # The state stays real: norm, RY, <Z...Z>, <X...X>; then the same for the bra, RY's overlaps, RY undone, rows.
-    forward = d + n * amplitudes + tree + n * amplitudes // 2
+    forward, reading = d + n * amplitudes, tree + n * amplitudes // 2
     bra = 2 * amplitudes + n * amplitudes
-    backward = forward + bra + 2 * n * amplitudes + amplitudes + 2 * d
-    assert program.program(ansatz("ring", n, 1), "z", True).plan.operations(d) == (forward, backward)
+    backward = forward + bra + 2 * n * amplitudes + 2 * d
+    counted = program.program(ansatz("ring", n, 1), "z", True).plan.operations(d)
+    assert counted == (forward + reading, backward, reading)
     # norm, RY, RZ, RY of a complex state, RZ, <Z...Z>, <X...X>
     forward = d + n * amplitudes + 2 * amplitudes + 2 * n * amplitudes + 4 * amplitudes
-    forward += tree + 2 * amplitudes + n * amplitudes
+    reading = tree + 2 * amplitudes + n * amplitudes
     bra = 3 * amplitudes + 2 * n * amplitudes
     second = 4 * amplitudes + 2 * amplitudes + tree + 2 * 2 * n * amplitudes + 2 * amplitudes  # the ket is kept
     first = 6 * amplitudes + amplitudes + tree + 2 * n * amplitudes
-    backward = forward + bra + second + first + amplitudes + 2 * d
-    assert program.program(ansatz("ring", n, 2), "z", True).plan.operations(d) == (forward, backward)
+    backward = forward + bra + second + first + 2 * d
+    counted = program.program(ansatz("ring", n, 2), "z", True).plan.operations(d)
+    assert counted == (forward + reading, backward, reading)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import doctest
+import inspect
 import io
 import itertools
 import re
@@ -904,15 +905,21 @@ def test_maps_and_gradients_in_either_order_are_loops(in_dims: Any, own: bool) -
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-13)
 
 
-def test_a_map_is_one_call_of_the_kernels(monkeypatch: Any) -> None:
-    theta, x, groups = vectors(4, *CIRCUIT.parameter_shape), vectors(4, 5, 6), []
+def watch_calls(monkeypatch: Any, argument: str, default: Any = None) -> list[Any]:
+    """An argument of every call of the core from now on."""
+    seen: list[Any] = []
 
-    def counted(call: Any, *arguments: Any) -> Any:
-        groups.append(arguments[-1] if isinstance(arguments[-1], int) else 1)
+    def watched(call: Any, *arguments: Any) -> Any:
+        seen.append(inspect.signature(call).bind(*arguments).arguments.get(argument, default))
         return call(*arguments)
 
     for name in ("_call_forward", "_call_backward"):
-        monkeypatch.setattr(ops, name, partial(counted, getattr(ops, name)))
+        monkeypatch.setattr(ops, name, partial(watched, getattr(ops, name)))
+    return seen
+
+
+def test_a_map_is_one_call_of_the_kernels(monkeypatch: Any) -> None:
+    theta, x, groups = vectors(4, *CIRCUIT.parameter_shape), vectors(4, 5, 6), watch_calls(monkeypatch, "groups", 1)
     torch.func.vmap(torch.func.grad(energy_of))(theta, x)
     assert groups == [4, 4]
     groups.clear()
@@ -933,15 +940,47 @@ def test_members_without_rows_and_no_members_at_all() -> None:
 
 
 def test_gradients_of_vectors_alone_are_one_batch(monkeypatch: Any) -> None:
-    theta, x, groups, call = angles(CIRCUIT), vectors(4, 5, 6), [], ops._call_backward
-    monkeypatch.setattr(ops, "_call_backward", lambda *a: (groups.append(a[-1]), call(*a))[1])
+    theta, x, groups = angles(CIRCUIT), vectors(4, 5, 6), watch_calls(monkeypatch, "groups", 1)
     found = torch.func.vmap(torch.func.grad(energy_of, 1), (None, 0))(theta, x)
-    assert groups == [1]
+    assert groups == [1, 1]
     torch.testing.assert_close(found, gradients_of_energy(theta, x)[1], rtol=0, atol=1e-13)
     many = vectors(4, *CIRCUIT.parameter_shape)
     found = torch.func.vmap(torch.func.grad(energy_of, 1))(many, x)
     expected = torch.stack([gradients_of_energy(*pair)[1] for pair in zip(many, x, strict=True)])
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("own", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_large_batches_keep_the_strings_for_the_adjoint(monkeypatch: Any, dtype: Any, own: bool) -> None:
+    """The forward pass writes what the backward pass reads, with the gradients that small batches have, which measure
+    again; without gradients nothing is written."""
+    circuit, kept = ansatz("ring", 6, 1), watch_calls(monkeypatch, "strings")
+    theta = torch.linspace(-1, 2, 2 * circuit.n_parameters, dtype=torch.float64).reshape(2, *circuit.parameter_shape)
+    theta = (theta if own else theta[0]).detach().requires_grad_()
+    x = vectors(2, 320, 50).to(dtype).requires_grad_()
+
+    def gradients(of: Any) -> Any:
+        return torch.autograd.grad((quantum_features(circuit, theta, of)[..., :3] ** 2).sum(), (theta, of))
+
+    found = gradients(x)
+    n_strings, wide = qaa.program.program(circuit, "z", True).plan.n_strings, dtype == torch.float64
+    expected_shapes = [(640, n_strings), torch.float64 if wide else torch.float32]
+    assert [[tuple(t.shape), t.dtype] for t in kept] == 2 * [expected_shapes]
+    kept.clear()
+    monkeypatch.setattr(ops, "_MANY_AMPLITUDES", 1 << 30)
+    expected = gradients(x)
+    assert kept == [None, None]
+    rtol = 1e-12 if dtype == torch.float64 else 1e-2 if dtype == torch.bfloat16 else 1e-5
+    for ours, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=rtol, atol=rtol * float(reference.abs().max()))
+    monkeypatch.undo()
+    kept = watch_calls(monkeypatch, "strings")
+    with torch.no_grad():
+        quantum_features(circuit, theta, x)
+    quantum_features(circuit, theta.detach(), x.detach())
+    quantum_features(circuit, theta, x, "probs")
+    assert kept == [None] * 3
 
 
 FUNCTIONS: dict[str, Callable[..., Any]] = {
@@ -1318,11 +1357,11 @@ def test_torchs_flop_counter_counts_the_plans_operations() -> None:
 
     theta, x = angles(CIRCUIT).requires_grad_(), vectors(5, 7, 6).requires_grad_()
     for readout in ("z", "state[:3]"):
-        forward, backward = qaa.program.program(CIRCUIT, readout, True).plan.operations(6)
+        forward, backward, reading = qaa.program.program(CIRCUIT, readout, True).plan.operations(6)
         call = partial(quantum_features, CIRCUIT, theta, x, readout)
         assert counted(call, backward=False) == 2 * 35 * forward
-        assert counted(call, backward=True) == 2 * 35 * (forward + backward)
-    forward, backward = qaa.program.program(ops._transposed(CIRCUIT), "state[:6]", False).plan.operations(3)
+        assert counted(call, backward=True) == 2 * 35 * (forward + backward + reading)  # ops read them again
+    forward, backward, _ = qaa.program.program(ops._transposed(CIRCUIT), "state[:6]", False).plan.operations(3)
     for real in (True, False):
         call = partial(amplitude_rows, CIRCUIT, theta, 3, width=6, real=real)
         assert counted(call, backward=False) == 2 * 3 * forward

@@ -63,9 +63,9 @@ def test_lora_and_the_papers_form_by_hand(table, model):
         n = (d - 1).bit_length()
         trainable += out * n + out + 4 * n * 3
         plan = program(qaa.ansatz("ring", n, 4), "z", True).plan
-        of_circuit = [2 * round(operations) for operations in plan.operations(d)]
-        forward += of_circuit[0] + 2 * n * out
-        both += sum(of_circuit) + 6 * n * out
+        of_circuit, backward, reading = plan.operations(d)  # ops read the strings again
+        forward += 2 * round(of_circuit) + 2 * n * out
+        both += 2 * round(of_circuit) + 2 * round(backward + reading) + 6 * n * out
     assert (paper.trainable, paper.frozen, paper.bytes) == (blocks * trainable, 0, 16 * blocks * trainable)
     assert (paper.operations.token_forward, paper.operations.token_both) == (blocks * forward, blocks * both)
     assert paper.operations.step_both == 0
@@ -82,6 +82,7 @@ def test_a_linear_form_simulates_once_a_step():
     assert row.bytes == 16 * row.trainable + 4 * 48
     assert row.operations.token_forward == lora.operations.token_forward
     assert row.operations.token_both == lora.operations.token_both
-    forward, backward = program(qaa.ops._transposed(qaa.ansatz("ring", 6, 2)), "state[:48]", False).plan.operations(5)
+    plan = program(qaa.ops._transposed(qaa.ansatz("ring", 6, 2)), "state[:48]", False).plan
+    forward, backward, _ = plan.operations(5)
     assert row.operations.step_forward == 2 * 5 * forward
     assert row.operations.step_both == 2 * 5 * (forward + backward)

@@ -198,15 +198,21 @@ class Plan:
         unwind_radix: typing.SupportsInt | typing.SupportsIndex | None = None,
     ) -> None: ...
     def __str__(self) -> str: ...
-    def operations(self, columns: typing.SupportsInt | typing.SupportsIndex) -> tuple[float, float]:
+    def operations(self, columns: typing.SupportsInt | typing.SupportsIndex) -> tuple[float, float, float]:
         """
-        Arithmetic operations for one state, (forward, backward); a multiply-add counts as one.
+        Arithmetic operations for one state; a multiply-add counts as one: (forward, backward with the strings' values, more without them).
         """
 
     @property
     def n_columns(self) -> int:
         """
         Numbers per state that a readout yields.
+        """
+
+    @property
+    def n_strings(self) -> int:
+        """
+        Hermitian strings that a readout of expvals comes down to.
         """
 
 class NoisyPlan:
@@ -243,9 +249,10 @@ def backward(
     grad_x: Matrix,
     threads: typing.SupportsInt | typing.SupportsIndex,
     groups: typing.SupportsInt | typing.SupportsIndex = 1,
+    strings: ConstMatrix | None = None,
 ) -> None:
     """
-    The vector-Jacobian product of forward; releases the GIL.
+    The vector-Jacobian product of forward, which takes less time with the strings' values that it has written; releases the GIL.
     """
 
 def forward(
@@ -256,6 +263,7 @@ def forward(
     features: Matrix,
     threads: typing.SupportsInt | typing.SupportsIndex,
     groups: typing.SupportsInt | typing.SupportsIndex = 1,
+    strings: Matrix | None = None,
 ) -> None:
     """
     features = readout(U(theta) x), of equal groups of rows with angles of their own; releases the GIL.

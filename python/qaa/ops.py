@@ -116,7 +116,11 @@ def quantum_features(
     theta = _in_groups(theta, _check_theta(what, theta, x.shape[:-1]))
     _check_together(theta, "x", x)
     rows = x if x.ndim == 2 else x.reshape(-1, x.shape[-1])
-    features = _Features.apply(theta, rows, what) if _is_plain(theta, x) else _watched(theta, rows, str(what))
+    if _is_plain(theta, x):
+        keep = torch.is_grad_enabled() and (theta.requires_grad or x.requires_grad)
+        features = _Features.apply(theta, rows, what, keep)
+    else:
+        features = _watched(theta, rows, str(what))
     return features if x.ndim == 2 else features.reshape(*x.shape[:-1], what.n_outputs)
 
 
@@ -639,34 +643,54 @@ def _angles(theta: Tensor) -> Tensor:
     return theta.resolve_neg().contiguous()
 
 
-def _forward(what: Program, theta: Tensor, x: Tensor) -> Tensor:
+#: So many amplitudes are worth it that the forward pass keeps the values of the strings for the adjoint.
+_MANY_AMPLITUDES = 1 << 15
+
+
+def _room_for_strings(what: Program, x: Tensor) -> Tensor | None:
+    """Where the forward pass may write what the adjoint would measure again: fewer numbers than x has, or None."""
+    rows, width = x.shape
+    if x.is_cuda or rows << what.circuit.n_wires < _MANY_AMPLITUDES or not 0 < what.plan.n_strings <= width:
+        return None
+    return torch.empty(rows, what.plan.n_strings, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def _forward(what: Program, theta: Tensor, x: Tensor, strings: Tensor | None = None) -> Tensor:
     features = torch.empty(x.shape[0], what.n_outputs, dtype=_feature_dtype(what, x.dtype), device=x.device)
     if theta.ndim == len(what.circuit.parameter_shape):
-        _call_forward(what, theta, x, features)
+        _call_forward(what, theta, x, features, 1, strings)
     else:
-        for groups, angles, rows, results in _groups(theta, x, features):
-            _call_forward(what, angles, rows, results, groups)
+        for groups, angles, rows, results, values in _groups(theta, x, features, strings):
+            _call_forward(what, angles, rows, results, groups, values)
     return features
 
 
-def _adjoint(what: Program, theta: Tensor, x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def _adjoint(
+    what: Program, theta: Tensor, x: Tensor, grad: Tensor, strings: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Gradients of theta, one set of angles or several, and of x."""
     if theta.ndim == len(what.circuit.parameter_shape):
-        return _backward(what, theta, x, grad)
-    parts = [_backward(what, angles, rows, grads, groups) for groups, angles, rows, grads in _groups(theta, x, grad)]
+        return _backward(what, theta, x, grad, 1, strings)
+    parts = [
+        _backward(what, angles, rows, grads, groups, values)
+        for groups, angles, rows, grads, values in _groups(theta, x, grad, strings)
+    ]
     if not parts:
         return torch.empty_like(theta), torch.empty_like(x)
     grad_theta, grad_x = zip(*parts, strict=True)
     return (grad_theta[0], grad_x[0]) if len(parts) == 1 else (torch.cat(grad_theta), torch.cat(grad_x))
 
 
-def _groups(theta: Tensor, x: Tensor, results: Tensor) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
-    """How many sets of angles, these, and the vectors and results that are theirs, for as many as one call takes."""
+def _groups(
+    theta: Tensor, x: Tensor, results: Tensor, strings: Tensor | None
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor, Tensor | None]]:
+    """How many sets of angles, these, and the vectors, results and values of strings that are theirs, for as many as
+    one call takes."""
     groups = len(theta)
     for first in range(0, groups, MOST_GROUPS):
         angles = theta[first : first + MOST_GROUPS]
         rows = slice(first * len(x) // groups, (first + len(angles)) * len(x) // groups)
-        yield len(angles), angles, x[rows], results[rows]
+        yield len(angles), angles, x[rows], results[rows], None if strings is None else strings[rows]
 
 
 def _real_parts(what: Program, theta: Tensor, x: Tensor, n_rows: int, groups: int) -> Tensor:
@@ -681,7 +705,9 @@ def _real_parts(what: Program, theta: Tensor, x: Tensor, n_rows: int, groups: in
 # one group, for all.
 
 
-def _call_forward(what: Program, theta: Tensor, x: Tensor, features: Tensor, groups: int = 1) -> None:
+def _call_forward(
+    what: Program, theta: Tensor, x: Tensor, features: Tensor, groups: int = 1, strings: Tensor | None = None
+) -> None:
     angles, x = _angles(theta), _readable(x)
     layout = _layout(x)
     matrices = _core.ConstMatrix(*layout), _core.Matrix(*_layout(features))
@@ -702,17 +728,27 @@ def _call_forward(what: Program, theta: Tensor, x: Tensor, features: Tensor, gro
             )
     else:
         where = angles.data_ptr(), _SCALARS[angles.dtype]
-        _core.forward(what.plan, *where, *matrices, torch.get_num_threads(), groups)
+        values = None if strings is None else _core.Matrix(*_layout(strings))
+        _core.forward(what.plan, *where, *matrices, torch.get_num_threads(), groups, values)
 
 
-def _backward(what: Program, theta: Tensor, x: Tensor, grad: Tensor, groups: int = 1) -> tuple[Tensor, Tensor]:
+def _backward(
+    what: Program, theta: Tensor, x: Tensor, grad: Tensor, groups: int = 1, strings: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     angles, x, grad = _angles(theta), _readable(x), _readable(grad)
     grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    return _call_backward(what, theta, angles, _layout(x), grad, _layout(grad_x), groups), grad_x
+    return _call_backward(what, theta, angles, _layout(x), grad, _layout(grad_x), groups, strings), grad_x
 
 
 def _call_backward(
-    what: Program, theta: Tensor, angles: Tensor, x: _Layout, grad: Tensor, grad_x: _Layout, groups: int = 1
+    what: Program,
+    theta: Tensor,
+    angles: Tensor,
+    x: _Layout,
+    grad: Tensor,
+    grad_x: _Layout,
+    groups: int = 1,
+    strings: Tensor | None = None,
 ) -> Tensor:
     grad_angles = torch.empty_like(angles)
     matrices = _core.ConstMatrix(*x), _core.ConstMatrix(*_layout(grad))
@@ -743,6 +779,7 @@ def _call_backward(
             _core.Matrix(*grad_x),
             torch.get_num_threads(),
             groups,
+            None if strings is None else _core.ConstMatrix(*_layout(_readable(strings))),
         )
     return grad_angles if grad_angles.dtype == theta.dtype else grad_angles.to(theta.dtype)
 
@@ -887,17 +924,18 @@ class _Function(torch.autograd.function._SingleLevelFunction):
 
 class _Features(_Function):
     @staticmethod
-    def forward(ctx: Any, theta: Tensor, x: Tensor, what: Program) -> Tensor:
-        ctx.save_for_backward(theta, x)
+    def forward(ctx: Any, theta: Tensor, x: Tensor, what: Program, keep: bool) -> Tensor:
+        strings = _room_for_strings(what, x) if keep else None
+        ctx.save_for_backward(theta, x, strings)
         ctx.what = what
-        return _forward(what, theta, x)
+        return _forward(what, theta, x, strings)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        theta, x = ctx.saved_tensors
+        theta, x, strings = ctx.saved_tensors
         if _need_ops(grad):
-            return *torch.ops.qaa.backward(theta, x, grad, str(ctx.what)), None
-        return *_adjoint(ctx.what, theta, x, grad), None
+            return *torch.ops.qaa.backward(theta, x, grad, str(ctx.what)), None, None
+        return *_adjoint(ctx.what, theta, x, grad, strings), None, None
 
 
 class _Estimates(torch.autograd.Function):
@@ -1362,7 +1400,7 @@ def _flop_forward(theta: _Shape, x: _Shape, program: str, **_: Any) -> int:
 
 @register_flop_formula(torch.ops.qaa.backward)
 def _flop_backward(theta: _Shape, x: _Shape, grad: _Shape, program: str, **_: Any) -> int:
-    return 2 * x[0] * round(Program.parse(program).plan.operations(x[1])[1])
+    return 2 * x[0] * round(sum(Program.parse(program).plan.operations(x[1])[1:]))
 
 
 @register_flop_formula(torch.ops.qaa.project)

@@ -512,7 +512,9 @@ void check_calls(Reader& in, const Circuit& c, const std::vector<Plan>& plans) {
     const double* angles = theta.data();
     double* sums = grad_theta.data();
     std::int64_t n_groups = groups;
-    const std::uint32_t fault = in.below(12);
+    const std::uint32_t fault = in.below(13);
+    double value = 0;
+    Matrix strings;  // of another shape or type than the values of strings have
     switch (fault) {
       case 0: bad.columns += 1; bad_grad.columns -= 1; break;
       case 1: bad.rows -= 1; bad_grad.rows += 1; break;
@@ -525,12 +527,14 @@ void check_calls(Reader& in, const Circuit& c, const std::vector<Plan>& plans) {
       case 8: bad_in.scalar = Scalar(9); break;
       case 9: angles = sums = nullptr; break;
       case 10: n_groups = rows % 2 ? 0 : rows + 1; break;  // as many as do not share them, nor share x
-      default: bad.row_stride = k - 1; bad_x.row_stride = columns - 1; break;
+      case 11: bad.row_stride = k - 1; bad_x.row_stride = columns - 1; break;
+      default: strings = {&value, rows, plan.n_strings() + 1, 0, is_double ? Scalar::float64 : Scalar::float32}; break;
     }
     const bool harmless = (fault == 9 && c.n_parameters == 0) || (fault == 11 && rows == 1);
     if (!harmless) {
-      if (!is_refused([&] { forward({plan, angles, bad_in, bad, threads, n_groups}); })) fail("a bad forward call was accepted");
-      if (!is_refused([&] { backward({plan, angles, bad_in, bad_grad, sums, bad_x, threads, n_groups}); })) {
+      if (!is_refused([&] { forward({plan, angles, bad_in, bad, threads, n_groups, strings}); })) fail("a bad forward call was accepted");
+      const ConstMatrix known{strings.data, strings.rows, strings.columns, 0, strings.scalar};
+      if (!is_refused([&] { backward({plan, angles, bad_in, bad_grad, sums, bad_x, threads, n_groups, known}); })) {
         fail("a bad backward call was accepted: fault " + std::to_string(fault));
       }
       if (!features.is_untouched() || !grad_x.is_untouched()) fail("a refused call wrote");
@@ -574,10 +578,17 @@ void check_calls(Reader& in, const Circuit& c, const std::vector<Plan>& plans) {
 
   for (const Plan& plan : plans) {
     Array features(rows, k, k + gap, scalar), grad_x(rows, columns, columns + gap, scalar);
-    forward({plan, theta.data(), x.view(), features.matrix(), threads, groups});
-    backward({plan, theta.data(), x.view(), grad.view(), grad_theta.data(), grad_x.matrix(), threads, groups});
+    const std::int64_t n_strings = plan.n_strings();
+    Array strings(rows, n_strings, n_strings + gap, is_double ? Scalar::float64 : Scalar::float32);
+    // With the strings' values, or measured again.
+    const bool known = n_strings > 0 && (std::size_t(&plan - plans.data()) + layout) % 2 == 1;
+    forward({plan, theta.data(), x.view(), features.matrix(), threads, groups, known ? strings.matrix() : Matrix()});
+    backward({plan, theta.data(), x.view(), grad.view(), grad_theta.data(), grad_x.matrix(), threads, groups,
+              known ? strings.view() : ConstMatrix()});
     ++counts.forward, ++counts.backward;
-    if (!features.gaps_are_untouched() || !grad_x.gaps_are_untouched()) fail("something between rows was written");
+    if (!features.gaps_are_untouched() || !grad_x.gaps_are_untouched() || !strings.gaps_are_untouched()) {
+      fail("something between rows was written");
+    }
     const std::vector<double> received = features.numbers();
     for (std::size_t i = 0; i < received.size(); ++i) {
       if (!(std::abs(received[i] - expected.value[i]) <= bound)) {

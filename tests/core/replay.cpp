@@ -97,14 +97,20 @@ template <class T>
 double run(const Case& c, const Plan& plan, int threads) {
   const Scalar scalar = sizeof(T) == 8 ? Scalar::float64 : Scalar::float32;
   const std::vector<T> x(c.x.begin(), c.x.end()), grad(c.grad.begin(), c.grad.end());
-  const std::int64_t k = plan.n_columns();
-  std::vector<T> features(c.features.size()), grad_x(c.x.size());
+  const std::int64_t k = plan.n_columns(), n = plan.n_strings();
+  std::vector<T> features(c.features.size()), strings(std::size_t(c.rows * n) + 1), grad_x(c.x.size());
   std::vector<double> grad_theta(c.theta.size());
   const ConstMatrix in{x.data(), c.rows, c.columns, c.columns, scalar};
-  forward({plan, c.theta.data(), in, {features.data(), c.rows, k, k, scalar}, threads});
-  backward({plan, c.theta.data(), in, {grad.data(), c.rows, k, k, scalar}, grad_theta.data(),
-            {grad_x.data(), c.rows, c.columns, c.columns, scalar}, threads});
-  return std::fmax(error(features, c.features), std::fmax(error(grad_theta, c.grad_theta), error(grad_x, c.grad_x)));
+  forward({plan, c.theta.data(), in, {features.data(), c.rows, k, k, scalar}, threads, 1,
+           {strings.data(), c.rows, n, n, scalar}});
+  double worst = error(features, c.features);
+  for (const bool known : {true, false}) {  // the strings' values as they were written, or measured once more
+    backward({plan, c.theta.data(), in, {grad.data(), c.rows, k, k, scalar}, grad_theta.data(),
+              {grad_x.data(), c.rows, c.columns, c.columns, scalar}, threads, 1,
+              {known ? strings.data() : nullptr, c.rows, n, n, scalar}});
+    worst = std::fmax(worst, std::fmax(error(grad_theta, c.grad_theta), error(grad_x, c.grad_x)));
+  }
+  return worst;
 }
 
 // A trajectory without noise has the exact features; with noise, threads change nothing.
@@ -164,15 +170,18 @@ int run_default(std::uint32_t n, std::uint32_t layers, std::int64_t rows, bool a
   const Plan plan = default_plan(n, layers);
   std::vector<double> theta(plan.n_parameters), grad_theta(plan.n_parameters);
   for (std::size_t i = 0; i < theta.size(); ++i) theta[i] = 0.1 + 0.37 * double(i);
-  const std::int64_t d = plan.n_amplitudes(), k = n;
+  const std::int64_t d = plan.n_amplitudes(), k = n, n_strings = plan.n_strings();
   std::vector<float> x(std::size_t(rows * d)), features(std::size_t(rows * k), 1.0f), grad_x(x.size());
+  std::vector<float> strings(std::size_t(rows * n_strings), 0.5f);
   for (std::size_t i = 0; i < x.size(); ++i) x[i] = float(std::sin(0.7 * double(i)));
   const ConstMatrix in{x.data(), rows, d, d, Scalar::float32};
   if (adjoint) {
     backward({plan, theta.data(), in, {features.data(), rows, k, k, Scalar::float32}, grad_theta.data(),
-              {grad_x.data(), rows, d, d, Scalar::float32}, 1});
+              {grad_x.data(), rows, d, d, Scalar::float32}, 1, 1,
+              {strings.data(), rows, n_strings, n_strings, Scalar::float32}});
   } else {
-    forward({plan, theta.data(), in, {features.data(), rows, k, k, Scalar::float32}, 1});
+    forward({plan, theta.data(), in, {features.data(), rows, k, k, Scalar::float32}, 1, 1,
+             {strings.data(), rows, n_strings, n_strings, Scalar::float32}});
   }
   return 0;
 }
