@@ -76,11 +76,19 @@ struct FlipPass {
 struct CorrelationPass {
   Index vectors;
   std::uint32_t lanes;
-  bool imaginary;
+  bool imaginary, is_gathered;
   std::uint32_t n_bits, n_members;
   const Index* order;
   std::uint32_t n_order;
   const Correlation::Member* members;
+};
+
+struct GatherPass {
+  Index vectors;
+  std::uint32_t n_bits, n_members;
+  const Correlation::Member* members;
+  const std::uint8_t *classes, *of_eight;
+  std::uint32_t first_weight;  // of eight for each class, or of one where there is one class
 };
 
 template <class T>
@@ -118,6 +126,8 @@ struct BoundPlan {
   std::uint32_t n_flips;
   const CorrelationPass* correlations;
   std::uint32_t n_correlations;
+  const GatherPass* gathers;
+  std::uint32_t n_gathers, n_gather_weights;
   const Index* outputs;  // vector and lane of the amplitude, the lane in the lowest bits
   const std::int8_t* signs;
 
@@ -171,6 +181,7 @@ class BoundPlanStorage {
   std::vector<SumTree> trees_;
   std::vector<FlipPass> flips_;
   std::vector<CorrelationPass> correlations_;
+  std::vector<GatherPass> gathers_;
   std::vector<BoundTerm<T>> terms_;
   std::vector<std::uint32_t> slot_lanes_;
   std::vector<std::complex<double>> absorbed_;  // cosine and sine of every absorbed angle

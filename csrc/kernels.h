@@ -29,6 +29,7 @@ struct Workspace {
   State<T> kept[Layout::max_kept];  // kets from before a stage, in the order of the stages
   Vec<T>* scratch;  // for sums and for weights of a tree: 2 * scratch_size
   Vec<T>* strings;  // values of the strings, lane by lane without the lanes' signs, then their weights: 2 * n_strings
+  Vec<T>* gathers;  // weights of gathers: n_gather_weights
   Vec<T>* columns;  // features, or their gradients: n_columns
   Wide<T>* slots;   // derivatives, lane by lane: n_slots
   mutable Prefetch soon;
@@ -39,8 +40,8 @@ struct Workspace {
   static std::size_t scratch_size(const BoundPlan<T>& p) { return p.n_vectors / 8 + 8; }
   static std::size_t vectors(const BoundPlan<T>& p) {
     const std::size_t states = std::size_t{2} + p.n_kept;
-    return 2 * states * (p.n_vectors + gap) + 2 * scratch_size(p) + 2 * std::size_t{p.n_strings} + p.n_columns +
-           sizeof(Wide<T>) / sizeof(Vec<T>) * p.n_slots;
+    return 2 * states * (p.n_vectors + gap) + 2 * scratch_size(p) + 2 * std::size_t{p.n_strings} +
+           p.n_gather_weights + p.n_columns + sizeof(Wide<T>) / sizeof(Vec<T>) * p.n_slots;
   }
   Workspace(const BoundPlan<T>& p, void* memory) {
     auto* next = static_cast<Vec<T>*>(memory);
@@ -54,6 +55,7 @@ struct Workspace {
     for (std::uint32_t k = 0; k < p.n_kept; ++k) kept[k] = take_state();
     scratch = take(2 * scratch_size(p));
     strings = take(2 * std::size_t{p.n_strings});
+    gathers = take(p.n_gather_weights);
     columns = take(p.n_columns);
     slots = reinterpret_cast<Wide<T>*>(next);
   }
@@ -432,7 +434,10 @@ void bra_pass(const RotatePass<T>& shared, const Vec<T>* ket, Vec<T>* bra, const
       if constexpr (link) {
 #pragma GCC unroll 4
         for (int k = 0; k + 1 < bits; ++k) {
-          if (has_link<radix, extra>(k)) b += weight[k][link_class(k, v)] * flipped(3 << k);
+          if (!has_link<radix, extra>(k)) continue;
+          const Vec<T> from = flipped(3 << k);
+          // A product and a sum beside the store of b.
+          b += k == 0 ? product(weight[0][link_class(0, v)], from) : weight[k][link_class(k, v)] * from;
         }
       }
       if constexpr (overlap) {
@@ -1006,14 +1011,12 @@ void start_with(const BoundPlan<T>& p, const Vec<T>& factor, const State<T>& ket
   for (Index v = 0; p.ends_complex && v < p.n_vectors; ++v) bra.im[v] = factor * ket.im[v];
 }
 
-// values[k] += <state| flip by mask k |state>; or with `apply` bra += sum over k of weights[k] (state flipped by mask k).
-template <class T, int radix, bool apply>
-void flip_pass(const FlipPass& shared, const Vec<T>* state, Vec<T>* values, const Vec<T>* weights,
-               Vec<T>* bra, Prefetch& shared_soon) {
+// values[k] += <state| flip by mask k |state>.
+template <class T, int radix>
+void flip_pass(const FlipPass& shared, const Vec<T>* state, Vec<T>* values, Prefetch& shared_soon) {
   const FlipPass pass = shared;
   const Block<T, radix> in(pass.masks);
-  Vec<T> sum[radix][2] = {}, weight[radix];  // two chains each: one would wait for its own last result
-  for (int k = 0; apply && k < radix; ++k) weight[k] = weights[pass.strings[k]];
+  Vec<T> sum[radix][2] = {};  // two chains each: one would wait for its own last result
   Prefetch soon = shared_soon;
   for (std::uint32_t r = 0; r < pass.n_representatives; ++r) {
     const std::size_t base = in.base(pass.representatives[r]);
@@ -1021,29 +1024,19 @@ void flip_pass(const FlipPass& shared, const Vec<T>* state, Vec<T>* values, cons
     Vec<T> block[1 << radix];
     in.load(state, base, block);
 #pragma GCC unroll 4
-    for (int k = 0; !apply && k < radix; ++k) {
+    for (int k = 0; k < radix; ++k) {
 #pragma GCC unroll 16
       for (int v = 0; v < (1 << radix); ++v) {
         if (!(v & (1 << k))) sum[k][(v >> (k == 0)) & 1] += block[v] * block[v | (1 << k)];
       }
     }
-    if constexpr (apply) {
-      in.each(base, [&](int v, std::size_t address) {
-        Vec<T> out = at(bra, address);
-#pragma GCC unroll 4
-        for (int k = 0; k < radix; ++k) out += weight[k] * block[v ^ (1 << k)];
-        at(bra, address) = out;
-      });
-    }
   }
   shared_soon = soon;
-  for (int k = 0; !apply && k < radix; ++k) values[pass.strings[k]] += 2 * (sum[k][0] + sum[k][1]);
+  for (int k = 0; k < radix; ++k) values[pass.strings[k]] += 2 * (sum[k][0] + sum[k][1]);
 }
-template <class T, bool apply>
-void flip_strings(const FlipPass& pass, const Vec<T>* state, Vec<T>* values, const Vec<T>* weights, Vec<T>* bra,
-                  Prefetch& soon) {
-  with_radix(pass.radix,
-             [&](auto radix) { flip_pass<T, radix.value, apply>(pass, state, values, weights, bra, soon); });
+template <class T>
+void flip_strings(const FlipPass& pass, const Vec<T>* state, Vec<T>* values, Prefetch& soon) {
+  with_radix(pass.radix, [&](auto radix) { flip_pass<T, radix.value>(pass, state, values, soon); });
 }
 
 // Of any strings with one x, values = 2 Re(conj(a_i) a_j) or 2 Im(conj(a_i) a_j), lane by lane; or with `apply`
@@ -1114,6 +1107,65 @@ void correlation(const CorrelationPass& c, bool complex, State<T> ket, Vec<T>* v
   });
 }
 
+// Weights of the gathers' classes from those of the strings.
+template <class T>
+void weigh_gathers(const BoundPlan<T>& p, const Workspace<T>& work) {
+  const Vec<T>* weights = work.strings + p.n_strings;
+  for (std::uint32_t g = 0; g < p.n_gathers; ++g) {
+    const GatherPass& gather = p.gathers[g];
+    Vec<T>* to = work.gathers + gather.first_weight;
+    for (std::uint32_t of_class = 0; of_class < (1u << gather.n_bits); ++of_class) {
+      Vec<T> weight{};
+      for (std::uint32_t m = 0; m < gather.n_members; ++m) {
+        const Correlation::Member& member = gather.members[m];
+        const T sign = T(__builtin_parity(of_class & member.mask) ? -1 : 1);
+        weight += sign * lane_signs<T>(member.lanes) * weights[member.string];
+      }
+      if (gather.n_bits == 0) {
+        *to = weight;
+      } else {
+        for (std::uint32_t k = 0; k < 8; ++k) to[8 * (of_class ^ gather.of_eight[k]) + k] = weight;
+      }
+    }
+  }
+}
+
+// bra = (the first tree's weight + all gathers) ket, of one part of the states.
+template <class T, int bits>
+void gather_blocks(const BoundPlan<T>& p, const TreeWeights<T>& weight, const Vec<T>* weights, const Vec<T>* ket,
+                   Vec<T>* bra) {
+  const Index *order = p.trees[0].order, n_blocks = p.n_vectors >> bits;
+  Index masks[bits + 1] = {};
+  for (int k = 0; k < bits; ++k) masks[k] = order[Index{1} << k];
+  const Block<T, bits> in(masks);
+  for (Index b = 0; b < n_blocks; ++b) {
+    const std::size_t base = in.base(order[b << bits]);
+    Vec<T> out[1 << bits];
+    in.each(base, [&](int v, std::size_t address) { out[v] = weight(b, v) * at(ket, address); });
+    for (std::uint32_t g = 0; g < p.n_gathers; ++g) {
+      const GatherPass& gather = p.gathers[g];
+      const std::size_t from = base ^ in.base(gather.vectors);
+      const Vec<T>* w = weights + gather.first_weight;
+      if (gather.n_bits == 0) {
+        in.each(from, [&, all = *w](int v, std::size_t address) { out[v] += all * at(ket, address); });
+      } else {
+        w += 8 * std::size_t{gather.classes[b]};
+        in.each(from, [&](int v, std::size_t address) { out[v] += w[v] * at(ket, address); });
+      }
+    }
+    in.each(base, [&](int v, std::size_t address) { at(bra, address) = out[v]; });
+  }
+}
+template <class T>
+void gather(const BoundPlan<T>& p, const TreeWeights<T>& weight, const Vec<T>* weights, const Vec<T>* ket, Vec<T>* bra) {
+  switch (p.n_bits) {
+    case 0: return gather_blocks<T, 0>(p, weight, weights, ket, bra);
+    case 1: return gather_blocks<T, 1>(p, weight, weights, ket, bra);
+    case 2: return gather_blocks<T, 2>(p, weight, weights, ket, bra);
+    default: return gather_blocks<T, 3>(p, weight, weights, ket, bra);
+  }
+}
+
 // Without the strings of links, work.strings[s] = <stored ket| string s |stored ket>, lane by lane, without the lanes'
 // signs; or with `apply` bra = (sum over s of weights[s] string s - along) ket, where the weights follow the values.
 template <class T, bool apply>
@@ -1121,39 +1173,44 @@ void read_strings(const BoundPlan<T>& p, const Vec<T>& along, const Workspace<T>
   Vec<T>*values = work.strings, *weights = work.strings + p.n_strings;
   const State<T> ket = work.ket, bra = work.bra;
   const bool complex = p.ends_complex;
-  if (apply && p.n_trees == 0) start_with<T>(p, -along, ket, bra);
+  if (apply) weigh_gathers<T>(p, work);
   for (std::uint32_t t = 0; t < p.n_trees; ++t) {
     const SumTree& tree = p.trees[t];
-    with_flags(complex, t == 0, [&](auto is_complex, auto first) {
-      if constexpr (apply) {
-        Vec<T> of_slots[max_sums] = {};
-        if (first.value) of_slots[p.n_bits] = -along;
-        for (std::uint32_t m = 0; m < tree.n_members; ++m) {
-          const LaneTree::Member& member = tree.members[m];
-          of_slots[member.slot] += lane_signs<T>(member.lanes) * weights[member.item];
-        }
-        const TreeWeights<T> weight(p.n_bits, of_slots, work.scratch);
+    if constexpr (apply) {
+      Vec<T> of_slots[max_sums] = {};
+      if (t == 0) of_slots[p.n_bits] = -along;
+      for (std::uint32_t m = 0; m < tree.n_members; ++m) {
+        const LaneTree::Member& member = tree.members[m];
+        of_slots[member.slot] += lane_signs<T>(member.lanes) * weights[member.item];
+      }
+      const TreeWeights<T> weight(p.n_bits, of_slots, work.scratch);
+      if (t == 0) {
+        gather<T>(p, weight, work.gathers, ket.re, bra.re);
+        if (complex) gather<T>(p, weight, work.gathers, ket.im, bra.im);
+      } else {
         each_of_tree<T>(p.n_bits, tree.order, [&](Index block, int v, std::size_t address) {
           const Vec<T> w = weight(block, v);
-          Vec<T>&to_re = at(bra.re, address), &to_im = at(bra.im, address);
-          to_re = first.value ? w * at(ket.re, address) : to_re + w * at(ket.re, address);
-          if constexpr (is_complex.value) to_im = first.value ? w * at(ket.im, address) : to_im + w * at(ket.im, address);
+          at(bra.re, address) += w * at(ket.re, address);
+          if (complex) at(bra.im, address) += w * at(ket.im, address);
         });
-      } else {
-        Vec<T> sums[max_sums];
+      }
+    } else if (tree.n_members > 0) {
+      Vec<T> sums[max_sums];
+      with_flags(complex, false, [&](auto is_complex, auto) {
         tree_sums<T>(p.n_bits, tree.order, [&](Index, int, std::size_t address) {
           const Vec<T> re = at(ket.re, address), im = is_complex.value ? at(ket.im, address) : Vec<T>{};
           return is_complex.value ? re * re + im * im : re * re;
         }, work.scratch, sums);
-        for (std::uint32_t m = 0; m < tree.n_members; ++m) values[tree.members[m].item] = sums[tree.members[m].slot];
-      }
-    });
+      });
+      for (std::uint32_t m = 0; m < tree.n_members; ++m) values[tree.members[m].item] = sums[tree.members[m].slot];
+    }
   }
-  for (std::uint32_t f = 0; f < p.n_flips; ++f) {
-    flip_strings<T, apply>(p.flips[f], ket.re, values, weights, bra.re, work.soon);
-    if (complex) flip_strings<T, apply>(p.flips[f], ket.im, values, weights, bra.im, work.soon);
+  for (std::uint32_t f = 0; !apply && f < p.n_flips; ++f) {
+    flip_strings<T>(p.flips[f], ket.re, values, work.soon);
+    if (complex) flip_strings<T>(p.flips[f], ket.im, values, work.soon);
   }
   for (std::uint32_t c = 0; c < p.n_correlations; ++c) {
+    if (apply && p.correlations[c].is_gathered) continue;
     correlation<T, apply>(p.correlations[c], complex, ket, values, weights, bra);
   }
 }

@@ -399,6 +399,33 @@ void add_correlations(const Coordinates& at, std::vector<Placed> strings, Index 
   }
 }
 
+// Flips and correlations as they are applied, for vectors in the order of a tree.
+std::vector<Gather> lay_out_gathers(const Layout& layout) {
+  std::vector<Gather> out;
+  for (const Pass& pass : layout.flips) {
+    for (std::uint32_t k = 0; k < pass.radix(); ++k) {
+      Gather& gather = out.emplace_back();
+      gather.vectors = pass.masks[k];
+      gather.members.push_back({pass.rotations[k], 0, 0});
+    }
+  }
+  const std::vector<Index>& order = layout.trees.front().order;
+  for (const Correlation& c : layout.correlations) {
+    if (!c.is_gathered()) continue;
+    Gather& gather = out.emplace_back();
+    gather.vectors = c.vectors;
+    gather.n_bits = c.n_bits;
+    gather.members = c.members;
+    std::vector<std::uint8_t> class_of(layout.n_vectors);
+    for (std::size_t k = 0; k < c.order.size(); ++k) {
+      class_of[c.order[k]] = class_of[c.order[k] ^ c.vectors] = std::uint8_t((k << c.n_bits) / c.order.size());
+    }
+    for (std::size_t b = 0; b < order.size(); b += 8) gather.classes.push_back(class_of[order[b]]);
+    for (std::size_t k = 0; k < std::min<std::size_t>(8, order.size()); ++k) gather.of_eight[k] = class_of[order[k]];
+  }
+  return out;
+}
+
 // The plan for vectors with 2^lane_bits amplitudes of a row. The rotations of the `low_bits` lowest bits of vectors have a
 // pass of their own, which kernels do while they load rows.
 Layout lay_out(const Plan& plan, std::uint32_t lane_bits, std::uint32_t low_bits) {
@@ -509,6 +536,11 @@ Layout lay_out(const Plan& plan, std::uint32_t lane_bits, std::uint32_t low_bits
       first = end;
     }
     out.trees = lane_trees(at, places, items, n_bits);
+    if (out.trees.empty()) {
+      std::vector<Index>& order = out.trees.emplace_back().order;
+      for (Index v = 0; v < out.n_vectors; ++v) order.push_back(v);
+    }
+    out.gathers = lay_out_gathers(out);
   }
   for (const Index b : plan.outputs) out.outputs.push_back(at.place(b));
 

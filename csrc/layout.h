@@ -73,9 +73,20 @@ struct Correlation {
   Index vectors = 0;
   std::uint32_t lanes = 0;
   bool imaginary = false;  // parity(x & z)
+  bool is_gathered() const { return lanes == 0 && !imaginary; }
   std::uint32_t n_bits = 0;
   std::vector<Index> order;  // v, class by class
   std::vector<Member> members;
+};
+
+// Strings with one x = (vectors, 0) and real elements as they are applied to a state: vector v of the result takes vector
+// v ^ vectors, with the weight of v's class, while a tree's vectors are visited eight by eight.
+struct Gather {
+  Index vectors = 0;
+  std::uint32_t n_bits = 0;
+  std::vector<std::uint8_t> classes;       // of the first vector of every eight
+  std::array<std::uint8_t, 8> of_eight{};  // of vector k of eight: that of the first, xor this
+  std::vector<Correlation::Member> members;
 };
 
 struct StageLayout {
@@ -102,9 +113,10 @@ struct Layout {
 
   // expval
   std::vector<std::uint32_t> string_lanes;  // the lanes of a string's sign
-  std::vector<LaneTree> trees;              // strings with x = 0
+  std::vector<LaneTree> trees;              // strings with x = 0; there is a first tree even if there are none
   std::vector<Pass> flips;                  // strings between vectors without a sign
   std::vector<Correlation> correlations;    // every other string that no pass of the last stage reads
+  std::vector<Gather> gathers;              // flips and correlations that can be, in the order of the first tree
 
   std::vector<Index> outputs;  // of probs and state: vector and lane of the amplitude, the lane in the lowest bits
 };

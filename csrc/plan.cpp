@@ -664,7 +664,7 @@ Operations count_operations(const Plan& plan, std::uint32_t columns) {
   }
   double reading = 0;
   if (plan.readout == ReadoutKind::expval) {
-    const double n_trees = double(layout.trees.size());
+    const double n_trees = double(plan.trees.empty() ? 0 : layout.trees.size());
     double n_products = 0;  // of two amplitudes, for every pair of indices
     for (const Pass& pass : layout.flips) n_products += pass.radix() * parts;
     for (const StageLayout& stage : layout.stages) {
@@ -676,7 +676,7 @@ Operations count_operations(const Plan& plan, std::uint32_t columns) {
       n_products += (c.vectors == 0 ? 2 : 1) * (c.imaginary ? 2 * (parts - 1) : parts);
     }
     reading = n_trees * (2 * n * (parts - 1) + tree_sum) + n_products * n / 2;  // squares are added as they are made
-    back += (n_trees > 0 ? n_trees * (1 + parts) : parts) * n + n_products * n;
+    back += double(layout.trees.size()) * (1 + parts) * n + n_products * n;
     return {forward + reading, forward + back + 2.0 * columns, reading};
   }
   const double outputs = plan.n_outputs * 2 * parts;  // read, and once more for the overlap of bra and ket
