@@ -698,7 +698,7 @@ def test_the_core_holds_the_same_gate_table() -> None:
 
 
 def test_operations_are_counted_from_the_plan() -> None:
-    """n = 10, d = 768, by hand, for one layer and for two; backward with the strings' values, then what reading adds."""
+    """n = 10, d = 768, by hand, for one layer and for two: forward, backward with values of strings, reading them."""
     n, amplitudes, d = 10, 1024, 768
     tree = 2 * amplitudes + 3 * (amplitudes // 8 - 1)
     # The state stays real: norm, RY, <Z...Z>, <X...X>; then the same for the bra, RY's overlaps, RY undone, rows.
