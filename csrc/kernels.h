@@ -401,14 +401,20 @@ struct BraTask {
   const Vec<T>* weights = nullptr;  // bra += (sum over strings s of the pass's links of weights[s] string s) ket
 };
 
-// Amplitudes of a block that a pass over two states keeps in registers: of sixteen half, where there are no more registers.
-template <class T, int bits>
-constexpr int held_bits = bits == 4 && sizeof(Vec<T>) < 64 ? 3 : bits;
+// Amplitudes of a block of the ket that a pass over two states keeps in registers: of sixteen half, where there are no
+// more than sixteen registers.
+#if defined(__AVX512F__) || defined(__aarch64__)
+template <int bits>
+constexpr int held_bits = bits;
+#else
+template <int bits>
+constexpr int held_bits = bits == 4 ? 3 : bits;
+#endif
 
 template <class T, int radix, int extra, bool overlap, bool link>
 void bra_pass(const RotatePass<T>& shared, const Vec<T>* ket, Vec<T>* bra, const BraTask<T>& task,
               Prefetch& shared_soon) {
-  constexpr int bits = radix + extra, held = held_bits<T, bits>, n_chains = held < bits ? 1 : 2;
+  constexpr int bits = radix + extra, held = held_bits<bits>, n_chains = held < bits ? 1 : 2;
   const RotatePass<T> pass = shared;
   const Block<T, held> in(pass.masks);
   const std::size_t across = in.base(pass.masks[bits - 1]), diagonal = across ^ in.masks[held - 1];

@@ -30,6 +30,8 @@ _SCALARS = {
     torch.float64: _core.Scalar.float64,
 }
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
 _PAIRS = {torch.complex64: _core.Scalar.float32, torch.complex128: _core.Scalar.float64}  # real and imaginary part
 
 
@@ -540,6 +542,8 @@ def _check_x(what: Program, x: Tensor) -> None:
 
 
 def _check_place(name: str, tensor: Tensor) -> None:
+    if tensor.is_cpu and tensor.layout is torch.strided:
+        return
     if tensor.layout != torch.strided:
         raise TypeError(f"expected {name} to be a dense tensor, received one of layout {tensor.layout}")
     if tensor.device.type in ("cpu", "meta") or (tensor.device.type == "cuda" and cuda.is_built()):
@@ -549,7 +553,7 @@ def _check_place(name: str, tensor: Tensor) -> None:
 
 
 def _check_together(theta: Tensor, name: str, tensor: Tensor) -> None:
-    if theta.device != tensor.device:
+    if not (theta.is_cpu and tensor.is_cpu) and theta.device != tensor.device:
         raise ValueError(f"expected theta and {name} on one device, received {theta.device} and {tensor.device}")
 
 
@@ -568,7 +572,10 @@ def _is_plain(*tensors: Tensor) -> bool:
         return False
     if torch._C._get_tracing_state() is not None:
         return False
-    return all(type(t) in (Tensor, torch.nn.Parameter) and (t.is_cpu or t.is_cuda) for t in tensors)
+    for t in tensors:  # noqa: SIM110 (a generator takes half a microsecond)
+        if type(t) not in _PLAIN or not (t.is_cpu or t.is_cuda):
+            return False
+    return True
 
 
 def _transform() -> Any:
@@ -622,6 +629,8 @@ def _feature_dtype(what: Program, dtype: torch.dtype) -> torch.dtype:
 
 def _readable(t: Tensor) -> Tensor:
     """A matrix with adjacent numbers in each row; copies only where that is needed."""
+    if t.is_contiguous() and not t.is_neg() and not t.is_conj():
+        return t
     t = t.resolve_conj().resolve_neg()
     return t if t.stride(1) == 1 or t.size(1) <= 1 else t.contiguous()
 
@@ -631,16 +640,17 @@ _Layout = tuple[int, int, int, int, _core.Scalar]  # address, rows, columns, row
 
 def _layout(t: Tensor) -> _Layout:
     (rows, columns), stride = t.shape, t.stride(0)
-    if t.dtype in _PAIRS:
+    scalar = _SCALARS.get(t.dtype)
+    if scalar is None:
         return t.data_ptr(), rows, 2 * columns, 2 * stride, _PAIRS[t.dtype]
-    return t.data_ptr(), rows, columns, stride, _SCALARS[t.dtype]
+    return t.data_ptr(), rows, columns, stride, scalar
 
 
 def _angles(theta: Tensor) -> Tensor:
     """Adjacent numbers in float32 or float64; copies only where that is needed."""
     if theta.dtype not in (torch.float32, torch.float64):
         theta = theta.to(torch.float32)
-    return theta.resolve_neg().contiguous()
+    return theta if theta.is_contiguous() and not theta.is_neg() else theta.resolve_neg().contiguous()
 
 
 #: So many amplitudes are worth it that the forward pass keeps the values of the strings for the adjoint.
@@ -656,7 +666,10 @@ def _room_for_strings(what: Program, x: Tensor) -> Tensor | None:
 
 
 def _forward(what: Program, theta: Tensor, x: Tensor, strings: Tensor | None = None) -> Tensor:
-    features = torch.empty(x.shape[0], what.n_outputs, dtype=_feature_dtype(what, x.dtype), device=x.device)
+    if what.is_complex:
+        features = x.new_empty(x.shape[0], what.n_outputs, dtype=_feature_dtype(what, x.dtype))
+    else:
+        features = x.new_empty(x.shape[0], what.n_outputs)
     if theta.ndim == len(what.circuit.parameter_shape):
         _call_forward(what, theta, x, features, 1, strings)
     else:
@@ -736,7 +749,7 @@ def _backward(
     what: Program, theta: Tensor, x: Tensor, grad: Tensor, groups: int = 1, strings: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     angles, x, grad = _angles(theta), _readable(x), _readable(grad)
-    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    grad_x = torch.empty_like(x) if x.is_contiguous() else x.new_empty(x.shape)
     return _call_backward(what, theta, angles, _layout(x), grad, _layout(grad_x), groups, strings), grad_x
 
 

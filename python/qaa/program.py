@@ -73,10 +73,11 @@ class Program:
 
         Raises ``ValueError`` unless ``shape`` is ``(*vectors[:count], *circuit.parameter_shape)`` for such a count.
         """
-        own, shape, vectors = self.circuit.parameter_shape, tuple(shape), tuple(vectors)
-        count = len(shape) - len(own)
+        own = self.circuit.parameter_shape
+        count, shape = len(shape) - len(own), tuple(shape)
         if count == 0 and shape == own:  # of unequal lengths, sizes that a graph leaves open would be compared
             return 0
+        vectors = tuple(vectors)
         if count <= 0 or shape[count:] != own or not vectors:
             raise ValueError(f"expected theta of shape {own}, received {shape}")
         if shape[:count] != vectors[:count]:
