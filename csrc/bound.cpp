@@ -330,6 +330,7 @@ void BoundPlanStorage<T>::bind(const double* theta) {
   std::size_t made = 0;
 
   double scale = 1;
+  std::vector<double> scales_before(n_stages);
   for (std::size_t s = 0; s < n_stages; ++s) {
     const Stage& stage = plan_.stages[s];
     BoundStage<T>& out = stages_[s];
@@ -339,37 +340,46 @@ void BoundPlanStorage<T>::bind(const double* theta) {
       table += 2 * size;
       scale = 1;
     } else {
-      out.keep = T(scale);  // over the scale that the bra will have
+      scales_before[s] = scale;
       for (std::size_t r = 0; r < stage.rotations.size(); ++r) {
         halves_[out.first_slot + r] = std::polar(1.0, stage.rotations[r].angle.value(theta) / 2);
       }
-      bind_lanes(out.lanes, halves_, tangent, scale);
+      const bool lanes_first = s == 0 && bound_.loads_lanes;
+      if (lanes_first) bind_lanes(out.lanes, halves_, tangent, scale);
       RotatePass<T>* const first = pass;
       for (; pass < first + out.n_rotate; ++pass) bind_pass(*pass, halves_, tangent, scale);
+      if (!lanes_first) bind_lanes(out.lanes, halves_, tangent, scale);
       for (RotatePass<T>* p = first; p < pass; ++p) p->link_scale *= p->link_scale / T(scale * scale);
     }
   }
   bound_.scale = T(scale);
+  double ratio = 1;  // of the ket's scale to the bra's, which is `scale`
   for (std::size_t s = with_adjoint_ ? n_stages : 0; s-- > 0;) {
     BoundStage<T>& out = stages_[s];
     if (out.diagonal) {
-      out.overlap_scale = scale * scale;
+      out.overlap_scale = ratio * scale * scale;
+      out.undone_scale = ratio;
       store(table, diagonal(--made), scale, true);
       table += 2 * size;
       scale = 1;
     } else {
       const double scale_before = scale;
       RotatePass<T>* const first = pass;
-      for (; pass < first + out.n_unwind; ++pass) bind_pass(*pass, halves_, tangent, scale);
+      for (; pass < first + out.n_unwind; ++pass) {
+        bind_pass(*pass, halves_, tangent, scale);
+        pass->overlap_scale *= ratio;
+      }
       bind_lanes(out.unwind_lanes, halves_, tangent, scale);
+      for (double& of_lane : out.unwind_lanes.overlap_scale) of_lane *= ratio;
+      if (out.kept) ratio = scales_before[s] / scale;
       // Overlaps after all rotations of the bra where the ket was kept, and before them at the first stage.
       if (out.overlap != out.unwind) pass += out.n_overlap;
       if (out.kept || s == 0) {
         const double of_overlaps = out.kept ? scale : scale_before;
-        for (RotatePass<T>* p = first; p < pass; ++p) p->overlap_scale = of_overlaps * of_overlaps;
-        std::ranges::fill(out.unwind_lanes.overlap_scale, of_overlaps * of_overlaps);
+        const double both = ratio * of_overlaps * of_overlaps;
+        for (RotatePass<T>* p = first; p < pass; ++p) p->overlap_scale = both;
+        std::ranges::fill(out.unwind_lanes.overlap_scale, both);
       }
-      out.keep = T(double(out.keep) / scale);
     }
   }
   bound_.unwound_scale = T(scale);

@@ -28,7 +28,7 @@ struct RotatePass {
   bool tangent;            // a - mix b, b + mix a; else keep a - mix b, keep b + mix a
   T keep[max_radix], mix[max_radix];
   std::uint32_t slots[max_radix];  // where the derivatives with respect to the angles go
-  double overlap_scale;            // scale^2 of the two states when the overlaps of this pass are taken
+  double overlap_scale;            // product of the two states' scales when the overlaps of this pass are taken
 };
 
 // Rotations on lane bits. Bits that have none are left as they are: keep = 1, mix = 0.
@@ -56,14 +56,14 @@ struct BoundStage {
   LanePass<T> lanes, unwind_lanes;
   const RotatePass<T>*rotate, *unwind, *overlap;
   std::uint32_t n_rotate, n_unwind, n_overlap;
-  bool kept;      // the adjoint keeps `keep` times the ket from before this stage: as the bra will be when it gets here
-  T keep;
+  bool kept;      // the adjoint keeps the ket from before this stage
   const T *re, *im;            // the diagonal times the scale owed in the forward direction, amplitude by amplitude
   const T *back_re, *back_im;  // its conjugate times the scale owed in the adjoint direction
   const SumTree* trees;
   std::uint32_t n_trees;
   std::uint32_t first_slot;
-  double overlap_scale;  // scale^2 of the two states when the adjoint reaches this stage
+  double overlap_scale;  // product of the two states' scales when the adjoint reaches this stage
+  double undone_scale;   // and after it has been undone on both
 };
 
 struct FlipPass {

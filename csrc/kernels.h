@@ -6,6 +6,7 @@
 #pragma once
 
 #include <limits>
+#include <utility>
 
 #include "bound.h"
 #include "lanes.h"
@@ -335,8 +336,9 @@ struct LinkSums {
   }
 };
 
+// From one array to another, or in place.
 template <class T, int radix, int extra, bool tangent, bool inverse, bool link>
-void rotate_pass(const RotatePass<T>& shared, Vec<T>* state, Vec<T>* values, Prefetch& shared_soon) {
+void rotate_pass(const RotatePass<T>& shared, const Vec<T>* from, Vec<T>* to, Vec<T>* values, Prefetch& shared_soon) {
   constexpr int bits = radix + extra;
   const RotatePass<T> pass = shared;  // a copy that stores to the state cannot alias
   const Block<T, bits> in(pass.masks);
@@ -346,10 +348,10 @@ void rotate_pass(const RotatePass<T>& shared, Vec<T>* state, Vec<T>* values, Pre
     const std::size_t base = in.base(pass.representatives[r]);
     soon.template step<1 << bits>();
     Vec<T> block[1 << bits];
-    in.load(state, base, block);
+    in.load(from, base, block);
     rotate_block<T, radix, extra, tangent, inverse, turns_apart<bits, link>>(block, pass);
     if constexpr (link) sums.add(block);
-    if constexpr (radix > 0) in.store(state, base, block);
+    if constexpr (radix > 0) in.store(to, base, block);
   }
   shared_soon = soon;
   if constexpr (link) sums.add_to(values, pass);
@@ -505,10 +507,10 @@ QAA_INLINE void with_shape(const RotatePass<T>& pass, F&& f) {
 
 // Adds the strings of the pass's links to `values`.
 template <class T>
-void rotate(const RotatePass<T>& pass, Vec<T>* state, Vec<T>* values, Prefetch& soon) {
+void rotate(const RotatePass<T>& pass, const Vec<T>* from, Vec<T>* to, Vec<T>* values, Prefetch& soon) {
   with_shape(pass, [&](auto radix, auto extra) {
     with_flags(pass.tangent, pass.links != nullptr, [&](auto tangent, auto link) {
-      rotate_pass<T, radix.value, extra.value, tangent.value, false, link.value>(pass, state, values, soon);
+      rotate_pass<T, radix.value, extra.value, tangent.value, false, link.value>(pass, from, to, values, soon);
     });
   });
 }
@@ -517,7 +519,7 @@ void rotate_inverse(const RotatePass<T>& pass, Vec<T>* state, Prefetch& soon) {
   with_shape(pass, [&](auto radix, auto extra) {
     if constexpr (radix.value > 0) {
       with_flags(pass.tangent, false, [&](auto tangent, auto) {
-        rotate_pass<T, radix.value, extra.value, tangent.value, true, false>(pass, state, nullptr, soon);
+        rotate_pass<T, radix.value, extra.value, tangent.value, true, false>(pass, state, state, nullptr, soon);
       });
     }
   });
@@ -781,7 +783,7 @@ Norms<T> embed(const BoundPlan<T>& p, const ConstMatrix& x, std::int64_t first_r
   }
   if (p.n_stages > 0 && p.loads_lanes && !turned) {
     turn_lanes<false, T>(p.stages[0].lanes, p.n_vectors, ket.re);
-    if (low != nullptr) rotate<T>(*low, ket.re, values, soon);
+    if (low != nullptr) rotate<T>(*low, ket.re, ket.re, values, soon);
   }
   if (link && turned) sums.add_to(values, *low);
   return norms;
@@ -1003,18 +1005,24 @@ void unwind_diagonal(const BoundPlan<T>& p, const BoundStage<T>& stage, const Wo
     }
     for (std::uint32_t m = 0; m < tree.n_members; ++m) {
       const LaneTree::Member& member = tree.members[m];
-      work.add_to_slot(stage.first_slot + member.item, sums[member.slot], last && both ? 1 : stage.overlap_scale);
+      work.add_to_slot(stage.first_slot + member.item, sums[member.slot], last && both ? stage.undone_scale : stage.overlap_scale);
     }
   }
 }
 
 // ------------------------------------------------------------------------------------------------ observables
 
-// bra = factor ket, or zero where the factor is.
 template <class T>
-void start_with(const BoundPlan<T>& p, const Vec<T>& factor, const State<T>& ket, const State<T>& bra) {
-  for (Index v = 0; v < p.n_vectors; ++v) bra.re[v] = factor * ket.re[v];
-  for (Index v = 0; p.ends_complex && v < p.n_vectors; ++v) bra.im[v] = factor * ket.im[v];
+void clear(const BoundPlan<T>& p, const State<T>& s) {
+  for (Index v = 0; v < p.n_vectors; ++v) s.re[v] = Vec<T>{};
+  for (Index v = 0; p.ends_complex && v < p.n_vectors; ++v) s.im[v] = Vec<T>{};
+}
+// bra = -along ket, or zero where nothing is normalized, whatever the ket is.
+template <class T>
+void start_without(const BoundPlan<T>& p, const Vec<T>& along, const State<T>& ket, const State<T>& bra) {
+  if (!p.normalize) return clear<T>(p, bra);
+  for (Index v = 0; v < p.n_vectors; ++v) bra.re[v] = -along * ket.re[v];
+  for (Index v = 0; p.ends_complex && v < p.n_vectors; ++v) bra.im[v] = -along * ket.im[v];
 }
 
 // values[k] += <state| flip by mask k |state>.
@@ -1172,70 +1180,81 @@ void gather(const BoundPlan<T>& p, const TreeWeights<T>& weight, const Vec<T>* w
   }
 }
 
-// Without the strings of links, work.strings[s] = <stored ket| string s |stored ket>, lane by lane, without the lanes'
-// signs; or with `apply` bra = (sum over s of weights[s] string s - along) ket, where the weights follow the values.
-template <class T, bool apply>
-void read_strings(const BoundPlan<T>& p, const Vec<T>& along, const Workspace<T>& work) {
-  Vec<T>*values = work.strings, *weights = work.strings + p.n_strings;
-  const State<T> ket = work.ket, bra = work.bra;
+// work.strings[s] = <stored ket| string s |stored ket>, lane by lane, without the lanes' signs; those of links are there
+// already.
+template <class T>
+void measure_strings(const BoundPlan<T>& p, const Workspace<T>& work) {
+  const State<T> ket = work.ket;
   const bool complex = p.ends_complex;
-  if (apply) weigh_gathers<T>(p, work);
+  Vec<T>* values = work.strings;
   for (std::uint32_t t = 0; t < p.n_trees; ++t) {
     const SumTree& tree = p.trees[t];
-    if constexpr (apply) {
-      Vec<T> of_slots[max_sums] = {};
-      if (t == 0) of_slots[p.n_bits] = -along;
-      for (std::uint32_t m = 0; m < tree.n_members; ++m) {
-        const LaneTree::Member& member = tree.members[m];
-        of_slots[member.slot] += lane_signs<T>(member.lanes) * weights[member.item];
-      }
-      const TreeWeights<T> weight(p.n_bits, of_slots, work.scratch);
-      if (t == 0) {
-        gather<T>(p, weight, work.gathers, ket.re, bra.re);
-        if (complex) gather<T>(p, weight, work.gathers, ket.im, bra.im);
-      } else {
-        each_of_tree<T>(p.n_bits, tree.order, [&](Index block, int v, std::size_t address) {
-          const Vec<T> w = weight(block, v);
-          at(bra.re, address) += w * at(ket.re, address);
-          if (complex) at(bra.im, address) += w * at(ket.im, address);
-        });
-      }
-    } else if (tree.n_members > 0) {
-      Vec<T> sums[max_sums];
-      with_flags(complex, false, [&](auto is_complex, auto) {
-        tree_sums<T>(p.n_bits, tree.order, [&](Index, int, std::size_t address) {
-          const Vec<T> re = at(ket.re, address), im = is_complex.value ? at(ket.im, address) : Vec<T>{};
-          return is_complex.value ? re * re + im * im : re * re;
-        }, work.scratch, sums);
-      });
-      for (std::uint32_t m = 0; m < tree.n_members; ++m) values[tree.members[m].item] = sums[tree.members[m].slot];
-    }
+    if (tree.n_members == 0) continue;
+    Vec<T> sums[max_sums];
+    auto measure = [&](auto is_complex) {
+      tree_sums<T>(p.n_bits, tree.order, [&](Index, int, std::size_t address) {
+        const Vec<T> re = at(ket.re, address), im = is_complex.value ? at(ket.im, address) : Vec<T>{};
+        return is_complex.value ? re * re + im * im : re * re;
+      }, work.scratch, sums);
+    };
+    complex ? measure(Constant<true>{}) : measure(Constant<false>{});
+    for (std::uint32_t m = 0; m < tree.n_members; ++m) values[tree.members[m].item] = sums[tree.members[m].slot];
   }
-  for (std::uint32_t f = 0; !apply && f < p.n_flips; ++f) {
+  for (std::uint32_t f = 0; f < p.n_flips; ++f) {
     flip_strings<T>(p.flips[f], ket.re, values, work.soon);
     if (complex) flip_strings<T>(p.flips[f], ket.im, values, work.soon);
   }
   for (std::uint32_t c = 0; c < p.n_correlations; ++c) {
-    if (apply && p.correlations[c].is_gathered) continue;
-    correlation<T, apply>(p.correlations[c], complex, ket, values, weights, bra);
+    correlation<T, false>(p.correlations[c], complex, ket, values, nullptr, {});
+  }
+}
+
+// bra = (sum over s of weights[s] string s - along) ket without the strings of links, where the weights follow the values.
+template <class T>
+void apply_strings(const BoundPlan<T>& p, const Vec<T>& along, const Workspace<T>& work) {
+  const State<T> ket = work.ket, bra = work.bra;
+  const bool complex = p.ends_complex;
+  const Vec<T>* weights = work.strings + p.n_strings;
+  weigh_gathers<T>(p, work);
+  for (std::uint32_t t = 0; t < p.n_trees; ++t) {
+    const SumTree& tree = p.trees[t];
+    Vec<T> of_slots[max_sums] = {};
+    if (t == 0) of_slots[p.n_bits] = -along;
+    for (std::uint32_t m = 0; m < tree.n_members; ++m) {
+      const LaneTree::Member& member = tree.members[m];
+      of_slots[member.slot] += lane_signs<T>(member.lanes) * weights[member.item];
+    }
+    const TreeWeights<T> weight(p.n_bits, of_slots, work.scratch);
+    if (t == 0) {
+      gather<T>(p, weight, work.gathers, ket.re, bra.re);
+      if (complex) gather<T>(p, weight, work.gathers, ket.im, bra.im);
+    } else {
+      each_of_tree<T>(p.n_bits, tree.order, [&](Index block, int v, std::size_t address) {
+        const Vec<T> w = weight(block, v);
+        at(bra.re, address) += w * at(ket.re, address);
+        if (complex) at(bra.im, address) += w * at(ket.im, address);
+      });
+    }
+  }
+  for (std::uint32_t c = 0; c < p.n_correlations; ++c) {
+    if (!p.correlations[c].is_gathered) correlation<T, true>(p.correlations[c], complex, ket, nullptr, weights, bra);
   }
 }
 
 // ------------------------------------------------------------------------------------------------ groups of rows
 
 // Loads rows and runs all stages on them, which reads the strings of links that the passes have. Keeps the ket where the
-// adjoint will want it.
+// adjoint will want it: there the first pass of a stage goes from one state to another.
 template <bool keep, class T>
-Norms<T> run_stages(const BoundPlan<T>& p, const ConstMatrix& x, std::int64_t first_row, int n_rows,
-                    const Workspace<T>& work) {
-  const State<T> ket = work.ket;
+Norms<T> run_stages(const BoundPlan<T>& p, const ConstMatrix& x, std::int64_t first_row, int n_rows, Workspace<T>& work) {
+  State<T>& ket = work.ket;
   Prefetch& soon = work.soon;
   Vec<T>* values = work.strings;
   for (std::uint32_t s = 0; s < p.n_strings; ++s) values[s] = Vec<T>{};
   const Norms<T> norms = with_lane_bits<T>(p.lane_bits, [&]<int bits>(Constant<bits>) {
     return embed<T, bits>(p, x, first_row, n_rows, ket, values, soon);
   });
-  const State<T>* kept = work.kept;
+  State<T>* kept = work.kept;
   for (std::uint32_t s = 0; s < p.n_stages; ++s) {
     const BoundStage<T>& stage = p.stages[s];
     if (stage.diagonal) {
@@ -1246,18 +1265,18 @@ Norms<T> run_stages(const BoundPlan<T>& p, const ConstMatrix& x, std::int64_t fi
     }
     move_to<T>(stage, p.n_vectors, ket.re);
     if (stage.from_complex) move_to<T>(stage, p.n_vectors, ket.im);
-    if (keep && stage.kept) {
-      for (Index v = 0; v < p.n_vectors; ++v) kept->re[v] = stage.keep * ket.re[v];
-      for (Index v = 0; stage.from_complex && v < p.n_vectors; ++v) kept->im[v] = stage.keep * ket.im[v];
-      ++kept;
-    }
+    const State<T> before = ket;
+    if (keep && stage.kept) std::swap(ket, *kept++);
     const bool embedded = s == 0 && p.loads_lanes;  // and with that turned on the lowest bits
+    auto turn = [&](const Vec<T>* from, Vec<T>* to, std::uint32_t first) {
+      for (Index v = 0; from != to && stage.n_rotate == 0 && v < p.n_vectors; ++v) to[v] = from[v];
+      for (std::uint32_t k = first; k < stage.n_rotate; ++k) rotate<T>(stage.rotate[k], k == 0 ? from : to, to, values, soon);
+    };
+    turn(before.re, ket.re, embedded && p.starts_low);
     if (!embedded) turn_lanes<false, T>(stage.lanes, p.n_vectors, ket.re);
-    const std::uint32_t first = embedded && p.starts_low;
-    for (std::uint32_t k = first; k < stage.n_rotate; ++k) rotate<T>(stage.rotate[k], ket.re, values, soon);
     if (!stage.from_complex) continue;
+    turn(before.im, ket.im, 0);
     turn_lanes<false, T>(stage.lanes, p.n_vectors, ket.im);
-    for (std::uint32_t k = 0; k < stage.n_rotate; ++k) rotate<T>(stage.rotate[k], ket.im, values, soon);
   }
   return norms;
 }
@@ -1272,7 +1291,7 @@ QAA_INLINE Vec<T> spread(const Vec<T>& values, std::uint32_t lane, std::uint32_t
 
 template <class T>
 void forward_group(const BoundPlan<T>& p, const ForwardCall& call, std::int64_t first_row, int n_rows,
-                   const Workspace<T>& work) {
+                   Workspace<T> work) {
   const Norms<T> norms = run_stages<false>(p, call.x, first_row, n_rows, work);
   const bool complex = p.ends_complex;
   const Vec<T> inverse = inverse_norm<T>(p, norms);
@@ -1280,7 +1299,7 @@ void forward_group(const BoundPlan<T>& p, const ForwardCall& call, std::int64_t 
   Vec<T>* columns = work.columns;
   const std::uint32_t lane_bits = p.lane_bits, lanes = (1u << lane_bits) - 1;
   if (p.readout == ReadoutKind::expval) {
-    read_strings<T, false>(p, Vec<T>{}, work);
+    measure_strings<T>(p, work);
     for (std::uint32_t s = 0; lane_bits > 0 && s < p.n_strings; ++s) {
       work.strings[s] *= lane_signs<T>(p.string_lanes[s]);
     }
@@ -1393,7 +1412,7 @@ void start_bra(const BoundPlan<T>& p, const BackwardCall& call, std::int64_t fir
     if (call.strings.data != nullptr) {
       load_strings<T>(p, call.strings, first_row, n_rows, norms, work);
     } else {
-      read_strings<T, false>(p, Vec<T>{}, work);
+      measure_strings<T>(p, work);
     }
     for (std::uint32_t s = 0; s < p.n_strings; ++s) weights[s] = Vec<T>{};
     const double scale = double(p.scale) * double(p.scale);
@@ -1404,7 +1423,7 @@ void start_bra(const BoundPlan<T>& p, const BackwardCall& call, std::int64_t fir
       overlap += term.coefficient * (p.lane_bits == 0 ? product : lane_signs<T>(p.string_lanes[term.string]) * product);
       if (term.varies) work.add_to_slot(p.first_term_slot + t, product, scale);
     }
-    read_strings<T, true>(p, along_ket<T>(p, norms, overlap), work);
+    apply_strings<T>(p, along_ket<T>(p, norms, overlap), work);
     if (p.n_stages > 1) apply_links(p, work);
     return;
   }
@@ -1413,7 +1432,7 @@ void start_bra(const BoundPlan<T>& p, const BackwardCall& call, std::int64_t fir
       overlap += re * ket.re[v];
       if (complex) overlap += im * ket.im[v];
     });
-    start_with<T>(p, -along_ket<T>(p, norms, overlap), ket, bra);
+    start_without<T>(p, along_ket<T>(p, norms, overlap), ket, bra);
     return add_linear_bra<T>(p, work);
   }
   auto each_grad = [&](auto&& f) {
@@ -1426,7 +1445,7 @@ void start_bra(const BoundPlan<T>& p, const BackwardCall& call, std::int64_t fir
     if (complex) square += ket.im[v] * ket.im[v];
     overlap += g * square;
   });
-  start_with<T>(p, -along_ket<T>(p, norms, overlap), ket, bra);
+  start_without<T>(p, along_ket<T>(p, norms, overlap), ket, bra);
   each_grad([&](Index v, const Vec<T>& g) {
     bra.re[v] += g * ket.re[v];
     if (complex) bra.im[v] += g * ket.im[v];
@@ -1558,8 +1577,7 @@ void backward_linear_group(const BoundPlan<T>& p, const BackwardCall& call, std:
                            const Workspace<T>& work) {
   const State<T> bra = work.bra;
   load_columns<T>(p, call.grad, first_row, n_rows, splat<T>(1), work.columns);
-  for (Index v = 0; v < p.n_vectors; ++v) bra.re[v] = Vec<T>{};
-  for (Index v = 0; p.ends_complex && v < p.n_vectors; ++v) bra.im[v] = Vec<T>{};
+  clear<T>(p, bra);
   add_linear_bra<T>(p, work);
   for (std::uint32_t s = p.n_stages; s-- > 0;) {
     const BoundStage<T>& stage = p.stages[s];

@@ -651,7 +651,6 @@ Operations count_operations(const Plan& plan, std::uint32_t columns) {
       const bool bra_alone = laid_out.kept || s == 0;
       forward += rotation * turned;
       back += (1 + (bra_alone ? 1 : 2) * rotation) * turned;  // with the overlap
-      if (laid_out.kept) back += n * parts;
     } else if (stage.real) {
       forward += n * parts;
       back += (ket_ends ? 1 : 2) * n * parts;

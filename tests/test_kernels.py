@@ -711,7 +711,7 @@ def test_operations_are_counted_from_the_plan() -> None:
     forward = d + n * amplitudes + 2 * amplitudes + 2 * n * amplitudes + 4 * amplitudes
     reading = tree + 2 * amplitudes + n * amplitudes
     bra = 3 * amplitudes + 2 * n * amplitudes
-    second = 4 * amplitudes + 2 * amplitudes + tree + 2 * 2 * n * amplitudes + 2 * amplitudes  # the ket is kept
+    second = 4 * amplitudes + 2 * amplitudes + tree + 2 * 2 * n * amplitudes  # the ket is kept
     first = 6 * amplitudes + amplitudes + tree + 2 * n * amplitudes
     backward = forward + bra + second + first + 2 * d
     counted = program.program(ansatz("ring", n, 2), "z", True).plan.operations(d)
