@@ -76,7 +76,8 @@ def quantum_features(
 
     Returns:
         Shape ``(..., n_outputs)`` in the dtype of ``x``; for the readout ``"state"`` complex128 for float64 ``x`` and
-        else complex64. A zero vector is no state: its features and gradients are zero.
+        else complex64. A zero vector is no state: its features and gradients are zero. For gradients theta and x are
+        kept and, of large batches on the CPU, at most as many further numbers as a vector has (expectation values).
 
     Raises:
         TypeError, ValueError: an argument has the wrong type, shape, dtype or device.
