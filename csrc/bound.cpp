@@ -265,14 +265,14 @@ BoundPlanStorage<T>::BoundPlanStorage(const Plan& plan, const Layout& layout, co
     std::ranges::copy(pass.rotations, flips_.back().strings);
   }
   for (const Correlation& c : layout.correlations) {
-    correlations_.push_back({c.vectors, c.lanes, c.imaginary, c.is_gathered(), c.n_bits, std::uint32_t(c.members.size()), c.order.data(),
-                             std::uint32_t(c.order.size()), c.members.data()});
+    correlations_.push_back({c.vectors, c.lanes, c.imaginary, c.is_gathered, c.n_bits, std::uint32_t(c.members.size()),
+                             c.order.data(), std::uint32_t(c.order.size()), c.members.data()});
   }
   for (std::size_t k = 0; with_adjoint && k < layout.gathers.size(); ++k) {
     const Gather& g = layout.gathers[k];
     gathers_.push_back({g.vectors, g.n_bits, std::uint32_t(g.members.size()), g.members.data(), g.classes.data(),
                         g.of_eight.data(), bound_.n_gather_weights});
-    bound_.n_gather_weights += g.n_bits == 0 ? 1 : 8u << g.n_bits;
+    bound_.n_gather_weights += g.n_weights();
   }
   absorbed_.resize(plan.absorbed.size());
   for (const Term& term : plan.terms) {

@@ -399,8 +399,9 @@ void add_correlations(const Coordinates& at, std::vector<Placed> strings, Index 
   }
 }
 
-// Flips and correlations as they are applied, for vectors in the order of a tree.
-std::vector<Gather> lay_out_gathers(const Layout& layout) {
+// Flips and correlations as they are applied, for vectors in the order of the first tree: correlations whose x is between
+// vectors and whose elements are real, as many as are worth it.
+std::vector<Gather> lay_out_gathers(Layout& layout) {
   std::vector<Gather> out;
   for (const Pass& pass : layout.flips) {
     for (std::uint32_t k = 0; k < pass.radix(); ++k) {
@@ -410,18 +411,22 @@ std::vector<Gather> lay_out_gathers(const Layout& layout) {
     }
   }
   const std::vector<Index>& order = layout.trees.front().order;
-  for (const Correlation& c : layout.correlations) {
-    if (!c.is_gathered()) continue;
-    Gather& gather = out.emplace_back();
+  std::uint32_t n_weights = 0;
+  for (Correlation& c : layout.correlations) {
+    Gather gather;
     gather.vectors = c.vectors;
     gather.n_bits = c.n_bits;
     gather.members = c.members;
+    c.is_gathered = c.lanes == 0 && !c.imaginary && n_weights + gather.n_weights() <= Gather::max_weights;
+    if (!c.is_gathered) continue;
+    n_weights += gather.n_weights();
     std::vector<std::uint8_t> class_of(layout.n_vectors);
     for (std::size_t k = 0; k < c.order.size(); ++k) {
       class_of[c.order[k]] = class_of[c.order[k] ^ c.vectors] = std::uint8_t((k << c.n_bits) / c.order.size());
     }
     for (std::size_t b = 0; b < order.size(); b += 8) gather.classes.push_back(class_of[order[b]]);
     for (std::size_t k = 0; k < std::min<std::size_t>(8, order.size()); ++k) gather.of_eight[k] = class_of[order[k]];
+    out.push_back(std::move(gather));
   }
   return out;
 }

@@ -73,7 +73,7 @@ struct Correlation {
   Index vectors = 0;
   std::uint32_t lanes = 0;
   bool imaginary = false;  // parity(x & z)
-  bool is_gathered() const { return lanes == 0 && !imaginary; }
+  bool is_gathered = false;  // applied as a gather
   std::uint32_t n_bits = 0;
   std::vector<Index> order;  // v, class by class
   std::vector<Member> members;
@@ -87,6 +87,8 @@ struct Gather {
   std::vector<std::uint8_t> classes;       // of the first vector of every eight
   std::array<std::uint8_t, 8> of_eight{};  // of vector k of eight: that of the first, xor this
   std::vector<Correlation::Member> members;
+  static constexpr std::uint32_t max_weights = 512;  // in all, which stay in the first-level cache; flips apart
+  std::uint32_t n_weights() const { return n_bits == 0 ? 1 : 8u << n_bits; }
 };
 
 struct StageLayout {

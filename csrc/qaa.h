@@ -61,7 +61,7 @@ QAA_API void forward(const ForwardCall& call);
 //                   out if grad_x.data is null
 //   grad          (batch, plan.n_columns())
 //   strings       what forward has written there for the same plan, angles and x; a backward call whose data is null
-//                 measures them once more, which costs a fifth of its time
+//                 measures them once more, which costs up to a fifth of its time
 // Scalars: as for features. The memory that it needs does not grow with the batch. It does with the circuit: by up to 64
 // sums for each angle of a gate, and by a few tables of 2^n_wires numbers for each diagonal stage of the plan, which
 // forward makes as well.
