@@ -43,12 +43,12 @@ def test_states_of_a_build() -> None:
 def test_a_cuda_tensor_meets_a_build_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(qaa.cuda, "is_built", lambda: False)
     with pytest.raises(ValueError, match=r"expected x on the CPU, or on a GPU with a build .*QAA_CUDA=ON.*cuda:0"):
-        qaa.ops._check_place("x", SimpleNamespace(layout=torch.strided, device=torch.device("cuda", 0)))
+        qaa.ops._check_place("x", SimpleNamespace(is_cpu=False, layout=torch.strided, device=torch.device("cuda", 0)))
 
 
 def test_other_devices_are_refused() -> None:
     with pytest.raises(ValueError, match=r"expected x on the CPU, or on a GPU.*, received mps:0"):
-        qaa.ops._check_place("x", SimpleNamespace(layout=torch.strided, device=torch.device("mps", 0)))
+        qaa.ops._check_place("x", SimpleNamespace(is_cpu=False, layout=torch.strided, device=torch.device("mps", 0)))
 
 
 def test_a_build_meets_no_driver() -> None:

@@ -20,7 +20,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from itertools import combinations
+from itertools import combinations, product
 from pathlib import Path
 from typing import Any
 
@@ -332,6 +332,17 @@ def test_many_pauli_strings_of_one_kind() -> None:
             for circuit in (ansatz("ring", n), random_circuit(rng, n, 20)):
                 for dtype in DTYPES:
                     check(random_problem(rng, circuit, strings, batch=5), dtype)
+
+
+@pytest.mark.parametrize("n", [2, 4])
+def test_all_pauli_strings_at_once(n: int) -> None:
+    """More strings with signs than the adjoint applies in one pass, which leaves some to passes of their own."""
+    rng = np.random.default_rng(10)
+    strings = ["".join(letters) for letters in product("IXYZ", repeat=n)]
+    for circuit in (ansatz("ring", n, 2), Circuit(n, (), (0,)), random_circuit(rng, n, 20)):
+        for dtype in DTYPES:
+            for batch in (1, 9):
+                check(random_problem(rng, circuit, strings, batch=batch), dtype)
 
 
 # ------------------------------------------------------------------------------------------- the gradient's accuracy
