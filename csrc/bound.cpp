@@ -330,7 +330,6 @@ void BoundPlanStorage<T>::bind(const double* theta) {
   std::size_t made = 0;
 
   double scale = 1;
-  std::vector<double> scales_before(n_stages);
   for (std::size_t s = 0; s < n_stages; ++s) {
     const Stage& stage = plan_.stages[s];
     BoundStage<T>& out = stages_[s];
@@ -340,7 +339,7 @@ void BoundPlanStorage<T>::bind(const double* theta) {
       table += 2 * size;
       scale = 1;
     } else {
-      scales_before[s] = scale;
+      out.scale_before = scale;
       for (std::size_t r = 0; r < stage.rotations.size(); ++r) {
         halves_[out.first_slot + r] = std::polar(1.0, stage.rotations[r].angle.value(theta) / 2);
       }
@@ -371,7 +370,7 @@ void BoundPlanStorage<T>::bind(const double* theta) {
       }
       bind_lanes(out.unwind_lanes, halves_, tangent, scale);
       for (double& of_lane : out.unwind_lanes.overlap_scale) of_lane *= ratio;
-      if (out.kept) ratio = scales_before[s] / scale;
+      if (out.kept) ratio = out.scale_before / scale;
       // Overlaps after all rotations of the bra where the ket was kept, and before them at the first stage.
       if (out.overlap != out.unwind) pass += out.n_overlap;
       if (out.kept || s == 0) {

@@ -57,6 +57,7 @@ struct BoundStage {
   const RotatePass<T>*rotate, *unwind, *overlap;
   std::uint32_t n_rotate, n_unwind, n_overlap;
   bool kept;      // the adjoint keeps the ket from before this stage
+  double scale_before;  // owed by it
   const T *re, *im;            // the diagonal times the scale owed in the forward direction, amplitude by amplitude
   const T *back_re, *back_im;  // its conjugate times the scale owed in the adjoint direction
   const SumTree* trees;

@@ -442,7 +442,6 @@ void bra_pass(const RotatePass<T>& shared, const Vec<T>* ket, Vec<T>* bra, const
       if constexpr (link) {
 #pragma GCC unroll 4
         for (int k = 0; k + 1 < bits; ++k) {
-          if (!has_link<radix, extra>(k)) continue;
           const Vec<T> from = flipped(3 << k);
           // A product and a sum beside the store of b.
           b += k == 0 ? product(weight[0][link_class(0, v)], from) : weight[k][link_class(k, v)] * from;
@@ -859,22 +858,20 @@ void first_level(const Index* order, Index n_blocks, Value&& value, Vec<T>* tota
   for (int k = 0; k < bits; ++k) sums[k] = sum[k];
 }
 
-// Calls visit(block, v, address in bytes) for the amplitudes of a tree over n bits, as tree_sums does.
-template <class T, class Visit>
-void each_of_tree(std::uint32_t n, const Index* order, Visit&& visit) {
-  auto blocks = [&]<int bits>(Constant<bits>, Index n_blocks) {
-    Index masks[bits];
+// Calls f(block, number of blocks) for a tree over n bits, whose blocks hold its lowest three bits or all that there are:
+// block b starts at order[b << bits of a block].
+template <class T, class F>
+QAA_INLINE void with_tree_blocks(std::uint32_t n, const Index* order, F&& f) {
+  auto call = [&]<int bits>(Constant<bits>) {
+    Index masks[bits + 1] = {};
     for (int k = 0; k < bits; ++k) masks[k] = order[Index{1} << k];
-    const Block<T, bits> in(masks);
-    for (Index b = 0; b < n_blocks; ++b) {
-      in.each(in.base(order[b << bits]), [&](int v, std::size_t address) { visit(b, v, address); });
-    }
+    f(Block<T, bits>(masks), Index{1} << (n - bits));
   };
   switch (n) {
-    case 0: return visit(0, 0, 0);
-    case 1: return blocks(Constant<1>{}, 1);
-    case 2: return blocks(Constant<2>{}, 1);
-    default: return blocks(Constant<3>{}, Index{1} << (n - 3));
+    case 0: return call(Constant<0>{});
+    case 1: return call(Constant<1>{});
+    case 2: return call(Constant<2>{});
+    default: return call(Constant<3>{});
   }
 }
 
@@ -1145,39 +1142,29 @@ void weigh_gathers(const BoundPlan<T>& p, const Workspace<T>& work) {
 }
 
 // bra = (the first tree's weight + all gathers) ket, of one part of the states.
-template <class T, int bits>
-void gather_blocks(const BoundPlan<T>& p, const TreeWeights<T>& weight, const Vec<T>* weights, const Vec<T>* ket,
-                   Vec<T>* bra) {
-  const Index *order = p.trees[0].order, n_blocks = p.n_vectors >> bits;
-  Index masks[bits + 1] = {};
-  for (int k = 0; k < bits; ++k) masks[k] = order[Index{1} << k];
-  const Block<T, bits> in(masks);
-  for (Index b = 0; b < n_blocks; ++b) {
-    const std::size_t base = in.base(order[b << bits]);
-    Vec<T> out[1 << bits];
-    in.each(base, [&](int v, std::size_t address) { out[v] = weight(b, v) * at(ket, address); });
-    for (std::uint32_t g = 0; g < p.n_gathers; ++g) {
-      const GatherPass& gather = p.gathers[g];
-      const std::size_t from = base ^ in.base(gather.vectors);
-      const Vec<T>* w = weights + gather.first_weight;
-      if (gather.n_bits == 0) {
-        in.each(from, [&, all = *w](int v, std::size_t address) { out[v] += all * at(ket, address); });
-      } else {
-        w += 8 * std::size_t{gather.classes[b]};
-        in.each(from, [&](int v, std::size_t address) { out[v] += w[v] * at(ket, address); });
-      }
-    }
-    in.each(base, [&](int v, std::size_t address) { at(bra, address) = out[v]; });
-  }
-}
 template <class T>
 void gather(const BoundPlan<T>& p, const TreeWeights<T>& weight, const Vec<T>* weights, const Vec<T>* ket, Vec<T>* bra) {
-  switch (p.n_bits) {
-    case 0: return gather_blocks<T, 0>(p, weight, weights, ket, bra);
-    case 1: return gather_blocks<T, 1>(p, weight, weights, ket, bra);
-    case 2: return gather_blocks<T, 2>(p, weight, weights, ket, bra);
-    default: return gather_blocks<T, 3>(p, weight, weights, ket, bra);
-  }
+  const Index* order = p.trees[0].order;
+  with_tree_blocks<T>(p.n_bits, order, [&]<int bits>(const Block<T, bits>& shared, Index n_blocks) {
+    const Block<T, bits> in = shared;
+    for (Index b = 0; b < n_blocks; ++b) {
+      const std::size_t base = in.base(order[b << bits]);
+      Vec<T> out[1 << bits];
+      in.each(base, [&](int v, std::size_t address) { out[v] = weight(b, v) * at(ket, address); });
+      for (std::uint32_t g = 0; g < p.n_gathers; ++g) {
+        const GatherPass& gather = p.gathers[g];
+        const std::size_t from = base ^ in.base(gather.vectors);
+        const Vec<T>* w = weights + gather.first_weight;
+        if (gather.n_bits == 0) {
+          in.each(from, [&, all = *w](int v, std::size_t address) { out[v] += all * at(ket, address); });
+        } else {
+          w += 8 * std::size_t{gather.classes[b]};
+          in.each(from, [&](int v, std::size_t address) { out[v] += w[v] * at(ket, address); });
+        }
+      }
+      in.each(base, [&](int v, std::size_t address) { at(bra, address) = out[v]; });
+    }
+  });
 }
 
 // work.strings[s] = <stored ket| string s |stored ket>, lane by lane, without the lanes' signs; those of links are there
@@ -1229,10 +1216,14 @@ void apply_strings(const BoundPlan<T>& p, const Vec<T>& along, const Workspace<T
       gather<T>(p, weight, work.gathers, ket.re, bra.re);
       if (complex) gather<T>(p, weight, work.gathers, ket.im, bra.im);
     } else {
-      each_of_tree<T>(p.n_bits, tree.order, [&](Index block, int v, std::size_t address) {
-        const Vec<T> w = weight(block, v);
-        at(bra.re, address) += w * at(ket.re, address);
-        if (complex) at(bra.im, address) += w * at(ket.im, address);
+      with_tree_blocks<T>(p.n_bits, tree.order, [&]<int bits>(const Block<T, bits>& in, Index n_blocks) {
+        for (Index b = 0; b < n_blocks; ++b) {
+          in.each(in.base(tree.order[b << bits]), [&](int v, std::size_t address) {
+            const Vec<T> w = weight(b, v);
+            at(bra.re, address) += w * at(ket.re, address);
+            if (complex) at(bra.im, address) += w * at(ket.im, address);
+          });
+        }
       });
     }
   }

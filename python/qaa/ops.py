@@ -543,11 +543,9 @@ def _check_x(what: Program, x: Tensor) -> None:
 
 
 def _check_place(name: str, tensor: Tensor) -> None:
-    if tensor.is_cpu and tensor.layout is torch.strided:
-        return
     if tensor.layout != torch.strided:
         raise TypeError(f"expected {name} to be a dense tensor, received one of layout {tensor.layout}")
-    if tensor.device.type in ("cpu", "meta") or (tensor.device.type == "cuda" and cuda.is_built()):
+    if tensor.is_cpu or tensor.device.type == "meta" or (tensor.device.type == "cuda" and cuda.is_built()):
         return
     where = "a GPU" if cuda.is_built() else f"a GPU with {cuda.HOW_TO_BUILD}"
     raise ValueError(f"expected {name} on the CPU, or on {where}, received {tensor.device}")
@@ -659,7 +657,7 @@ _MANY_AMPLITUDES = 1 << 15
 
 
 def _room_for_strings(what: Program, x: Tensor) -> Tensor | None:
-    """Where the forward pass may write what the adjoint would measure again: fewer numbers than x has, or None."""
+    """Where the forward pass may write what the adjoint would measure again, no more numbers than x has; or None."""
     rows, width = x.shape
     if x.is_cuda or rows << what.circuit.n_wires < _MANY_AMPLITUDES or not 0 < what.plan.n_strings <= width:
         return None
